@@ -1,0 +1,1 @@
+"""The contract between workers, daemons and operators. No I/O, no torch; everyone imports it."""

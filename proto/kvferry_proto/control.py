@@ -1,0 +1,122 @@
+"""Control socket: what operators read. Verbs that change something get a family of their own."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvferry_proto.codec import Codec
+from kvferry_proto.fields import BootId, Call, ErrorInfo, Message, TransferId, WireRole
+from kvferry_proto.worker import Snapshot
+
+TRANSFERS_MAX = 1000
+
+
+class GetStatus(Message):
+    """The daemon, its pools, peers and workers."""
+
+    kind: Literal["get_status"] = "get_status"
+    call: Call = 0
+
+
+class GetTransfers(Message):
+    """Live and ended transfers, or every attempt of one id."""
+
+    kind: Literal["get_transfers"] = "get_transfers"
+    call: Call = 0
+    transfer_id: TransferId | None = None
+    limit: Annotated[int, Field(ge=1, le=TRANSFERS_MAX)] = TRANSFERS_MAX
+
+
+class PoolStatus(Message):
+    """One pool; free + leased + quarantined blocks = total."""
+
+    device: str
+    path: str
+    block_bytes: int
+    block_size_tokens: int
+    blocks_total: int
+    blocks_free: int
+    blocks_leased: int
+    blocks_quarantined: int
+    source_blocks: int  # quota
+    sink_blocks: int  # quota
+    largest_run_blocks: int
+    workers: int
+    planes: list[str]
+
+
+class PeerStatus(Message):
+    """A daemon that this one pulls from."""
+
+    address: str
+    state: Literal["connecting", "up", "lost"]
+    boot_id: str | None = None
+    streams_open: int = 0
+    transport: str = ""
+    detail: str = ""
+
+
+class TransferStatus(Message):
+    """A snapshot, and what only an operator asks for."""
+
+    snapshot: Snapshot
+    worker: str
+    source: str | None = None
+    transport: str = ""
+    age_s: float = 0.0
+    idle_s: float = 0.0
+    blocks: int = 0
+    ended: bool = False
+
+
+class Status(Message):
+    """The answer to `get_status`."""
+
+    kind: Literal["status"] = "status"
+    call: Call = 0
+    version: str
+    wire_versions: Annotated[tuple[int, int], Field(strict=False)]
+    boot_id: BootId
+    pid: int
+    uptime_s: float
+    draining: bool
+    peer_address: str
+    runtime_dir: str
+    workers: int
+    blocks_total: int
+    blocks_free: int
+    transfers: dict[str, int]  # live and remembered, by state name
+    stalls: dict[str, int]
+    counters: dict[str, int]
+    pools: list[PoolStatus]
+    peers: list[PeerStatus]
+
+
+class Transfers(Message):
+    """The answer to `get_transfers`."""
+
+    kind: Literal["transfers"] = "transfers"
+    call: Call = 0
+    transfers: list[TransferStatus]
+    more: int = 0  # how many the limit left out
+
+
+class ControlFailure(Message):
+    """The request was refused."""
+
+    kind: Literal["control_failure"] = "control_failure"
+    call: Call = 0
+    error: ErrorInfo
+
+
+REQUESTS: Codec[GetStatus | GetTransfers] = Codec(
+    Annotated[GetStatus | GetTransfers, Field(discriminator="kind")]
+)
+ANSWERS: Codec[Status | Transfers | ControlFailure] = Codec(
+    Annotated[Status | Transfers | ControlFailure, Field(discriminator="kind")]
+)
+
+__all__ = [
+    "ANSWERS", "REQUESTS", "ControlFailure", "GetStatus", "GetTransfers", "PeerStatus",
+    "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole",
+]  # fmt: skip

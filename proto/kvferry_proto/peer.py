@@ -1,0 +1,183 @@
+"""Peer socket: what a sink's daemon (it connects) and a source's daemon say to each other.
+
+Messages may be lost, doubled and reordered. Pulls are numbered per transfer and answers echo the
+number; both ends' boot ids are on every message after the hello. Bulk bytes travel on data
+connections, each opened with a ticket from here (see chunk.py).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvferry_proto.codec import Codec
+from kvferry_proto.fields import (
+    Attempt,
+    Aux,
+    BootId,
+    ErrorInfo,
+    Message,
+    Tokens,
+    TransferId,
+    WireState,
+)
+from kvferry_proto.layout import Layout
+from kvferry_proto.versions import OURS, Versions
+
+WANTS_MAX = 1024
+PULLS_MAX = 1024
+STREAMS_MAX = 16
+Handle = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+Number = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
+
+
+class PeerHello(Message):
+    """Sink's daemon to source's: first message, repeated until answered."""
+
+    kind: Literal["peer_hello"] = "peer_hello"
+    versions: Versions = OURS
+    boot_id: BootId
+
+
+class PeerWelcome(Message):
+    """The source's daemon answers with its own boot id."""
+
+    kind: Literal["peer_welcome"] = "peer_welcome"
+    version: int
+    boot_id: BootId
+    sink_boot_id: BootId  # echoed
+
+
+class _Linked(Message):
+    source_boot_id: BootId
+    sink_boot_id: BootId
+
+
+class Ping(_Linked):
+    """Sink to source, once a heartbeat, also when nothing moves."""
+
+    kind: Literal["ping"] = "ping"
+
+
+class Pong(_Linked):
+    """Source to sink: the answer to a ping."""
+
+    kind: Literal["pong"] = "pong"
+
+
+class OpenStream(_Linked):
+    """Ask for a ticket for connection number ``connection`` of data stream ``stream``."""
+
+    kind: Literal["open_stream"] = "open_stream"
+    stream: Stream
+    connection: Number
+
+
+class Ticket(_Linked):
+    """A single-use secret that admits one data connection on ``port`` of the same host."""
+
+    kind: Literal["ticket"] = "ticket"
+    stream: Stream
+    connection: Number
+    port: Annotated[int, Field(ge=1, le=65535)]
+    ticket: Annotated[bytes, Field(min_length=32, max_length=32)]
+
+
+class Want(Message):
+    """An extent, and the one stream connection that it may come on."""
+
+    first_token: Tokens
+    tokens: Annotated[int, Field(ge=1, le=1 << 32)]
+    stream: Stream
+    connection: Number
+
+
+class Pull(Message):
+    """What the sink wants now; an empty ``want`` asks for news."""
+
+    transfer_id: TransferId
+    attempt: Attempt
+    number: Number
+    handle: Handle  # names (transfer, attempt) in the chunk headers
+    layout_digest: Annotated[bytes, Field(min_length=16, max_length=16)]
+    start_tokens: Tokens
+    acked_tokens: Tokens
+    part: Annotated[int, Field(ge=0, le=0)] = 0  # version 1 has one part: the whole block
+    want: Annotated[list[Want], Field(max_length=WANTS_MAX)] = Field(default_factory=list)
+
+
+class Pulls(_Linked):
+    """The pulls of all transfers between two daemons that are due."""
+
+    kind: Literal["pulls"] = "pulls"
+    pulls: Annotated[list[Pull], Field(min_length=1, max_length=PULLS_MAX)]
+
+
+class Progress(Message):
+    """The source's side of one transfer, as the answer to pull ``number`` or as news.
+
+    ``known`` False: this daemon has no such attempt (yet, or any more).
+    """
+
+    transfer_id: TransferId
+    attempt: Attempt
+    number: Number
+    known: bool = True
+    state: WireState
+    available_tokens: Tokens = 0  # what may be asked for: whole blocks, or all once it is total
+    total_tokens: Tokens | None = None
+    aux: Aux | None = None
+    error: ErrorInfo | None = None
+    layout: Layout | None = None  # the source's own, when the digests differ
+
+
+class Progresses(_Linked):
+    """News of several transfers."""
+
+    kind: Literal["progresses"] = "progresses"
+    progresses: Annotated[list[Progress], Field(min_length=1, max_length=PULLS_MAX)]
+
+
+class Done(_Linked):
+    """The sink's end of a transfer; repeated until `done_noted` comes."""
+
+    kind: Literal["done"] = "done"
+    transfer_id: TransferId
+    attempt: Attempt
+    state: WireState
+    error: ErrorInfo | None = None
+
+
+class DoneNoted(_Linked):
+    """The source knows that the sink has ended."""
+
+    kind: Literal["done_noted"] = "done_noted"
+    transfer_id: TransferId
+    attempt: Attempt
+
+
+class PeerRefused(Message):
+    """The message was refused; ``boot_id`` is the refusing daemon's."""
+
+    kind: Literal["peer_refused"] = "peer_refused"
+    boot_id: BootId
+    error: ErrorInfo
+
+
+PeerMessage = (
+    PeerHello | PeerWelcome | Ping | Pong | OpenStream | Ticket | Pulls | Progresses
+    | Done | DoneNoted | PeerRefused
+)  # fmt: skip
+MESSAGES: Codec[
+    PeerHello
+    | PeerWelcome
+    | Ping
+    | Pong
+    | OpenStream
+    | Ticket
+    | Pulls
+    | Progresses
+    | Done
+    | DoneNoted
+    | PeerRefused
+] = Codec(Annotated[PeerMessage, Field(discriminator="kind")])

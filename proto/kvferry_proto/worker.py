@@ -1,0 +1,244 @@
+"""Worker socket: what a prefill or decode worker says to its daemon, and what it answers.
+
+Every call carries a ``call`` number that the answer echoes. Every verb has absolute parameters:
+the same call again changes nothing and answers the current snapshot. Bulk bytes never travel
+here; a worker maps the pool that ``Welcome`` names.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvferry_proto.codec import Codec
+from kvferry_proto.fields import (
+    Attempt,
+    Aux,
+    BootId,
+    Call,
+    ErrorInfo,
+    Message,
+    Text,
+    Tokens,
+    TransferId,
+    WireMode,
+    WireRole,
+    WireStall,
+    WireState,
+)
+from kvferry_proto.layout import Layout
+from kvferry_proto.states import Mode
+from kvferry_proto.versions import OURS, Versions
+
+POLL_MAX = 4096
+BATCH_MAX = 256
+WAIT_MAX_S = 60.0
+Secret = Annotated[str, Field(min_length=32, max_length=64, pattern=r"^[0-9a-f]+$")]
+FileName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_\-]+$")]
+
+
+# (first_block, blocks); msgpack has lists only.
+BlockRun = Annotated[tuple[int, int], Field(strict=False)]
+
+
+class _Call(Message):
+    call: Call = 0
+
+
+class _Named(_Call):
+    transfer_id: TransferId
+    attempt: Attempt = 0
+
+
+class Hello(_Call):
+    """First call on every connection; with ``session`` it takes an earlier session up again."""
+
+    kind: Literal["hello"] = "hello"
+    versions: Versions = OURS
+    worker: Annotated[str, Field(max_length=128)] = ""  # a name for operators
+    pid: Annotated[int, Field(ge=0, le=1 << 31)] = 0
+    lock: FileName  # file in <runtime>/workers on which the worker holds a flock while it lives
+    layout: Layout
+    session: Secret | None = None
+
+
+class Send(_Named):
+    """Open the source side: the worker will fill a window and mark tokens ready."""
+
+    kind: Literal["send"] = "send"
+    start_tokens: Tokens = 0
+    total_tokens: Tokens | None = None
+    aux: Aux | None = None
+    window_tokens: Tokens | None = None
+
+
+class Ready(_Named):
+    """Tokens ``[start, ready_tokens)`` are filled; the worker writes them no more."""
+
+    kind: Literal["ready"] = "ready"
+    ready_tokens: Tokens
+    total_tokens: Tokens | None = None
+    aux: Aux | None = None
+
+
+class Receive(_Named):
+    """Open the sink side and pull from the daemon at ``source`` (None: from this one)."""
+
+    kind: Literal["receive"] = "receive"
+    source: Annotated[str, Field(max_length=256)] | None = None
+    mode: WireMode = Mode.CONSUME
+    start_tokens: Tokens = 0
+    window_tokens: Tokens | None = None
+    max_tokens: Tokens | None = None  # whole mode: what is reserved before anything moves
+
+
+class Watched(Message):
+    """One transfer in a poll: answer once its snapshot number is above ``after``."""
+
+    role: WireRole
+    transfer_id: TransferId
+    attempt: Attempt = 0
+    after: Annotated[int, Field(ge=-1)] = -1
+
+
+class Poll(_Call):
+    """Ask for snapshots; with ``wait_s`` the answer waits until one of them changes."""
+
+    kind: Literal["poll"] = "poll"
+    transfers: Annotated[list[Watched], Field(min_length=1, max_length=POLL_MAX)]
+    wait_s: Annotated[float, Field(ge=0, le=WAIT_MAX_S)] = 0.0
+
+
+class Resume(_Named):
+    """The sink worker has taken ``[.., sent_tokens)`` over; their blocks may go."""
+
+    kind: Literal["resume"] = "resume"
+    sent_tokens: Tokens
+
+
+class Release(_Named):
+    """The worker touches no block of this attempt any more. Always acts on the attempt named."""
+
+    kind: Literal["release"] = "release"
+    role: WireRole
+
+
+class Abort(_Named):
+    """Give the transfer up. Says nothing about blocks; `release` does."""
+
+    kind: Literal["abort"] = "abort"
+    role: WireRole
+    reason: Text = ""
+
+
+class Heartbeat(_Call):
+    """The worker's process is alive and its interpreter runs."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+
+
+Verb = Annotated[
+    Send | Ready | Receive | Poll | Resume | Release | Abort | Heartbeat,
+    Field(discriminator="kind"),
+]
+
+
+class Batch(_Call):
+    """Several calls in one frame, answered in one, in order; polls in it do not wait."""
+
+    kind: Literal["batch"] = "batch"
+    calls: Annotated[list[Verb], Field(min_length=1, max_length=BATCH_MAX)]
+
+
+class PoolInfo(Message):
+    """The pool that a session uses: a file to map."""
+
+    path: Annotated[str, Field(max_length=4096)]
+    blocks: Annotated[int, Field(ge=1)]
+    block_bytes: Annotated[int, Field(ge=1)]
+    window_tokens: Tokens  # the default window
+
+
+class Welcome(_Call):
+    """The answer to `hello`."""
+
+    kind: Literal["welcome"] = "welcome"
+    version: int
+    boot_id: BootId
+    session: Secret
+    pool: PoolInfo
+    heartbeat_s: float
+    peer_address: str  # what a sink elsewhere gives as `source`
+
+
+class Snapshot(Message):
+    """Everything a worker may know of one transfer at one moment.
+
+    Block ``i`` of the window holds tokens ``base_tokens + i * block_size_tokens`` onwards.
+    ``snapshot`` grows with every change. On the source, ``sent_tokens`` is what the sink has
+    acknowledged and ``available_tokens`` what the worker marked ready.
+    """
+
+    role: WireRole
+    transfer_id: TransferId
+    attempt: Attempt
+    snapshot: int
+    state: WireState
+    stall: WireStall | None = None
+    error: ErrorInfo | None = None
+    start_tokens: Tokens = 0
+    sent_tokens: Tokens = 0
+    partial_sent_tokens: Tokens = 0
+    last_resume_at: Annotated[int, Field(ge=-1)] = -1
+    total_tokens: Tokens | None = None
+    available_tokens: Tokens = 0
+    base_tokens: Tokens = 0
+    allocated_tokens: Tokens = 0
+    target_tokens: Tokens = 0  # the edge up to which the window may be topped up
+    runs: list[BlockRun] = Field(default_factory=list)  # in token order
+    aux: Aux | None = None
+
+
+class Refused(Message):
+    """One transfer of a poll that cannot be answered."""
+
+    role: WireRole
+    transfer_id: TransferId
+    attempt: Attempt
+    error: ErrorInfo
+
+
+class Snapshots(_Call):
+    """The answer to every verb about transfers."""
+
+    kind: Literal["snapshots"] = "snapshots"
+    transfers: list[Snapshot] = Field(default_factory=list)
+    refused: list[Refused] = Field(default_factory=list)
+
+
+class Failure(_Call):
+    """The call was refused and changed nothing."""
+
+    kind: Literal["failure"] = "failure"
+    error: ErrorInfo
+
+
+Reply = Annotated[Snapshots | Failure, Field(discriminator="kind")]
+
+
+class BatchReply(_Call):
+    """One reply for each call of a batch."""
+
+    kind: Literal["batch_reply"] = "batch_reply"
+    replies: list[Reply]
+
+
+WorkerCall = Annotated[
+    Hello | Send | Ready | Receive | Poll | Resume | Release | Abort | Heartbeat | Batch,
+    Field(discriminator="kind"),
+]
+WorkerReply = Annotated[Welcome | Snapshots | Failure | BatchReply, Field(discriminator="kind")]
+
+CALLS: Codec[
+    Hello | Send | Ready | Receive | Poll | Resume | Release | Abort | Heartbeat | Batch
+] = Codec(WorkerCall)
+REPLIES: Codec[Welcome | Snapshots | Failure | BatchReply] = Codec(WorkerReply)
