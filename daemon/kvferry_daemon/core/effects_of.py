@@ -1,0 +1,205 @@
+"""What a transfer wants done: inside the node at once, outside as an effect for the shell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.blocks import PoolBook, Zeroing
+from kvferry_daemon.core.pool import Lease
+from kvferry_proto.peer import Progress, Pull
+from kvferry_proto.states import Role, State
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import AnyTransfer, Node
+    from kvferry_daemon.core.sink import SinkTransfer
+
+
+class EffectDesk:
+    """Performs the effects of transfers."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._zeroing: dict[int, Zeroing] = {}
+        self._tickets = 0
+        self._moves: dict[type, Callable[[Any, Any], None]] = {
+            ev.WantBlocks: self._want_blocks,
+            ev.Free: self._free,
+            ev.Quarantine: self._quarantine,
+            ev.Claim: self._claim,
+            ev.CancelClaims: self._cancel_claims,
+            ev.CloseStream: self._close_stream,
+            ev.SendPull: self._send_pull,
+            ev.TakeOver: self._take_over,
+            ev.SendDone: self._send_done,
+            ev.SendProgress: self._send_progress,
+            ev.Serve: self._serve,
+            ev.HandOver: self._hand_over,
+        }
+
+    def perform(self, transfer: AnyTransfer, effect: ev.Effect) -> None:
+        """Do one thing that a transfer wants."""
+        self._moves[type(effect)](transfer, effect)
+
+    def on_missing(self, key: ev.Key, event: object) -> None:
+        """An event for a transfer that is gone: only a local sink waits for an answer."""
+        node = self._node
+        if isinstance(event, ev.Pulled) and event.sink == node.settings.boot_id:
+            progress = node.sources.answer_without_transfer(key, event.pull.number)
+            node.post(key._replace(role=Role.SINK), ev.Heard(progress))
+        elif isinstance(event, ev.Done):
+            node.sources.done_without_transfer(key, event)
+
+    # --- blocks ---
+
+    def _book(self, transfer: AnyTransfer) -> PoolBook:
+        return self._node.books[transfer.opening.pool_id]
+
+    def _want_blocks(self, transfer: AnyTransfer, effect: ev.WantBlocks) -> None:
+        book = self._book(transfer)
+        book.want(transfer.key, effect)
+        self._hand_out(book)
+
+    def _free(self, transfer: AnyTransfer, effect: ev.Free) -> None:
+        book = self._book(transfer)
+        for lease in effect.leases:
+            book.pool.free_front(lease, lease.run.blocks)
+        self._hand_out(book)
+
+    def _quarantine(self, transfer: AnyTransfer, effect: ev.Quarantine) -> None:
+        for lease in effect.leases:
+            self._book(transfer).pool.quarantine(lease)
+
+    def _hand_out(self, book: PoolBook) -> None:
+        node = self._node
+        for key, grant in book.grants():
+            book.on_the_way(key, sum(lease.run.blocks for lease in grant.leases))
+            if not grant.dirty:
+                node.post(key, ev.Granted(grant.leases))
+                continue
+            self._tickets += 1
+            self._zeroing[self._tickets] = Zeroing(key, grant.leases)
+            node.effects.append(out.Zero(book.pool_id, grant.dirty, self._tickets))
+        for key in book.ready_to_try():
+            node.post(key, ev.RoomAgain())
+
+    def on_zeroed(self, event: out.Zeroed) -> None:
+        """Nothing of another owner is left in these blocks."""
+        key, leases = self._zeroing.pop(event.ticket)
+        self._node.post(key, ev.Granted(leases))
+
+    # --- sink ---
+
+    def _claim(self, transfer: SinkTransfer, effect: ev.Claim) -> None:
+        self._node.effects.append(
+            out.Expect(
+                effect.key,
+                transfer.opening.pool_id,
+                self._node.sinks.handle_of(transfer.key),
+                effect.first_token,
+                effect.tokens,
+                effect.place,
+            )
+        )
+
+    def _cancel_claims(self, transfer: SinkTransfer, _effect: ev.CancelClaims) -> None:
+        handle = self._node.sinks.handle_of(transfer.key)
+        self._node.effects.append(out.CancelExpected(handle))
+
+    def _close_stream(self, transfer: AnyTransfer, effect: ev.CloseStream) -> None:
+        if transfer.key.role is Role.SINK:
+            self._node.sinks.close_stream(effect.key)
+        else:
+            self._node.effects.append(out.Expel(effect.key))
+
+    def _send_pull(self, transfer: SinkTransfer, effect: ev.SendPull) -> None:
+        node, key, opening = self._node, transfer.key, transfer.opening
+        pull = Pull.model_construct(
+            transfer_id=key.transfer_id,
+            attempt=key.attempt,
+            number=effect.number,
+            handle=node.sinks.handle_of(key),
+            layout_digest=self._book(transfer).layout.digest,
+            start_tokens=opening.start_tokens,
+            acked_tokens=effect.acked_tokens,
+            part=0,
+            want=list(effect.want),
+        )
+        if opening.source is None:
+            node.post(key._replace(role=Role.SOURCE), ev.Pulled(node.settings.boot_id, pull))
+        else:
+            node.sinks.say_pull(opening.source, pull)
+
+    def _send_done(self, transfer: SinkTransfer, _effect: ev.SendDone) -> None:
+        node, key = self._node, transfer.key
+        if transfer.opening.source is None:
+            node.post(key._replace(role=Role.SOURCE), ev.Done(transfer.state, transfer.error))
+            node.post(key, ev.DoneNoted())
+        else:
+            node.sinks.say_done(transfer)
+
+    def _take_over(self, transfer: SinkTransfer, effect: ev.TakeOver) -> None:
+        """Hand-over within one pool: accounts change, no byte does."""
+        node, book = self._node, self._book(transfer)
+        source_key = transfer.key._replace(role=Role.SOURCE)
+        source = node.transfers.get(source_key)
+        if source is None or source.opening.pool_id != transfer.opening.pool_id:
+            return
+        reserve = 0 if transfer.opening.max_tokens is None else self._whole(transfer)
+        blocks = book.room_to_take_over(transfer.key, effect.blocks, reserve)
+        if blocks:  # at once: the room found may be gone when the queue comes to it
+            node.apply(source_key, ev.GiveOver(effect.first_token, blocks))
+
+    def _whole(self, transfer: SinkTransfer) -> int:
+        size = transfer.opening.block_size_tokens
+        return -(-(transfer.target_tokens - transfer.opening.start_tokens) // size)
+
+    # --- source ---
+
+    def _send_progress(self, transfer: AnyTransfer, effect: ev.SendProgress) -> None:
+        node, key = self._node, transfer.key
+        error = effect.error or transfer.error
+        progress = Progress.model_construct(
+            transfer_id=key.transfer_id,
+            attempt=key.attempt,
+            number=effect.number,
+            known=True,
+            state=State.FAILED if effect.error else transfer.state,
+            available_tokens=transfer.servable_tokens,
+            total_tokens=transfer.total_tokens,
+            aux=transfer.aux,
+            error=error,
+            layout=None,
+        )
+        if effect.sink == node.settings.boot_id:
+            node.post(key._replace(role=Role.SINK), ev.Heard(progress))
+        else:
+            node.sources.say_progress(effect.sink, progress)
+
+    def _serve(self, transfer: AnyTransfer, effect: ev.Serve) -> None:
+        node = self._node
+        if not node.sources.is_open(effect.key):
+            node.post(transfer.key, ev.StreamDown(effect.key))  # what it was asked on is closed
+            return
+        node.effects.append(
+            out.Transmit(
+                effect.key,
+                transfer.opening.pool_id,
+                effect.handle,
+                effect.first_token,
+                effect.tokens,
+                effect.place,
+            )
+        )
+
+    def _hand_over(self, transfer: AnyTransfer, effect: ev.HandOver) -> None:
+        node, book = self._node, self._book(transfer)
+        sink_key = transfer.key._replace(role=Role.SINK)
+        blocks = effect.lease.run.blocks
+        lease: Lease = book.pool.regrant(effect.lease, blocks, book.owner(sink_key), Role.SINK)
+        book.took_over(sink_key, blocks)
+        book.on_the_way(sink_key, blocks)
+        node.counters["blocks_handed_over"] += blocks
+        node.post(sink_key, ev.TookOver(lease, effect.tokens))

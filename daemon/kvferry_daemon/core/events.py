@@ -1,0 +1,316 @@
+"""What happens to a transfer, and what it wants done. The next event is the only way back."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.window import Place
+from kvferry_proto.errors import Code
+from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.peer import Progress, Pull, Want
+from kvferry_proto.states import Role, State
+
+
+class Key(NamedTuple):
+    """Names one side of one attempt of a transfer."""
+
+    role: Role
+    transfer_id: str
+    attempt: int
+
+
+class StreamKey(NamedTuple):
+    """One connection of one data stream: a new number for every connect.
+
+    ``peer`` is the source's address on the side that connects, the sink's boot id on the other.
+    """
+
+    peer: str
+    stream: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Every delay and deadline of the protocol, in seconds."""
+
+    resend_s: float = 0.2
+    resend_max_s: float = 2.0
+    stall_s: float = 60.0
+    connect_s: float = 15.0
+    lease_s: float = 30.0
+    hold_s: float = 60.0
+    drain_s: float = 2.0  # then streams are closed, which proves what waiting cannot
+    heartbeat_s: float = 1.0
+    lost_s: float = 3.0
+    tombstone_s: float = 600.0
+
+
+# --- events of both sides -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has come to ``now_s`` (monotonic)."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Blocks for the window's edge, zeroed if another owner had them."""
+
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The worker touches no block of this transfer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Somebody gave the transfer up, or something that it needs is gone."""
+
+    code: Code
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker went silent; ``dead`` is proof that it touches no block any more."""
+
+    dead: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDown:
+    """A data connection has ended and none of its threads touches a block any more."""
+
+    key: StreamKey
+
+
+# --- events of a sink -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """The source's daemon answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """The source's daemon has gone silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamUp:
+    """A data connection may be asked on."""
+
+    key: StreamKey
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The source's word on this attempt."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A claimed extent is in place, its bytes verified."""
+
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A claim ended without bytes; nobody writes there any more."""
+
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class TookOver:
+    """Blocks of a source in this daemon changed owner; ``tokens`` of them are filled."""
+
+    lease: Lease
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomAgain:
+    """The sink quota has room; try to take over again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAt:
+    """The worker has taken every token below ``sent_tokens`` over."""
+
+    sent_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DoneNoted:
+    """The source knows how this attempt ended."""
+
+
+# --- events of a source ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyTo:
+    """The worker has filled every token below ``ready_tokens``."""
+
+    ready_tokens: int
+    total_tokens: int | None
+    aux: dict[str, int | float | str | bytes] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A sink's daemon asks; ``sink`` is its boot id."""
+
+    sink: str
+    pull: Pull
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The transport has read an extent for the last time."""
+
+    key: StreamKey
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveOver:
+    """A sink in this daemon takes up to ``blocks`` blocks from ``first_token`` on."""
+
+    first_token: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The sink's end of the transfer."""
+
+    state: State
+    error: ErrorInfo | None
+
+
+# --- effects --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WantBlocks:
+    """Level: up to ``blocks`` more at the edge; 0 wants none. ``whole``: all of them or none."""
+
+    blocks: int
+    whole: bool = False
+    urgent: bool = False  # holds none, and others may be waiting for what it would free
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Nobody can touch these any more."""
+
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """The transfer is over, but somebody may still touch these."""
+
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Expect an extent on one stream connection, and receive it into these blocks."""
+
+    key: StreamKey
+    first_token: int
+    tokens: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class CancelClaims:
+    """Take back every claim that no thread has begun to fill; answer Missed for those."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStream:
+    """End a connection: the only way to be sure of a reader or writer that hangs."""
+
+    key: StreamKey
+
+
+@dataclass(frozen=True, slots=True)
+class SendPull:
+    """Ask the source."""
+
+    number: int
+    acked_tokens: int
+    want: tuple[Want, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """Take ready blocks from the source in this daemon, from ``first_token`` on."""
+
+    first_token: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendDone:
+    """Tell the source how it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendProgress:
+    """Tell the sink where the source is; ``error`` answers one bad pull only."""
+
+    number: int
+    sink: str
+    error: ErrorInfo | None = None
+    show_layout: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Send an extent out of these blocks on one stream connection."""
+
+    key: StreamKey
+    handle: int
+    first_token: int
+    tokens: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """These ready blocks may change owner; ``tokens`` of them are filled."""
+
+    lease: Lease
+    tokens: int
+
+
+Effect = (
+    WantBlocks
+    | Free
+    | Quarantine
+    | Claim
+    | CancelClaims
+    | CloseStream
+    | SendPull
+    | TakeOver
+    | SendDone
+    | SendProgress
+    | Serve
+    | HandOver
+)

@@ -1,0 +1,264 @@
+"""The whole daemon without I/O: events in, effects out. The shell performs them.
+
+``Node.handle`` is the one way in. Every transfer is run from one queue, so that what one transfer
+causes in another (a hand-over, blocks that came free) is an event like any other.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.effects_of import EffectDesk
+from kvferry_daemon.core.polls import Polls
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.source_desk import SourceDesk
+from kvferry_daemon.core.tombstones import Tombstones
+from kvferry_daemon.core.transfer import NEVER_S
+from kvferry_daemon.core.worker_desk import WorkerDesk
+from kvferry_proto import worker
+from kvferry_proto.states import Role
+
+STALE_CLOCK_S = 0.005  # a transfer's clock may lag so much before an event brings it a Tick
+SWEEP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator decides, as far as the node has to know it."""
+
+    boot_id: str
+    peer_address: str
+    timing: ev.Timing
+    window_tokens: int
+    budget_bytes: int
+    pool_bytes: int | None
+    source_share: float
+    streams: int
+    chunk_bytes: int
+    transfers_max: int
+    workers_max: int
+
+
+@dataclass(slots=True)
+class Session:
+    """One worker: the secret is its identity, across connections."""
+
+    secret: str
+    name: str
+    pid: int
+    lock: str
+    pool_id: str
+    heard_s: float
+    lost: bool = False
+    routes: dict[bytes, None] = field(default_factory=dict)
+    keys: set[ev.Key] = field(default_factory=set)
+
+
+AnyTransfer = SinkTransfer | SourceTransfer
+
+
+class Node:
+    """Transfers, pools, sessions and peers of one daemon, and the queue that runs them."""
+
+    def __init__(
+        self, settings: Settings, new_secret: Callable[[], bytes], data_port: int, now_s: float
+    ) -> None:
+        self.settings = settings
+        self.data_port = data_port  # where sinks' data connections come in
+        self.new_secret = new_secret
+        self.now_s = self.started_s = now_s
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self.books: dict[str, PoolBook] = {}
+        self.sessions: dict[str, Session] = {}
+        self.transfers: dict[ev.Key, AnyTransfer] = {}
+        self.current: dict[tuple[Role, str], int] = {}  # the newest attempt of an id
+        self.tombstones = Tombstones(settings.timing.tombstone_s)
+        self.polls = Polls()
+        self.effects: list[out.NodeEffect] = []
+        self._queue: deque[tuple[ev.Key, object]] = deque()
+        self._timers: list[tuple[float, int, object]] = []
+        self._timer_count = 0
+        self._due: dict[object, float] = {}
+        self._sweep_at_s = now_s + SWEEP_S
+        self.workers = WorkerDesk(self)
+        self.sources = SourceDesk(self)
+        self.sinks = SinkDesk(self)
+        self._effects_of = EffectDesk(self)
+        self._moves: dict[type, Callable[[Any], None]] = {
+            out.WorkerCalled: self.workers.on_call,
+            out.LockDropped: self.workers.on_lock_dropped,
+            out.PoolMade: self.workers.on_pool_made,
+            out.PoolNotMade: self.workers.on_pool_not_made,
+            out.Zeroed: self._effects_of.on_zeroed,
+            out.SourceSaid: self.sinks.on_message,
+            out.Probed: self.sinks.on_probed,
+            out.SinkStreamUp: self.sinks.on_stream_up,
+            out.SinkStreamDown: self.sinks.on_stream_down,
+            out.ChunkReceived: self.sinks.on_received,
+            out.ChunkMissed: self.sinks.on_missed,
+            out.ChunkDrained: self.sinks.on_drained,
+            out.SinkSaid: self.sources.on_message,
+            out.SourceStreamUp: self.sources.on_stream_up,
+            out.SourceStreamDown: self.sources.on_stream_down,
+            out.ChunkSent: self.sources.on_sent,
+            out.DrainBegun: self._on_drain_begun,
+            out.TimePassed: lambda _event: None,
+        }
+
+    # --- the one way in ---
+
+    def handle(self, event: out.NodeEvent, now_s: float) -> list[out.NodeEffect]:
+        """Apply one event at ``now_s`` (monotonic seconds); return what is to be done, in order."""
+        self.now_s = max(self.now_s, now_s)
+        self._run_timers()
+        self._moves[type(event)](event)
+        self._run_queue()
+        self.sinks.flush()
+        self.sources.flush()
+        effects, self.effects = self.effects, []
+        return effects
+
+    @property
+    def wake_at_s(self) -> float:
+        """When ``handle(TimePassed)`` is due at the latest."""
+        return min(self._timers[0][0] if self._timers else NEVER_S, self._sweep_at_s)
+
+    def check(self) -> None:
+        """Raise if the books of a pool do not add up (I1, I8). For tests: costs every block."""
+        for book in self.books.values():
+            book.pool.check()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no transfer is live or still draining."""
+        return not any(not t.ended or t.window.blocks for t in self.transfers.values())
+
+    # --- running transfers ---
+
+    def post(self, key: ev.Key, event: object) -> None:
+        """Let an event reach a transfer, after those that wait already."""
+        self._queue.append((key, event))
+
+    def run_now(self, key: ev.Key, event: object) -> None:
+        """Apply an event to a transfer at once, so that a refusal reaches the caller."""
+        self._run_queue()
+        self.apply(key, event)
+        self._run_queue()
+
+    def open(self, transfer: AnyTransfer) -> None:
+        """Take a new transfer in."""
+        key = transfer.key
+        self.transfers[key] = transfer
+        self.current[key.role, key.transfer_id] = key.attempt
+        self.sessions[transfer.opening.session].keys.add(key)
+        self.counters[f"{key.role.value}_opened"] += 1
+        self.run_now(key, ev.Tick(self.now_s))
+
+    def make_session(self, secret: str, hello: worker.Hello, pool_id: str) -> Session:
+        """A new worker."""
+        return Session(secret, hello.worker, hello.pid, hello.lock, pool_id, self.now_s)
+
+    def _book(self, transfer: AnyTransfer) -> PoolBook:
+        return self.books[transfer.opening.pool_id]
+
+    def _arrived(self, transfer: AnyTransfer, event: ev.Granted | ev.TookOver) -> None:
+        leases = event.leases if isinstance(event, ev.Granted) else (event.lease,)
+        blocks = sum(lease.run.blocks for lease in leases)
+        self._book(transfer).on_the_way(transfer.key, -blocks)
+
+    def schedule(self, thing: object, at_s: float) -> None:
+        """Wake a transfer (Key), a peer (address) or a waiting poll (number) at ``at_s``."""
+        if at_s < self._due.get(thing, NEVER_S):
+            self._due[thing] = at_s
+            self._timer_count += 1
+            heapq.heappush(self._timers, (at_s, self._timer_count, thing))
+
+    def _run_queue(self) -> None:
+        while self._queue:
+            self.apply(*self._queue.popleft())
+
+    def apply(self, key: ev.Key, event: object) -> None:
+        """Let an event reach a transfer at once."""
+        transfer = self.transfers.get(key)
+        if transfer is None:
+            self._effects_of.on_missing(key, event)
+            return
+        if self.now_s - transfer.now_s > STALE_CLOCK_S and type(event) is not ev.Tick:
+            self.apply(key, ev.Tick(self.now_s))
+            if key not in self.transfers:
+                self._effects_of.on_missing(key, event)
+                return
+        if isinstance(event, ev.Granted | ev.TookOver):
+            self._arrived(transfer, event)
+        version, ended = transfer.version, transfer.ended
+        for effect in transfer.handle(event):
+            self._effects_of.perform(transfer, effect)
+        if transfer.ended and not ended:
+            self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
+        if transfer.version != version:
+            for poll in self.polls.take_changed(key, transfer.version):
+                self.workers.answer_poll(poll)
+        if transfer.forgettable and not self._book(transfer).expects(key):
+            self._forget(transfer)
+        else:
+            self.schedule(key, transfer.wake_at_s)
+
+    def _forget(self, transfer: AnyTransfer) -> None:
+        key = transfer.key
+        session = transfer.opening.session
+        self.tombstones.add(key, transfer.snapshot(), session, self.now_s)
+        self._book(transfer).forget(key)
+        self.sinks.forget(key)
+        self.sources.forget(key)
+        del self.transfers[key]
+        if session in self.sessions:
+            self.sessions[session].keys.discard(key)
+
+    # --- time ---
+
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= self.now_s:
+            at_s, _, thing = heapq.heappop(self._timers)
+            if self._due.get(thing) != at_s:
+                continue  # an earlier wake-up took its place
+            del self._due[thing]
+            if isinstance(thing, ev.Key):
+                self._wake_transfer(thing)
+            elif isinstance(thing, int):
+                poll = self.polls.take_expired(thing, self.now_s)
+                if poll is not None:
+                    self.effects.append(out.ToWorker(poll.route, worker.Snapshots(call=poll.call)))
+            else:
+                self.sinks.tick(str(thing))
+        if self.now_s >= self._sweep_at_s:
+            self._sweep_at_s = self.now_s + SWEEP_S
+            self._sweep()
+
+    def _wake_transfer(self, key: ev.Key) -> None:
+        transfer = self.transfers.get(key)
+        if transfer is None:
+            return
+        if transfer.wake_at_s > self.now_s:
+            self.schedule(key, transfer.wake_at_s)
+        else:
+            self.post(key, ev.Tick(self.now_s))
+
+    def _sweep(self) -> None:
+        self.workers.notice_silence()
+        for key in self.tombstones.expire(self.now_s):
+            name = (key.role, key.transfer_id)
+            if self.current.get(name) == key.attempt and key not in self.transfers:
+                del self.current[name]
+            self.workers.forget(key)
+        self.sources.expire()
+
+    def _on_drain_begun(self, _event: out.DrainBegun) -> None:
+        self.draining = True

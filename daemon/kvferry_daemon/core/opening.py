@@ -1,0 +1,84 @@
+"""Turns a send or receive into the opening of a transfer, or refuses its numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.events import Key
+from kvferry_daemon.core.transfer import Opening
+from kvferry_proto import worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.states import Mode
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import Session, Settings
+
+ADDRESS = re.compile(r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9.\-]+):(\d{1,5})$")
+
+
+def opening_of(
+    key: Key,
+    session: Session,
+    book: PoolBook,
+    settings: Settings,
+    call: worker.Send | worker.Receive,
+) -> Opening:
+    """Check every number of the call against the pool; raise FerryError or return the opening."""
+    size = book.layout.block_size_tokens
+    if call.start_tokens % size:
+        raise FerryError(
+            Code.START_UNALIGNED,
+            f"start_tokens {call.start_tokens} is no multiple of the block's {size} tokens",
+        )
+    window_blocks = max(1, -(-(call.window_tokens or settings.window_tokens) // size))
+    source, max_tokens = None, None
+    needed_blocks, what = window_blocks, f"a window of {window_blocks * size} tokens"
+    if isinstance(call, worker.Receive):
+        source = checked_address(call.source)
+        max_tokens = _checked_max(call)
+        if source == settings.peer_address:
+            source = None
+        if max_tokens is not None:
+            needed_blocks = -(-(max_tokens - call.start_tokens) // size)
+            what = f"a payload of {max_tokens} tokens"
+    quota = book.quota(key.role)
+    if needed_blocks > quota:
+        raise FerryError(
+            Code.WINDOW_TOO_LARGE,
+            f"{what} needs {needed_blocks} blocks; the pool gives {key.role}s {quota}",
+        )
+    return Opening(
+        key=key,
+        session=session.secret,
+        pool_id=session.pool_id,
+        window_tokens=window_blocks * size,
+        block_size_tokens=size,
+        start_tokens=call.start_tokens,
+        source=source,
+        max_tokens=max_tokens,
+        aux_names=book.layout.aux,
+        chunk_tokens=max(1, settings.chunk_bytes // book.layout.block_bytes) * size,
+    )
+
+
+def checked_address(address: str | None) -> str | None:
+    """Return the address if it is tcp://host:port (or None); raise FerryError(bad_address)."""
+    if address is None:
+        return None
+    match = ADDRESS.match(address)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise FerryError(Code.BAD_ADDRESS, f"{address!r} is not tcp://host:port")
+    return address
+
+
+def _checked_max(call: worker.Receive) -> int | None:
+    if call.mode is Mode.CONSUME:
+        return None
+    if call.max_tokens is None or call.max_tokens < call.start_tokens:
+        raise FerryError(
+            Code.BAD_MESSAGE,
+            f"whole mode needs max_tokens of at least start_tokens, got {call.max_tokens}",
+        )
+    return call.max_tokens

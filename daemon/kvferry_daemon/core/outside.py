@@ -1,0 +1,281 @@
+"""What reaches the node from outside, and what it wants done there."""
+
+from dataclasses import dataclass
+
+from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
+from kvferry_daemon.core.pool import Run
+from kvferry_daemon.core.window import Place
+from kvferry_proto import peer, worker
+from kvferry_proto.layout import Layout
+
+WorkerCall = (
+    worker.Hello | worker.Send | worker.Ready | worker.Receive | worker.Poll | worker.Resume
+    | worker.Release | worker.Abort | worker.Heartbeat | worker.Batch
+)  # fmt: skip
+WorkerReply = worker.Welcome | worker.Snapshots | worker.Failure | worker.BatchReply
+
+
+# --- events ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCalled:
+    """A worker's call; ``lock_held`` (hello only): its lock file is locked, so it lives."""
+
+    route: bytes
+    call: WorkerCall
+    lock_held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LockDropped:
+    """The kernel dropped a worker's flock: its process is dead."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMade:
+    """The answer to MakePool: the file is there, all its space allocated."""
+
+    pool_id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolNotMade:
+    """The answer to MakePool: it cannot be, and why, with the numbers."""
+
+    pool_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Zeroed:
+    """The answer to Zero."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSaid:
+    """A message of a daemon that we pull from."""
+
+    address: str
+    message: peer.PeerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class SinkSaid:
+    """A message of a daemon that pulls from us; answers go to ``route``."""
+
+    route: bytes
+    message: peer.PeerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The answer to Probe."""
+
+    address: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SinkStreamUp:
+    """A data connection that we opened may be asked on."""
+
+    key: StreamKey
+
+
+@dataclass(frozen=True, slots=True)
+class SinkStreamDown:
+    """It has ended (or could not be opened), and no thread writes through it any more."""
+
+    key: StreamKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStreamUp:
+    """A sink's daemon has opened a data connection."""
+
+    key: StreamKey
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStreamDown:
+    """It has ended, and no thread reads a block for it any more."""
+
+    key: StreamKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReceived:
+    """A claimed extent is in place, verified."""
+
+    handle: int
+    first_token: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkMissed:
+    """A claim ended without bytes and nobody writes there."""
+
+    handle: int
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDrained:
+    """Bytes that nobody had claimed were read aside."""
+
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSent:
+    """A served extent has left; its blocks are not read for it any more."""
+
+    key: StreamKey
+    handle: int
+    first_token: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainBegun:
+    """No new transfers from now on; the daemon is about to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Nothing happened but the clock."""
+
+
+NodeEvent = (
+    WorkerCalled | LockDropped | PoolMade | PoolNotMade | Zeroed | SourceSaid | SinkSaid | Probed
+    | SinkStreamUp | SinkStreamDown | SourceStreamUp | SourceStreamDown | ChunkReceived
+    | ChunkMissed | ChunkDrained | ChunkSent | DrainBegun | TimePassed
+)  # fmt: skip
+
+
+# --- effects --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    """Answer a worker."""
+
+    route: bytes
+    reply: WorkerReply
+
+
+@dataclass(frozen=True, slots=True)
+class ToSink:
+    """Answer a daemon that pulls from us."""
+
+    route: bytes
+    message: peer.PeerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPeer:
+    """Make a message link to a source's daemon."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePeer:
+    """Drop that link."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Let one data connection in that shows this ticket."""
+
+    key: StreamKey
+    ticket: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Expel:
+    """Close a data connection that a sink's daemon had opened."""
+
+    key: StreamKey
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Claim: receive this extent, from this connection only, into these blocks."""
+
+    key: StreamKey
+    pool_id: str
+    handle: int
+    first_token: int
+    tokens: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class CancelExpected:
+    """Take back what no thread has begun; ChunkMissed for each of those."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transmit:
+    """Send this extent out of these blocks."""
+
+    key: StreamKey
+    pool_id: str
+    handle: int
+    first_token: int
+    tokens: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """Wipe blocks off the loop; answer Zeroed."""
+
+    pool_id: str
+    runs: tuple[Run, ...]
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class MakePool:
+    """Create a pool's memory off the loop; answer PoolMade or PoolNotMade."""
+
+    pool_id: str
+    layout: Layout
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetWorker:
+    """A session is over; its lock file may go."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class WatchWorker:
+    """Look at a session's lock file from now on."""
+
+    session: str
+    lock: str
+
+
+NodeEffect = (
+    ToWorker | ToSink | Say | OpenPeer | ClosePeer | Connect | Disconnect | Probe | Admit | Expel
+    | Expect | CancelExpected | Transmit | Zero | MakePool | WatchWorker | ForgetWorker
+)  # fmt: skip

@@ -1,0 +1,276 @@
+"""The daemons that this one pulls from: hello, heartbeat, streams. One machine an address."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvferry_daemon.core.events import StreamKey, Timing
+from kvferry_proto import peer as wire
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.versions import agree
+
+NEVER_S = float("inf")
+
+
+# --- effects ---
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a message to the daemon at ``address``."""
+
+    address: str
+    message: wire.PeerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open a data connection with a ticket; answer StreamUp or StreamDown."""
+
+    key: StreamKey
+    port: int
+    ticket: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Close a data connection; StreamDown follows once no thread uses it."""
+
+    key: StreamKey
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Find out why nobody answers at ``address``; answer with words for people."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIsUp:
+    """Tell the sinks of ``address``."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIsDown:
+    """Tell the sinks of ``address``."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFailed:
+    """Nobody fit to talk to answers: fail the sinks of ``address``."""
+
+    address: str
+    code: Code
+    message: str
+
+
+PeerEffect = Say | Connect | Disconnect | Probe | PeerIsUp | PeerIsDown | PeerFailed
+
+
+@dataclass(slots=True)
+class _Stream:
+    connection: int = 0
+    state: Literal["closed", "asking", "connecting", "up", "closing"] = "closed"
+    retry_at_s: float = 0.0
+    retry_s: float = 0.2
+
+
+@dataclass(slots=True)
+class Peer:
+    """One daemon that this one pulls from. Only the ``on_`` methods and ``tick`` change it."""
+
+    address: str
+    our_boot_id: str
+    timing: Timing
+    streams_wanted: int
+    now_s: float
+    state: Literal["connecting", "up", "lost"] = "connecting"
+    boot_id: str | None = None
+    detail: str = ""
+    used_s: float = 0.0  # when a live transfer needed it last
+    _silent_since_s: float = 0.0
+    _say_at_s: float = 0.0
+    _say_s: float = 0.0
+    _probe_at_s: float = 0.0
+    _streams: dict[int, _Stream] = field(default_factory=dict)
+    _effects: list[PeerEffect] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.used_s = self._silent_since_s = self._say_at_s = self.now_s
+        self._say_s = self.timing.resend_s
+        self._probe_at_s = self.now_s + self.timing.connect_s
+        self._streams = {index: _Stream() for index in range(self.streams_wanted)}
+
+    @property
+    def streams_open(self) -> list[StreamKey]:
+        """Connections that may be asked on."""
+        return [
+            StreamKey(self.address, index, stream.connection)
+            for index, stream in self._streams.items()
+            if stream.state == "up"
+        ]
+
+    @property
+    def closed(self) -> bool:
+        """Whether no data connection is open or on its way."""
+        return all(stream.state in ("closed", "asking") for stream in self._streams.values())
+
+    @property
+    def wake_at_s(self) -> float:
+        """When tick() is due at the latest."""
+        if self.state != "up":
+            return min(self._say_at_s, self._probe_at_s)
+        waiting = [s.retry_at_s for s in self._streams.values() if s.state in ("closed", "asking")]
+        return min([self._say_at_s, self._silent_since_s + self.timing.lost_s, *waiting])
+
+    def tick(self, now_s: float) -> list[PeerEffect]:
+        """Time has come to ``now_s``: repeat what is unanswered, notice silence."""
+        self.now_s = now_s
+        if self.state == "up" and now_s >= self._silent_since_s + self.timing.lost_s:
+            self._lose(f"silent for {self.timing.lost_s:g} s")
+        if self.state != "up":
+            self._say_hello()
+        else:
+            if now_s >= self._say_at_s:
+                self._say_at_s = now_s + self.timing.heartbeat_s
+                self._say(wire.Ping(**self._boots()))
+            self._ask_for_streams()
+        return self._taken()
+
+    def on_message(self, message: wire.PeerMessage, now_s: float) -> list[PeerEffect]:
+        """Handle a link-level answer; the caller routes progress and done_noted itself."""
+        self.now_s = now_s
+        if isinstance(message, wire.PeerRefused):
+            self._refused(message)
+        elif isinstance(message, wire.PeerWelcome):
+            self._welcomed(message)
+        elif self.is_current(message):
+            self._silent_since_s = now_s
+            if isinstance(message, wire.Ticket):
+                self._ticket(message)
+        return self._taken()
+
+    def is_current(self, message: wire.PeerMessage) -> bool:
+        """Whether a message comes from the life of the peer that we talk to, to this life."""
+        sink, source = getattr(message, "sink_boot_id", ""), getattr(message, "source_boot_id", "")
+        return self.state == "up" and sink == self.our_boot_id and source == self.boot_id
+
+    def on_stream_up(self, key: StreamKey, now_s: float) -> list[PeerEffect]:
+        """A connect succeeded."""
+        self.now_s = now_s
+        stream = self._streams[key.stream]
+        if stream.connection != key.connection or stream.state != "connecting":
+            self._effects.append(Disconnect(key))
+        else:
+            stream.state = "up"
+            stream.retry_s = self.timing.resend_s
+        return self._taken()
+
+    def on_stream_down(self, key: StreamKey, reason: str, now_s: float) -> list[PeerEffect]:
+        """A connection ended, or a connect failed."""
+        self.now_s = now_s
+        stream = self._streams[key.stream]
+        if stream.connection == key.connection and stream.state in ("connecting", "up", "closing"):
+            self.detail = f"stream {key.stream}: {reason}"
+            stream.state = "closed"
+            stream.connection += 1
+            stream.retry_at_s = (
+                now_s if stream.retry_s == self.timing.resend_s else (now_s + stream.retry_s)
+            )
+            stream.retry_s = min(stream.retry_s * 2, self.timing.resend_max_s)
+        return self._taken()
+
+    def on_probed(self, reason: str) -> list[PeerEffect]:
+        """The probe has found why nobody answers."""
+        if self.state == "connecting":
+            self.detail = reason
+            message = f"no kvferry daemon answers at {self.address}: {reason}"
+            self._effects.append(PeerFailed(self.address, Code.PEER_UNREACHABLE, message))
+        return self._taken()
+
+    def shut(self) -> list[PeerEffect]:
+        """Close every data connection."""
+        for index, stream in self._streams.items():
+            if stream.state in ("connecting", "up"):
+                stream.state = "closing"
+                self._effects.append(Disconnect(StreamKey(self.address, index, stream.connection)))
+        return self._taken()
+
+    def _taken(self) -> list[PeerEffect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _boots(self) -> dict[str, str]:
+        assert self.boot_id is not None
+        return {"source_boot_id": self.boot_id, "sink_boot_id": self.our_boot_id}
+
+    def _say(self, message: wire.PeerMessage) -> None:
+        self._effects.append(Say(self.address, message))
+
+    def _say_hello(self) -> None:
+        if self.now_s >= self._say_at_s:
+            self._say_at_s = self.now_s + self._say_s
+            self._say_s = min(self._say_s * 2, self.timing.resend_max_s)
+            self._say(wire.PeerHello(boot_id=self.our_boot_id))
+        if self.state == "connecting" and self.now_s >= self._probe_at_s:
+            self._probe_at_s = self.now_s + self.timing.connect_s
+            self._effects.append(Probe(self.address))
+
+    def _welcomed(self, message: wire.PeerWelcome) -> None:
+        if message.sink_boot_id != self.our_boot_id:
+            return
+        try:
+            agree(wire.OURS.model_copy(update={"low": message.version, "high": message.version}))
+        except FerryError as error:
+            self._effects.append(PeerFailed(self.address, error.code, error.message))
+            return
+        self._silent_since_s = self.now_s
+        if self.state == "up" and message.boot_id == self.boot_id:
+            return  # a hello was answered twice
+        if self.state == "up":
+            self._lose("restarted")
+        self.state = "up"
+        self.boot_id = message.boot_id
+        self.detail = ""
+        self._say_at_s = self.now_s + self.timing.heartbeat_s
+        self._effects.append(PeerIsUp(self.address))
+        self._ask_for_streams()
+
+    def _refused(self, message: wire.PeerRefused) -> None:
+        self.detail = f"{message.error.code}: {message.error.message}"
+        if message.error.code == Code.NO_COMMON_VERSION:
+            self._effects.append(
+                PeerFailed(self.address, Code.NO_COMMON_VERSION, message.error.message)
+            )
+        elif self.state == "up" and message.boot_id != self.boot_id:
+            self._lose("restarted")
+
+    def _lose(self, why: str) -> None:
+        """Streams are closed: only that proves that nothing more is written through them."""
+        self.state = "lost"
+        self.detail = why
+        self._say_at_s = self.now_s
+        self._say_s = self.timing.resend_s
+        self._effects.append(PeerIsDown(self.address))
+        self._effects.extend(self.shut())
+
+    def _ask_for_streams(self) -> None:
+        for index, stream in self._streams.items():
+            if stream.state in ("closed", "asking") and self.now_s >= stream.retry_at_s:
+                stream.state = "asking"
+                stream.retry_at_s = self.now_s + self.timing.resend_max_s
+                self._say(
+                    wire.OpenStream(stream=index, connection=stream.connection, **self._boots())
+                )
+
+    def _ticket(self, message: wire.Ticket) -> None:
+        stream = self._streams.get(message.stream)
+        if stream is None or stream.connection != message.connection or stream.state != "asking":
+            return
+        stream.state = "connecting"
+        key = StreamKey(self.address, message.stream, message.connection)
+        self._effects.append(Connect(key, message.port, message.ticket))

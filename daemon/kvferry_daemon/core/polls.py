@@ -1,0 +1,64 @@
+"""Polls that wait for a change."""
+
+from dataclasses import dataclass
+
+from kvferry_daemon.core.events import Key
+from kvferry_proto.errors import Code, FerryError
+
+WAITING_MAX = 1 << 14
+
+
+@dataclass(slots=True)
+class WaitingPoll:
+    """An answer is due at ``until_s``, or once a key's snapshot is above its number."""
+
+    route: bytes
+    call: int
+    after: dict[Key, int]
+    until_s: float
+
+
+class Polls:
+    """Finds the polls that wait for a key at the cost of those polls alone."""
+
+    def __init__(self) -> None:
+        self._polls: dict[int, WaitingPoll] = {}
+        self._by_key: dict[Key, set[int]] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._polls)
+
+    def add(self, poll: WaitingPoll) -> int:
+        """Let a poll wait; FerryError(resource_exhausted) when too many do."""
+        if len(self._polls) >= WAITING_MAX:
+            raise FerryError(Code.RESOURCE_EXHAUSTED, f"{WAITING_MAX} polls are waiting already")
+        self._next += 1
+        self._polls[self._next] = poll
+        for key in poll.after:
+            self._by_key.setdefault(key, set()).add(self._next)
+        return self._next
+
+    def take_changed(self, key: Key, snapshot: int) -> list[WaitingPoll]:
+        """Take out the polls that a change of this key answers."""
+        numbers = self._by_key.get(key)
+        if not numbers:
+            return []
+        due = [n for n in sorted(numbers) if snapshot > self._polls[n].after[key]]
+        return [self._take(number) for number in due]
+
+    def take_expired(self, number: int, now_s: float) -> WaitingPoll | None:
+        """Take a poll out if its time is up."""
+        poll = self._polls.get(number)
+        if poll is None or poll.until_s > now_s:
+            return None
+        return self._take(number)
+
+    def _take(self, number: int) -> WaitingPoll:
+        poll = self._polls.pop(number)
+        for key in poll.after:
+            numbers = self._by_key[key]
+            numbers.discard(number)
+            if not numbers:
+                del self._by_key[key]
+        return poll

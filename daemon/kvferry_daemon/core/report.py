@@ -1,0 +1,127 @@
+"""What operators read: status and transfers, made from the node's books."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_proto import control
+from kvferry_proto.states import Role
+from kvferry_proto.versions import OURS
+from kvferry_proto.worker import Snapshot
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.blocks import PoolBook
+    from kvferry_daemon.core.node import AnyTransfer, Node
+
+
+def status(node: Node, call: int, runtime_dir: str, now_s: float) -> control.Status:
+    """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
+    snapshots = [t.snapshot() for t in node.transfers.values()]
+    states = Counter(s.state.name.lower() for s in snapshots)
+    states.update(s.state.name.lower() for s in node.tombstones.snapshots())
+    stalls = Counter(s.stall.value for s in snapshots if s.stall is not None)
+    return control.Status(
+        call=call,
+        version=our_version(),
+        wire_versions=(OURS.low, OURS.high),
+        boot_id=node.settings.boot_id,
+        pid=os.getpid(),
+        uptime_s=round(now_s - node.started_s, 3),
+        draining=node.draining,
+        peer_address=node.settings.peer_address,
+        runtime_dir=runtime_dir,
+        workers=len(node.sessions),
+        blocks_total=sum(book.pool.blocks for book in node.books.values()),
+        blocks_free=sum(book.pool.free_blocks for book in node.books.values()),
+        transfers=dict(sorted(states.items())),
+        stalls=dict(sorted(stalls.items())),
+        counters=dict(sorted(node.counters.items())),
+        pools=[_pool(node, book) for book in node.books.values()],
+        peers=[_peer(node, address) for address in sorted(node.sinks.peers)],
+    )
+
+
+def _pool(node: Node, book: PoolBook) -> control.PoolStatus:
+    pool = book.pool
+    return control.PoolStatus(
+        device=book.device,
+        path=book.path,
+        block_bytes=book.layout.block_bytes,
+        block_size_tokens=book.layout.block_size_tokens,
+        blocks_total=pool.blocks,
+        blocks_free=pool.free_blocks,
+        blocks_leased=sum(pool.leased_blocks(role) for role in Role),
+        blocks_quarantined=pool.quarantined_blocks,
+        source_blocks=book.source_blocks,
+        sink_blocks=book.sink_blocks,
+        largest_run_blocks=pool.largest_run,
+        workers=sum(s.pool_id == book.pool_id for s in node.sessions.values()),
+        planes=[plane.name for plane in book.layout.planes],
+    )
+
+
+def _peer(node: Node, address: str) -> control.PeerStatus:
+    peer = node.sinks.peers[address]
+    return control.PeerStatus(
+        address=address,
+        state=peer.state,
+        boot_id=peer.boot_id,
+        streams_open=len(peer.streams_open),
+        transport="tcp",
+        detail=peer.detail,
+    )
+
+
+def transfers(node: Node, request: control.GetTransfers, now_s: float) -> control.Transfers:
+    """Transfers that are live or remembered, newest last."""
+    wanted = request.transfer_id
+    rows = [
+        _remembered(snapshot)
+        for snapshot in node.tombstones.snapshots()
+        if wanted in (None, snapshot.transfer_id)
+    ]
+    rows += [
+        _live(node, transfer, now_s)
+        for transfer in node.transfers.values()
+        if wanted in (None, transfer.key.transfer_id)
+    ]
+    shown = rows[-request.limit :]
+    return control.Transfers(call=request.call, transfers=shown, more=len(rows) - len(shown))
+
+
+def _remembered(snapshot: Snapshot) -> control.TransferStatus:
+    return control.TransferStatus(snapshot=snapshot, worker="", ended=True)
+
+
+def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferStatus:
+    session = node.sessions.get(transfer.opening.session)
+    source = transfer.opening.source
+    local = _is_local(node, transfer)
+    return control.TransferStatus(
+        snapshot=transfer.snapshot(),
+        worker=session.name if session else "",
+        source=source,
+        transport="handoff" if local else "tcp",
+        age_s=round(now_s - transfer.opened_s, 3),
+        idle_s=round(now_s - transfer.progress_s, 3),
+        blocks=transfer.window.blocks,
+        ended=transfer.ended,
+    )
+
+
+def _is_local(node: Node, transfer: AnyTransfer) -> bool:
+    if isinstance(transfer, SinkTransfer):
+        return transfer.opening.source is None
+    return transfer.sink == node.settings.boot_id
+
+
+def our_version() -> str:
+    """The installed version."""
+    try:
+        return version("kvferry")
+    except PackageNotFoundError:
+        return "unknown"

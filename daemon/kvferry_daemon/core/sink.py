@@ -1,0 +1,402 @@
+"""The sink side of one attempt: it asks, receives, and gives blocks back as they are taken over.
+
+Progress is ``sent_tokens``: the gapless prefix of extents that were claimed, verified and
+committed. Asking is level-triggered: every pull says what is wanted now, and a timer repeats it.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.extents import ExtentSet
+from kvferry_daemon.core.transfer import NEVER_S, Opening, Transfer
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.peer import Progress, Want
+from kvferry_proto.states import StallReason, State
+from kvferry_proto.worker import Snapshot
+
+CLAIMS_MAX = 256  # of one transfer: bounds the pull and what a cut stream costs
+ACK_PARTS = 8  # an ack travels at least every window/8 tokens, so that the source can slide too
+
+
+class SinkTransfer(Transfer):
+    """See the module's first lines."""
+
+    LIVE: ClassVar[dict[type, Callable[[Any, Any], None]]]
+    ENDED: ClassVar[dict[type, Callable[[Any, Any], None]]]
+
+    def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
+        super().__init__(opening, timing, now_s)
+        self.sent_tokens = self.partial_sent_tokens = opening.start_tokens
+        self.last_resume_at = -1
+        self.peer_up = opening.source is None
+        self.known_at: int | None = None  # the pull number current at the first real answer
+        self.done_noted = False
+        self._number = 0
+        self._acked = -1
+        self._committed = ExtentSet()
+        self._asked = ExtentSet()  # committed or claimed
+        self._claims: dict[int, Want] = {}
+        self._streams: dict[int, ev.StreamKey] = {}
+        self._next_stream = 0
+        self._resend_at_s = now_s  # a pull is due at once
+        self._resend_s = timing.resend_s
+        self._drain_at_s = NEVER_S
+
+    # --- what others may ask ---
+
+    @property
+    def target_tokens(self) -> int:
+        """The edge up to which the window may be topped up."""
+        opening = self.opening
+        edge = opening.max_tokens
+        if edge is None:
+            edge = self.window.base_tokens + opening.window_tokens
+        return edge if self.total_tokens is None else min(edge, self.total_tokens)
+
+    @property
+    def wake_at_s(self) -> float:
+        if not self.ended:
+            return min(self._resend_at_s, self.progress_s + self.timing.stall_s)
+        due_s = min(self._drain_at_s, NEVER_S if self.done_noted else self._resend_at_s)
+        if self.window.blocks and not self.quarantined:
+            due_s = min(due_s, self._ended_s + self.timing.hold_s)
+        return due_s
+
+    @property
+    def forgettable(self) -> bool:
+        gave_up = self.now_s >= self._ended_s + self.timing.tombstone_s
+        told = self.done_noted or gave_up
+        return self.ended and told and not self.window.blocks and not self._claims
+
+    def _visible(self) -> tuple[object, ...]:
+        own = (self.sent_tokens, self.partial_sent_tokens, self.last_resume_at)
+        return (*super()._visible(), *own)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot.model_construct(
+            role=self.key.role,
+            transfer_id=self.key.transfer_id,
+            attempt=self.key.attempt,
+            snapshot=self.version,
+            state=self.state,
+            stall=self.stall,
+            error=self.error,
+            start_tokens=self.opening.start_tokens,
+            sent_tokens=self.sent_tokens,
+            partial_sent_tokens=self.partial_sent_tokens,
+            last_resume_at=self.last_resume_at,
+            total_tokens=self.total_tokens,
+            available_tokens=self.available_tokens,
+            base_tokens=self.window.base_tokens,
+            allocated_tokens=self.window.allocated_tokens,
+            target_tokens=self.target_tokens,
+            runs=self.window.runs(),
+            aux=self.aux,
+        )
+
+    # --- settling: what follows from the counters alone ---
+
+    def _settle(self) -> None:
+        if self._is_whole() and self.sent_tokens == self.total_tokens:
+            self._end(State.SUCCESS)
+            return
+        self._fail_if_stalled()
+        if self.ended:
+            return
+        self._advance_state()
+        pulled = False
+        if self.opening.source is None:
+            self._take_over()
+        else:
+            self._ask_for_blocks()
+            pulled = self._claim()
+        if not pulled and (self.now_s >= self._resend_at_s or self._ack_is_due()):
+            again = self.now_s >= self._resend_at_s
+            self._pull(tuple(self._claims.values()) if again else ())
+            if again:
+                self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
+        self.stall = self._why_waiting()
+
+    def _is_whole(self) -> bool:
+        aux_here = not self.opening.aux_names or self.aux is not None
+        return self.total_tokens is not None and aux_here
+
+    def _advance_state(self) -> None:
+        if self.state is State.BOOTSTRAPPING and self.known_at is not None:
+            self.state = State.WAITING_FOR_INPUT
+        if self.state is State.WAITING_FOR_INPUT and self._edge_to_fetch() > self.sent_tokens:
+            self.state = State.TRANSFERRING
+
+    def _edge_to_fetch(self) -> int:
+        return min(self.available_tokens, self.target_tokens)
+
+    def _blocks_up_to(self, edge_tokens: int) -> int:
+        size = self.opening.block_size_tokens
+        return max(0, -(-(edge_tokens - self.window.edge_tokens) // size))
+
+    def _ask_for_blocks(self) -> None:
+        """Blocks are asked for only when the source has tokens for them.
+
+        Were they held for tokens that do not exist yet, two daemons could each hold what the
+        other one waits for. Whole mode reserves everything at that moment, or waits with nothing.
+        """
+        if self.available_tokens <= self.sent_tokens and not self.window.blocks:
+            return
+        whole = self.opening.max_tokens is not None
+        edge = self.target_tokens if whole else self._edge_to_fetch()
+        self._want(self._blocks_up_to(edge), whole=whole, urgent=not self.window.blocks)
+
+    def _take_over(self) -> None:
+        blocks = self._blocks_up_to(self._edge_to_fetch())
+        if blocks:
+            self._emit(ev.TakeOver(self.window.edge_tokens, blocks))
+
+    def _claim(self) -> bool:
+        """Claim what the window has room for and the source has; say whether it was pulled."""
+        if not self.peer_up or not self._streams:
+            return False
+        limit = min(self.window.edge_tokens, self._edge_to_fetch())
+        fresh = []
+        for first, end in list(self._asked.gaps(self.sent_tokens, limit)):
+            while first < end and len(self._claims) < CLAIMS_MAX:
+                chunk = self.opening.chunk_tokens
+                stop = min(end, (first // chunk + 1) * chunk)
+                fresh.append(self._claim_one(first, stop - first))
+                first = stop
+        if fresh:
+            self._pull(tuple(fresh))
+        return bool(fresh)
+
+    def _claim_one(self, first: int, tokens: int) -> Want:
+        keys = list(self._streams.values())
+        key = keys[self._next_stream % len(keys)]
+        self._next_stream += 1
+        want = Want.model_construct(
+            first_token=first, tokens=tokens, stream=key.stream, connection=key.connection
+        )
+        self._claims[first] = want
+        self._asked.add(first, first + tokens)
+        self._emit(ev.Claim(key, first, tokens, self.window.cover(first, tokens)))
+        return want
+
+    def _ack_is_due(self) -> bool:
+        news = self.sent_tokens - max(self._acked, self.opening.start_tokens)
+        step = max(1, self.opening.window_tokens // ACK_PARTS)
+        return self.known_at is not None and (news >= step or (news > 0 and not self._claims))
+
+    def _pull(self, want: tuple[Want, ...]) -> None:
+        self._number += 1
+        self._acked = self.sent_tokens
+        self._resend_at_s = self.now_s + self._resend_s
+        self._emit(ev.SendPull(self._number, self.sent_tokens, want))
+
+    def _why_waiting(self) -> StallReason | None:
+        if not self.peer_up:
+            return StallReason.WAITING_FOR_PEER
+        if self.known_at is None:
+            return StallReason.WAITING_FOR_SOURCE
+        if self.sent_tokens >= self.target_tokens and self.opening.max_tokens is None:
+            return StallReason.WAITING_FOR_RESUME  # the payload goes on, or may go on
+        if self.available_tokens <= self.sent_tokens:
+            return StallReason.WAITING_FOR_INPUT
+        if self.window.edge_tokens <= self.sent_tokens:
+            return StallReason.WAITING_FOR_BLOCKS
+        if not self._streams and self.opening.source is not None:
+            return StallReason.WAITING_FOR_PEER
+        return None
+
+    # --- moves ---
+
+    def _on_granted(self, event: ev.Granted) -> None:
+        self.window.add(event.leases)
+        self._got(sum(lease.run.blocks for lease in event.leases))
+        self._progressed()
+
+    def _on_granted_ended(self, event: ev.Granted) -> None:
+        self._emit(ev.Free(event.leases))  # crossed our end; nobody was shown them
+
+    def _on_peer_up(self, _event: ev.PeerUp) -> None:
+        self.peer_up = True
+        self._resend_soon()
+
+    def _on_peer_down(self, _event: ev.PeerDown) -> None:
+        self.peer_up = False
+
+    def _on_stream_up(self, event: ev.StreamUp) -> None:
+        self._streams[event.key.stream] = event.key
+
+    def _on_stream_down(self, event: ev.StreamDown) -> None:
+        """A claim is bound to its connection, so it ends here and may be made anew elsewhere."""
+        key = event.key
+        if self._streams.get(key.stream) == key:
+            del self._streams[key.stream]
+        for first, want in list(self._claims.items()):
+            if (want.stream, want.connection) == (key.stream, key.connection):
+                self._unclaim(first)
+
+    def _unclaim(self, first: int) -> None:
+        want = self._claims.pop(first)
+        self._asked.remove(first, first + want.tokens)
+
+    def _on_missed(self, event: ev.Missed) -> None:
+        if event.first_token in self._claims:
+            self._unclaim(event.first_token)
+
+    def _on_received(self, event: ev.Received) -> None:
+        want = self._claims.pop(event.first_token, None)
+        assert want is not None, event  # I4: the transport posts only what it found claimed
+        self._commit(event.first_token, want.tokens)
+
+    def _on_took_over(self, event: ev.TookOver) -> None:
+        first = self.window.edge_tokens
+        self.window.add((event.lease,))
+        self._commit(first, event.tokens)
+
+    def _on_late_took_over(self, event: ev.TookOver) -> None:
+        self._emit(ev.Free((event.lease,)))
+
+    def _commit(self, first: int, tokens: int) -> None:
+        self._committed.add(first, first + tokens)
+        self.sent_tokens = self._committed.prefix_end(self.sent_tokens)
+        self._progressed()
+
+    def _on_room_again(self, _event: ev.RoomAgain) -> None:
+        """Settling tries again."""
+
+    def _on_heard(self, event: ev.Heard) -> None:
+        news = event.progress
+        if news.number > self._number:
+            return  # an answer to a pull that was never sent
+        if not news.known:
+            if self.known_at is not None and news.number > self.known_at:
+                self._fail(Code.SOURCE_LOST, "the source daemon no longer knows this attempt")
+            return
+        if self.known_at is None:
+            self.known_at = self._number
+            self._progressed()
+        wrong = self._what_is_wrong(news)
+        if wrong is not None:
+            self._fail(*wrong)
+            return
+        told = self.total_tokens is None and news.total_tokens is not None
+        if told or news.available_tokens > self.available_tokens:
+            self._progressed()
+            self._resend_soon()
+        self.available_tokens = max(self.available_tokens, news.available_tokens)
+        self.total_tokens = news.total_tokens if self.total_tokens is None else self.total_tokens
+        self.aux = news.aux if self.aux is None else self.aux
+
+    def _what_is_wrong(self, news: Progress) -> tuple[Code, str] | None:
+        if news.error is not None and news.error.code in (Code.STALE_ATTEMPT, Code.START_MISMATCH):
+            return Code(news.error.code), news.error.message
+        if news.error is not None or news.state is State.FAILED:
+            said = news.error
+            return Code.SOURCE_FAILED, f"{said.code}: {said.message}" if said else "no reason given"
+        total, known = news.total_tokens, self.total_tokens
+        if total is not None and known is not None and total != known:
+            return Code.TOTAL_CHANGED, f"the source said {known} tokens, then {total}"
+        end = max(total or 0, news.available_tokens)
+        limit = self.opening.max_tokens
+        if limit is not None and end > limit:
+            return Code.MAX_TOKENS_EXCEEDED, f"the payload has {end} tokens or more, over {limit}"
+        if total is not None and total < max(self.sent_tokens, news.available_tokens):
+            return Code.TOTAL_TOO_SMALL, f"total {total}, but {self.sent_tokens} already moved"
+        return None
+
+    def _resend_soon(self) -> None:
+        self._resend_s = self.timing.resend_s
+        self._resend_at_s = min(self._resend_at_s, self.now_s + self._resend_s)
+        if self.known_at is None:
+            self._resend_at_s = self.now_s
+
+    def _on_resume(self, event: ev.ResumeAt) -> None:
+        """Design section 3: a resume is a level; only a higher one moves anything."""
+        at = event.sent_tokens
+        if at > self.sent_tokens:
+            raise FerryError(
+                Code.RESUME_AHEAD, f"resume at {at}, but sent_tokens is {self.sent_tokens}"
+            )
+        if at <= self.last_resume_at or at < self.partial_sent_tokens:
+            return  # stale or repeated
+        self.partial_sent_tokens = self.last_resume_at = at
+        self._progressed()
+        if self.opening.max_tokens is not None:
+            return  # whole mode keeps everything until release
+        size = self.opening.block_size_tokens
+        fronts = self.window.drop_to(at // size * size)
+        if fronts:
+            self._emit(ev.Free(tuple(fronts)))
+
+    # --- the end ---
+
+    def _on_end(self) -> None:
+        self._resend_s = self.timing.resend_s
+        self._resend_at_s = self.now_s + self._resend_s
+        self._emit(ev.SendDone())
+        if self._claims:
+            self._drain_at_s = self.now_s + self.timing.drain_s
+            self._emit(ev.CancelClaims())
+
+    def _settle_ended(self) -> None:
+        if not self._claims:
+            self._drain_at_s = NEVER_S
+        if self.released and not self._claims:
+            self._free_all()
+        elif self.state is State.FAILED or self.now_s >= self._ended_s + self.timing.hold_s:
+            self._quarantine()
+        if self.window.blocks and self.quarantined:
+            self.stall = StallReason.DRAINING
+        if self.now_s >= self._drain_at_s:
+            self._drain_at_s = self.now_s + self.timing.drain_s
+            for key in self._claimed_streams():
+                self._emit(ev.CloseStream(key))
+        if not self.done_noted and self.now_s >= self._resend_at_s:
+            self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
+            self._resend_at_s = self.now_s + self._resend_s
+            self._emit(ev.SendDone())
+
+    def _claimed_streams(self) -> list[ev.StreamKey]:
+        peer = self.opening.source or ""
+        return sorted({ev.StreamKey(peer, w.stream, w.connection) for w in self._claims.values()})
+
+    def _on_release(self, _event: ev.Release) -> None:
+        self.released = True
+        self._fail(Code.RELEASED_EARLY, f"released by its worker at token {self.sent_tokens}")
+
+    def _on_late_received(self, event: ev.Received) -> None:
+        self._claims.pop(event.first_token, None)  # not committed: the transfer has ended
+
+    def _on_done_noted(self, _event: ev.DoneNoted) -> None:
+        self.done_noted = True
+
+
+SinkTransfer.LIVE = {
+    ev.Tick: SinkTransfer._on_tick,
+    ev.Granted: SinkTransfer._on_granted,
+    ev.PeerUp: SinkTransfer._on_peer_up,
+    ev.PeerDown: SinkTransfer._on_peer_down,
+    ev.StreamUp: SinkTransfer._on_stream_up,
+    ev.StreamDown: SinkTransfer._on_stream_down,
+    ev.Received: SinkTransfer._on_received,
+    ev.Missed: SinkTransfer._on_missed,
+    ev.TookOver: SinkTransfer._on_took_over,
+    ev.RoomAgain: SinkTransfer._on_room_again,
+    ev.Heard: SinkTransfer._on_heard,
+    ev.ResumeAt: SinkTransfer._on_resume,
+    ev.Release: SinkTransfer._on_release,
+    ev.Fail: SinkTransfer._on_fail,
+    ev.WorkerLost: SinkTransfer._on_worker_lost,
+}
+SinkTransfer.ENDED = {
+    ev.Tick: SinkTransfer._on_tick,
+    ev.Granted: SinkTransfer._on_granted_ended,
+    ev.StreamDown: SinkTransfer._on_stream_down,
+    ev.Received: SinkTransfer._on_late_received,
+    ev.Missed: SinkTransfer._on_missed,
+    ev.TookOver: SinkTransfer._on_late_took_over,
+    ev.ResumeAt: SinkTransfer._on_resume,  # of a window that is still held
+    ev.Release: SinkTransfer._on_release_ended,
+    ev.WorkerLost: SinkTransfer._on_worker_lost_ended,
+    ev.DoneNoted: SinkTransfer._on_done_noted,
+}

@@ -1,0 +1,243 @@
+"""The daemons that we pull from: their links, their streams, and what they say of transfers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_proto import peer as wire
+from kvferry_proto.errors import Code
+from kvferry_proto.states import Role
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import Node
+
+FRAME_WANTS_MAX = 4096  # bounds a frame well below its limit
+IDLE_PEER_S = 60.0
+
+
+class SinkDesk:
+    """Everything about sources elsewhere."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.peers: dict[str, pr.Peer] = {}
+        self._sinks_of: dict[str, set[ev.Key]] = {}
+        self._handles: dict[ev.Key, int] = {}
+        self._keys: dict[int, ev.Key] = {}
+        self._next_handle = 0
+        self._pulls: dict[str, list[wire.Pull]] = {}
+
+    # --- transfers ---
+
+    def attach(self, key: ev.Key) -> None:
+        """A sink has opened: give it its source's link and streams."""
+        transfer = self._node.transfers.get(key)
+        address = transfer.opening.source if transfer else None
+        if address is None:
+            return  # local, or over already: a payload of 0 tokens
+        self._sinks_of.setdefault(address, set()).add(key)
+        peer = self.peers.get(address)
+        if peer is None:
+            peer = self._open(address)
+        peer.used_s = self._node.now_s
+        if peer.state == "up":
+            self._node.run_now(key, ev.PeerUp())
+            for stream in peer.streams_open:
+                self._node.run_now(key, ev.StreamUp(stream))
+
+    def handle_of(self, key: ev.Key) -> int:
+        """The number that names this attempt in pulls and chunk headers; never reused."""
+        if key not in self._handles:
+            self._next_handle += 1
+            self._handles[key] = self._next_handle
+            self._keys[self._next_handle] = key
+        return self._handles[key]
+
+    def forget(self, key: ev.Key) -> None:
+        """The transfer is gone."""
+        handle = self._handles.pop(key, None)
+        if handle is not None:
+            del self._keys[handle]
+        transfer = self._node.transfers[key]
+        sinks = self._sinks_of.get(transfer.opening.source or "")
+        if sinks is not None:
+            sinks.discard(key)
+
+    def _tell_all(self, address: str, event: object) -> None:
+        for key in sorted(self._sinks_of.get(address, ())):
+            self._node.post(key, event)
+
+    # --- what the link brings ---
+
+    def on_message(self, event: out.SourceSaid) -> None:
+        """A daemon that we pull from said something."""
+        peer = self.peers.get(event.address)
+        if peer is None:
+            return
+        message = event.message
+        self._do(peer, peer.on_message(message, self._node.now_s))
+        if not peer.is_current(message):
+            return
+        if isinstance(message, wire.Progresses):
+            for progress in message.progresses:
+                self._on_progress(event.address, progress)
+        elif isinstance(message, wire.DoneNoted):
+            key = ev.Key(Role.SINK, message.transfer_id, message.attempt)
+            if key in self._sinks_of.get(event.address, ()):
+                self._node.post(key, ev.DoneNoted())
+
+    def _on_progress(self, address: str, progress: wire.Progress) -> None:
+        node = self._node
+        key = ev.Key(Role.SINK, progress.transfer_id, progress.attempt)
+        if key not in self._sinks_of.get(address, ()):
+            return
+        if progress.layout is not None:
+            ours = node.books[node.transfers[key].opening.pool_id].layout
+            difference = ours.first_difference(progress.layout)
+            if difference is not None:
+                message = f"sink and source differ in {difference}"
+                node.post(key, ev.Fail(Code.LAYOUT_MISMATCH, message))
+                return
+        node.post(key, ev.Heard(progress))
+
+    def on_probed(self, event: out.Probed) -> None:
+        """We know why nobody answers."""
+        peer = self.peers.get(event.address)
+        if peer is not None:
+            self._do(peer, peer.on_probed(event.reason))
+
+    def on_stream_up(self, event: out.SinkStreamUp) -> None:
+        """A data connection is open."""
+        peer = self.peers.get(event.key.peer)
+        if peer is None:
+            self._node.effects.append(pr.Disconnect(event.key))
+            return
+        self._do(peer, peer.on_stream_up(event.key, self._node.now_s))
+        if event.key in peer.streams_open:
+            self._tell_all(peer.address, ev.StreamUp(event.key))
+
+    def on_stream_down(self, event: out.SinkStreamDown) -> None:
+        """A data connection has ended; no thread writes through it any more."""
+        self._node.counters["streams_closed"] += 1
+        self._tell_all(event.key.peer, ev.StreamDown(event.key))
+        peer = self.peers.get(event.key.peer)
+        if peer is not None:
+            self._do(peer, peer.on_stream_down(event.key, event.reason, self._node.now_s))
+
+    def on_received(self, event: out.ChunkReceived) -> None:
+        """An extent is in place."""
+        self._node.counters["chunks_received"] += 1
+        self._node.counters["bytes_received"] += event.payload_bytes
+        self._node.post(self._keys[event.handle], ev.Received(event.first_token))
+
+    def on_missed(self, event: out.ChunkMissed) -> None:
+        """A claim came to nothing."""
+        self._node.counters["chunks_missed"] += 1
+        self._node.post(self._keys[event.handle], ev.Missed(event.first_token))
+
+    def on_drained(self, event: out.ChunkDrained) -> None:
+        """Bytes that nobody had claimed."""
+        self._node.counters["chunks_drained"] += 1
+        self._node.counters["bytes_drained"] += event.payload_bytes
+
+    # --- what transfers say ---
+
+    def say_pull(self, address: str, pull: wire.Pull) -> None:
+        """Send a pull with the others that are due to the same daemon."""
+        self._pulls.setdefault(address, []).append(pull)
+
+    def say_done(self, transfer: SinkTransfer) -> None:
+        """Tell the source's daemon how it ended; the transfer repeats it until it is noted."""
+        assert transfer.opening.source is not None
+        peer = self.peers.get(transfer.opening.source)
+        if peer is None or peer.state != "up" or peer.boot_id is None:
+            return
+        done = wire.Done(
+            transfer_id=transfer.key.transfer_id,
+            attempt=transfer.key.attempt,
+            state=transfer.state,
+            error=transfer.error,
+            source_boot_id=peer.boot_id,
+            sink_boot_id=peer.our_boot_id,
+        )
+        self._node.effects.append(pr.Say(peer.address, done))
+
+    def close_stream(self, key: ev.StreamKey) -> None:
+        """Somebody needs proof that nothing is written through it any more."""
+        self._node.effects.append(pr.Disconnect(key))
+
+    def flush(self) -> None:
+        """Send the pulls of this turn, one frame a daemon (or a few)."""
+        pulls, self._pulls = self._pulls, {}
+        for address, due in pulls.items():
+            peer = self.peers.get(address)
+            if peer is None or peer.state != "up" or peer.boot_id is None:
+                continue  # repeated once it is up
+            frame: list[wire.Pull] = []
+            wants = 0
+            for pull in due:
+                if frame and (
+                    wants + len(pull.want) > FRAME_WANTS_MAX or len(frame) >= wire.PULLS_MAX
+                ):
+                    self._say_pulls(peer, frame)
+                    frame, wants = [], 0
+                frame.append(pull)
+                wants += len(pull.want)
+            self._say_pulls(peer, frame)
+
+    def _say_pulls(self, peer: pr.Peer, pulls: list[wire.Pull]) -> None:
+        assert peer.boot_id is not None
+        message = wire.Pulls.model_construct(
+            kind="pulls",
+            source_boot_id=peer.boot_id,
+            sink_boot_id=peer.our_boot_id,
+            pulls=pulls,
+        )
+        self._node.effects.append(pr.Say(peer.address, message))
+
+    # --- links ---
+
+    def _open(self, address: str) -> pr.Peer:
+        node = self._node
+        settings = node.settings
+        peer = pr.Peer(address, settings.boot_id, settings.timing, settings.streams, node.now_s)
+        self.peers[address] = peer
+        node.effects.append(out.OpenPeer(address))
+        self._do(peer, peer.tick(node.now_s))
+        return peer
+
+    def tick(self, address: str) -> None:
+        """A link's timer is due; a link that nobody needs any more goes."""
+        peer = self.peers.get(address)
+        if peer is None:
+            return
+        now_s = self._node.now_s
+        if self._sinks_of.get(address):
+            peer.used_s = now_s
+        elif now_s - peer.used_s >= IDLE_PEER_S:
+            if peer.closed:
+                del self.peers[address]
+                self._sinks_of.pop(address, None)
+                self._node.effects.append(out.ClosePeer(address))
+                return
+            self._do(peer, peer.shut())
+        self._do(peer, peer.tick(now_s))
+
+    def _do(self, peer: pr.Peer, effects: list[pr.PeerEffect]) -> None:
+        node = self._node
+        for effect in effects:
+            match effect:
+                case pr.PeerIsUp():
+                    self._tell_all(peer.address, ev.PeerUp())
+                case pr.PeerIsDown():
+                    node.counters["peers_lost"] += 1
+                    self._tell_all(peer.address, ev.PeerDown())
+                case pr.PeerFailed():
+                    self._tell_all(peer.address, ev.Fail(effect.code, effect.message))
+                case pr.Say() | pr.Connect() | pr.Disconnect() | pr.Probe():
+                    node.effects.append(effect)
+        node.schedule(peer.address, max(peer.wake_at_s, node.now_s))

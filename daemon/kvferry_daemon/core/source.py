@@ -1,0 +1,342 @@
+"""The source side of one attempt: it holds what the worker made ready, and serves ranges of it.
+
+It serves an extent at most once on one stream connection, so a repeated pull costs nothing. A
+block is free again once the sink has acknowledged it, the worker has marked it ready, and no
+thread reads it any more.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.extents import ExtentSet
+from kvferry_daemon.core.transfer import NEVER_S, Opening, Transfer
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.peer import Pull, Want
+from kvferry_proto.states import StallReason, State
+from kvferry_proto.worker import Snapshot
+
+
+class SourceTransfer(Transfer):
+    """See the module's first lines. ``available_tokens`` is what the worker marked ready."""
+
+    LIVE: ClassVar[dict[type, Callable[[Any, Any], None]]]
+    ENDED: ClassVar[dict[type, Callable[[Any, Any], None]]]
+
+    def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
+        super().__init__(opening, timing, now_s)
+        self.available_tokens = self.acked_tokens = opening.start_tokens
+        self.sink: str | None = None  # boot id of the daemon that pulls
+        self._number = 0
+        self._lease_until_s = NEVER_S
+        self._reading: dict[tuple[ev.StreamKey, int], int] = {}  # (key, first) -> tokens
+        self._served: dict[ev.StreamKey, ExtentSet] = {}
+        self._drain_at_s = NEVER_S
+        self._told: tuple[object, ...] = ()
+
+    # --- what others may ask ---
+
+    @property
+    def servable_tokens(self) -> int:
+        """What may be asked for: whole blocks, and the part full last one once it is the last."""
+        if self._is_complete():
+            return self.available_tokens
+        size = self.opening.block_size_tokens
+        return self.available_tokens // size * size
+
+    @property
+    def target_tokens(self) -> int:
+        """The edge up to which the window may be topped up."""
+        edge = self.window.base_tokens + self.opening.window_tokens
+        return edge if self.total_tokens is None else min(edge, self.total_tokens)
+
+    @property
+    def wake_at_s(self) -> float:
+        if not self.ended:
+            return min(self._lease_until_s, self.progress_s + self.timing.stall_s)
+        return self._drain_at_s
+
+    @property
+    def forgettable(self) -> bool:
+        return self.ended and not self.window.blocks and not self._reading
+
+    def _visible(self) -> tuple[object, ...]:
+        return (*super()._visible(), self.acked_tokens)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot.model_construct(
+            role=self.key.role,
+            transfer_id=self.key.transfer_id,
+            attempt=self.key.attempt,
+            snapshot=self.version,
+            state=self.state,
+            stall=self.stall,
+            error=self.error,
+            start_tokens=self.opening.start_tokens,
+            sent_tokens=self.acked_tokens,
+            partial_sent_tokens=self.acked_tokens,
+            last_resume_at=-1,
+            total_tokens=self.total_tokens,
+            available_tokens=self.available_tokens,
+            base_tokens=self.window.base_tokens,
+            allocated_tokens=self.window.allocated_tokens,
+            target_tokens=self.target_tokens,
+            runs=self.window.runs(),
+            aux=self.aux,
+        )
+
+    # --- settling ---
+
+    def _is_complete(self) -> bool:
+        return self.total_tokens is not None and self.available_tokens == self.total_tokens
+
+    def _settle(self) -> None:
+        self._fail_if_stalled()
+        if not self.ended and self.now_s >= self._lease_until_s:
+            silent_s = self.timing.lease_s
+            self._fail(Code.LEASE_EXPIRED, f"the sink asked for nothing for {silent_s:g} s")
+        if self.ended:
+            return
+        if self.sink is not None:
+            moving = self.servable_tokens > self.opening.start_tokens
+            self.state = State.TRANSFERRING if moving else State.WAITING_FOR_INPUT
+        self._drop_acked()
+        self._ask_for_blocks()
+        self._tell_news()
+        self.stall = self._why_waiting()
+
+    def _drop_acked(self) -> None:
+        """Free what is acknowledged, no longer written by the worker, and no longer read."""
+        size = self.opening.block_size_tokens
+        firsts = [first for _, first in self._reading]
+        floor = min([self.acked_tokens, self.available_tokens, *firsts])
+        base = floor // size * size
+        if base > self.window.base_tokens:
+            fronts = self.window.drop_to(base)
+            if fronts:
+                self._emit(ev.Free(tuple(fronts)))
+
+    def _ask_for_blocks(self) -> None:
+        """Room to write in. One that holds nothing goes first: see `No hold-and-wait`."""
+        size = self.opening.block_size_tokens
+        edge = self.window.edge_tokens
+        blocks = max(0, -(-(self.target_tokens - edge) // size)) if not self.released else 0
+        self._want(blocks, urgent=not self.window.blocks and self.acked_tokens > 0)
+
+    def _tell_news(self) -> None:
+        """Tell the sink at once; if that gets lost, its next pull asks again."""
+        news = (self.servable_tokens, self.total_tokens, self.state is State.FAILED)
+        if self.sink is not None and news != self._told:
+            self._told = news
+            self._emit(ev.SendProgress(self._number, self.sink))
+
+    def _why_waiting(self) -> StallReason | None:
+        if self.sink is None:
+            return StallReason.WAITING_FOR_PEER
+        if self._reading:
+            return None
+        if self.servable_tokens > self.acked_tokens:
+            return StallReason.WAITING_FOR_RESUME  # the sink asks for no more yet
+        if self.window.edge_tokens <= self.available_tokens and not self._is_complete():
+            return StallReason.WAITING_FOR_BLOCKS
+        return StallReason.WAITING_FOR_INPUT
+
+    # --- moves ---
+
+    def _on_granted(self, event: ev.Granted) -> None:
+        self.window.add(event.leases)
+        self._got(sum(lease.run.blocks for lease in event.leases))
+        self._progressed()
+
+    def _on_granted_ended(self, event: ev.Granted) -> None:
+        self._emit(ev.Free(event.leases))
+
+    def _on_ready(self, event: ev.ReadyTo) -> None:
+        total = self.total_tokens if event.total_tokens is None else event.total_tokens
+        self._refuse_bad_ready(event, total)
+        if event.aux is not None:
+            self.aux = event.aux
+        grew = event.ready_tokens > self.available_tokens or total != self.total_tokens
+        self.total_tokens = total
+        self.available_tokens = max(self.available_tokens, event.ready_tokens)
+        if grew:
+            self._progressed()
+
+    def _refuse_bad_ready(self, event: ev.ReadyTo, total: int | None) -> None:
+        ready = max(event.ready_tokens, self.available_tokens)
+        if self.total_tokens is not None and total != self.total_tokens:
+            raise FerryError(
+                Code.TOTAL_CHANGED, f"total_tokens was {self.total_tokens}, now {total}"
+            )
+        if total is not None and total < ready:
+            raise FerryError(
+                Code.TOTAL_TOO_SMALL, f"total_tokens {total} is below the {ready} tokens ready"
+            )
+        if event.ready_tokens > max(self.window.edge_tokens, self.opening.start_tokens):
+            raise FerryError(
+                Code.READY_BEYOND_WINDOW,
+                f"ready_tokens {event.ready_tokens}, but the window ends at "
+                f"{self.window.edge_tokens}",
+            )
+        self._refuse_bad_aux(event, total)
+
+    def _refuse_bad_aux(self, event: ev.ReadyTo, total: int | None) -> None:
+        aux, names = event.aux, self.opening.aux_names
+        if aux is not None and self.aux is not None and aux != self.aux:
+            raise FerryError(Code.AUX_CHANGED, f"aux was {self.aux}, now {aux}")
+        if aux is not None and set(aux) != set(names):
+            raise FerryError(
+                Code.AUX_MISSING, f"the layout has aux {sorted(names)}, got {sorted(aux)}"
+            )
+        if total is not None and names and aux is None and self.aux is None:
+            raise FerryError(Code.AUX_MISSING, f"total_tokens came without aux {sorted(names)}")
+
+    def _on_pulled(self, event: ev.Pulled) -> None:
+        pull = event.pull
+        wrong = self._what_is_wrong(event)
+        if wrong is not None:
+            self._emit(ev.SendProgress(pull.number, event.sink, ErrorInfo.of(*wrong)))
+            return
+        if self.sink is None:
+            self.sink = event.sink
+            self._progressed()
+        self._lease_until_s = self.now_s + self.timing.lease_s
+        self._number = max(self._number, pull.number)
+        self._ack(pull.acked_tokens)
+        for want in pull.want:
+            self._serve(event.sink, pull, want)
+        self._told = (self.servable_tokens, self.total_tokens, False)
+        self._emit(ev.SendProgress(pull.number, event.sink))
+
+    def _what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
+        pull, start = event.pull, self.opening.start_tokens
+        if self.sink is not None and event.sink != self.sink:
+            return Code.NOT_YOUR_TRANSFER, "another sink daemon receives this attempt"
+        if pull.start_tokens < start:
+            return (
+                Code.START_MISMATCH,
+                f"the sink starts at {pull.start_tokens}, the source only has {start} onwards",
+            )
+        if pull.acked_tokens > max(self.servable_tokens, pull.start_tokens):
+            return Code.PEER_PROTOCOL, f"acked {pull.acked_tokens} tokens that were never served"
+        return None
+
+    def _ack(self, acked_tokens: int) -> None:
+        if acked_tokens > self.acked_tokens:
+            self.acked_tokens = acked_tokens
+            self._progressed()
+
+    def _serve(self, sink: str, pull: Pull, want: Want) -> None:
+        first, end = want.first_token, want.first_token + want.tokens
+        if first < max(self.window.base_tokens, self.acked_tokens) or end > self.servable_tokens:
+            return  # an old pull, or one that asks beyond what was told
+        key = ev.StreamKey(sink, want.stream, want.connection)
+        served = self._served.setdefault(key, ExtentSet())
+        if list(served.gaps(first, end)) != [(first, end)]:
+            return  # it is on its way on this very connection
+        served.add(first, end)
+        self._reading[key, first] = want.tokens
+        place = self.window.cover(first, want.tokens)
+        self._emit(ev.Serve(key, pull.handle, first, want.tokens, place))
+
+    def _on_sent(self, event: ev.Sent) -> None:
+        self._reading.pop((event.key, event.first_token), None)
+
+    def _on_stream_down(self, event: ev.StreamDown) -> None:
+        """Nothing more goes out on that connection, and no thread of it reads a block."""
+        self._served.pop(event.key, None)
+        for key, first in list(self._reading):
+            if key == event.key:
+                del self._reading[key, first]
+
+    def _on_give_over(self, event: ev.GiveOver) -> None:
+        """Hand ready blocks to a sink of this daemon; as they go, they count as acknowledged."""
+        size = self.opening.block_size_tokens
+        self._ack(min(event.first_token, self.servable_tokens))
+        self._drop_acked()
+        if self.window.base_tokens != event.first_token:
+            return
+        edge = min(event.first_token + event.blocks * size, self.servable_tokens)
+        first = event.first_token
+        for lease in self.window.drop_to(-(-edge // size) * size):
+            tokens = min(lease.run.blocks * size, edge - first)
+            first += tokens
+            self._emit(ev.HandOver(lease, tokens))
+        self._ack(edge)
+
+    def _on_done(self, event: ev.Done) -> None:
+        if event.state is State.SUCCESS:
+            self._end(State.SUCCESS)
+        else:
+            said = f"{event.error.code}: {event.error.message}" if event.error else "no reason"
+            self._fail(Code.SINK_FAILED, said)
+
+    def _on_done_ended(self, event: ev.Done) -> None:
+        """A lease that ran out is a guess; the sink's own word corrects it."""
+        guessed = self.error is not None and self.error.code == Code.LEASE_EXPIRED
+        if guessed and event.state is State.SUCCESS:
+            self.state, self.error = State.SUCCESS, None
+
+    def _on_release(self, _event: ev.Release) -> None:
+        """Before the end of the payload it gives the transfer up; after it, it is good-bye."""
+        self.released = True
+        if not self._is_complete():
+            self._fail(
+                Code.RELEASED_EARLY, f"released by its worker with {self.available_tokens} ready"
+            )
+
+    def _on_worker_lost_live(self, event: ev.WorkerLost) -> None:
+        if self._is_complete():
+            self.released |= event.dead
+        else:
+            self._on_worker_lost(event)
+
+    # --- the end ---
+
+    def _on_end(self) -> None:
+        if self._reading:
+            self._drain_at_s = self.now_s + self.timing.drain_s
+        self._tell_news()
+
+    def _settle_ended(self) -> None:
+        if not self._reading:
+            self._drain_at_s = NEVER_S
+        written = self.released or self._is_complete()  # the worker writes there no more
+        if written and not self._reading:
+            self._free_all()
+        else:
+            self._quarantine()
+            self.stall = StallReason.DRAINING if self.window.blocks else None
+        if self.now_s >= self._drain_at_s:
+            self._drain_at_s = self.now_s + self.timing.drain_s
+            for key in sorted({key for key, _ in self._reading}):
+                self._emit(ev.CloseStream(key))
+
+    def _on_late_pull(self, event: ev.Pulled) -> None:
+        self._emit(ev.SendProgress(event.pull.number, event.sink))
+
+
+SourceTransfer.LIVE = {
+    ev.Tick: SourceTransfer._on_tick,
+    ev.Granted: SourceTransfer._on_granted,
+    ev.ReadyTo: SourceTransfer._on_ready,
+    ev.Pulled: SourceTransfer._on_pulled,
+    ev.Sent: SourceTransfer._on_sent,
+    ev.StreamDown: SourceTransfer._on_stream_down,
+    ev.GiveOver: SourceTransfer._on_give_over,
+    ev.Done: SourceTransfer._on_done,
+    ev.Release: SourceTransfer._on_release,
+    ev.Fail: SourceTransfer._on_fail,
+    ev.WorkerLost: SourceTransfer._on_worker_lost_live,
+}
+SourceTransfer.ENDED = {
+    ev.Tick: SourceTransfer._on_tick,
+    ev.Granted: SourceTransfer._on_granted_ended,
+    ev.Pulled: SourceTransfer._on_late_pull,
+    ev.Sent: SourceTransfer._on_sent,
+    ev.StreamDown: SourceTransfer._on_stream_down,
+    ev.Done: SourceTransfer._on_done_ended,
+    ev.Release: SourceTransfer._on_release_ended,
+    ev.WorkerLost: SourceTransfer._on_worker_lost_ended,
+}

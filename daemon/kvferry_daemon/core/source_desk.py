@@ -1,0 +1,249 @@
+"""The daemons that pull from us: their messages, and what we tell them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_proto import peer as wire
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.states import Role, State
+from kvferry_proto.versions import agree
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import Node
+
+SINKS_MAX = 4096
+UNMET_MAX = 4096
+STREAMS_MAX_PER_SINK = wire.STREAMS_MAX
+TICKET_S = 10.0
+
+
+class SourceDesk:
+    """Everything about sinks elsewhere."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._routes: OrderedDict[str, bytes] = OrderedDict()  # sink's boot id -> route
+        self._open: set[ev.StreamKey] = set()
+        self._newest: dict[tuple[str, int], int] = {}
+        self._keys: dict[tuple[str, int], ev.Key] = {}  # (sink's boot id, handle)
+        self._handles: dict[ev.Key, set[tuple[str, int]]] = {}
+        self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
+        self._progresses: dict[str, list[wire.Progress]] = {}
+
+    # --- messages ---
+
+    def on_message(self, event: out.SinkSaid) -> None:
+        """A daemon that pulls from us said something; whatever it is, it gets an answer."""
+        message, route = event.message, event.route
+        try:
+            if isinstance(message, wire.PeerHello):
+                self._on_hello(route, message)
+                return
+            sink = self._checked(route, message)
+            match message:
+                case wire.Ping():
+                    self._say(sink, wire.Pong(**self._boots(sink)))
+                case wire.OpenStream():
+                    self._on_open_stream(sink, message)
+                case wire.Pulls():
+                    for pull in message.pulls:
+                        self._on_pull(sink, pull)
+                case wire.Done():
+                    self._on_done(sink, message)
+                case _:
+                    raise FerryError(Code.PEER_PROTOCOL, f"a sink does not send {message.kind}")
+        except FerryError as error:
+            self._node.counters[f"peer_refused_{error.code.value}"] += 1
+            self._refuse(route, error)
+
+    def _refuse(self, route: bytes, error: FerryError) -> None:
+        info = ErrorInfo.of(error.code, error.message)
+        refusal = wire.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
+        self._node.effects.append(out.ToSink(route, refusal))
+
+    def _checked(self, route: bytes, message: wire.PeerMessage) -> str:
+        ours = self._node.settings.boot_id
+        if getattr(message, "source_boot_id", None) != ours:
+            raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
+        sink = str(getattr(message, "sink_boot_id", ""))
+        self._know(sink, route)
+        return sink
+
+    def _know(self, sink: str, route: bytes) -> None:
+        self._routes[sink] = route
+        self._routes.move_to_end(sink)
+        if len(self._routes) > SINKS_MAX:
+            self._routes.popitem(last=False)
+
+    def _on_hello(self, route: bytes, hello: wire.PeerHello) -> None:
+        version = agree(hello.versions)
+        self._know(hello.boot_id, route)
+        welcome = wire.PeerWelcome(
+            version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
+        )
+        self._node.effects.append(out.ToSink(route, welcome))
+
+    def _on_open_stream(self, sink: str, message: wire.OpenStream) -> None:
+        """A new connection of a stream ends the earlier ones: one writer an extent."""
+        slot = (sink, message.stream)
+        if message.connection < self._newest.get(slot, 0):
+            return
+        self._newest[slot] = message.connection
+        for key in sorted(self._open):
+            if (key.peer, key.stream) == slot and key.connection < message.connection:
+                self._node.effects.append(out.Expel(key))
+        key = ev.StreamKey(sink, message.stream, message.connection)
+        ticket = self._node.new_secret()
+        self._node.effects.append(out.Admit(key, ticket))
+        answer = wire.Ticket(
+            stream=message.stream,
+            connection=message.connection,
+            port=self._node.data_port,
+            ticket=ticket,
+            **self._boots(sink),
+        )
+        self._say(sink, answer)
+
+    def _on_pull(self, sink: str, pull: wire.Pull) -> None:
+        node = self._node
+        key = ev.Key(Role.SOURCE, pull.transfer_id, pull.attempt)
+        node.counters["pulls_received"] += 1
+        transfer = node.transfers.get(key)
+        if transfer is None:
+            self.say_progress(sink, self.answer_without_transfer(key, pull.number))
+            if node.tombstones.get(key) is None:
+                self._unmet[key] = (ev.Pulled(sink, pull), node.now_s)
+                if len(self._unmet) > UNMET_MAX:
+                    self._unmet.popitem(last=False)
+            return
+        layout = node.books[transfer.opening.pool_id].layout
+        if pull.layout_digest != layout.digest:
+            progress = self.answer_without_transfer(key, pull.number)
+            self.say_progress(sink, progress.model_copy(update={"layout": layout, "known": True}))
+            return
+        self._keys[sink, pull.handle] = key
+        self._handles.setdefault(key, set()).add((sink, pull.handle))
+        node.post(key, ev.Pulled(sink, pull))
+
+    def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
+        """What a pull gets when no such attempt is open here."""
+        node = self._node
+        stone = node.tombstones.get(key)
+        newest = node.current.get((Role.SOURCE, key.transfer_id), -1)
+        state, error, total, available = State.BOOTSTRAPPING, None, None, 0
+        if stone is not None:
+            seen = stone.snapshot
+            state, error = seen.state, seen.error
+            total, available = seen.total_tokens, seen.available_tokens
+        elif newest > key.attempt:
+            state = State.FAILED
+            error = ErrorInfo.of(Code.STALE_ATTEMPT, f"the source is at attempt {newest}")
+        return wire.Progress(
+            transfer_id=key.transfer_id,
+            attempt=key.attempt,
+            number=number,
+            known=state is not State.BOOTSTRAPPING,
+            state=state,
+            available_tokens=available,
+            total_tokens=total,
+            error=error,
+        )
+
+    def replay_unmet(self, key: ev.Key) -> None:
+        """A pull came before the source was opened: answer it now, not at its next repeat."""
+        unmet = self._unmet.pop(key, None)
+        if unmet is not None:
+            self._on_pull(unmet[0].sink, unmet[0].pull)
+
+    def _on_done(self, sink: str, message: wire.Done) -> None:
+        key = ev.Key(Role.SOURCE, message.transfer_id, message.attempt)
+        transfer = self._node.transfers.get(key)
+        done = ev.Done(message.state, message.error)
+        if transfer is None:
+            self.done_without_transfer(key, done)
+        elif getattr(transfer, "sink", None) in (None, sink):
+            self._node.run_now(key, done)
+        noted = wire.DoneNoted(
+            transfer_id=message.transfer_id, attempt=message.attempt, **self._boots(sink)
+        )
+        self._say(sink, noted)
+
+    def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
+        """A late done, or one for an attempt that is still to be opened here."""
+        node = self._node
+        if node.tombstones.get(key) is not None:
+            node.tombstones.on_done(key, done)
+        elif node.current.get((Role.SOURCE, key.transfer_id), -1) < key.attempt:
+            node.tombstones.add_unknown(key, done, node.now_s)
+            node.current[Role.SOURCE, key.transfer_id] = key.attempt
+
+    # --- streams ---
+
+    def is_open(self, key: ev.StreamKey) -> bool:
+        """Whether extents may be sent on it."""
+        return key in self._open
+
+    def on_stream_up(self, event: out.SourceStreamUp) -> None:
+        """A sink's daemon has connected."""
+        self._open.add(event.key)
+
+    def on_stream_down(self, event: out.SourceStreamDown) -> None:
+        """No thread reads a block for it any more."""
+        self._open.discard(event.key)
+        for key in self._node.transfers:
+            if key.role is Role.SOURCE:
+                self._node.post(key, ev.StreamDown(event.key))
+
+    def on_sent(self, event: out.ChunkSent) -> None:
+        """An extent has left."""
+        self._node.counters["chunks_sent"] += 1
+        self._node.counters["bytes_sent"] += event.payload_bytes
+        key = self._keys.get((event.key.peer, event.handle))
+        if key is not None:
+            self._node.post(key, ev.Sent(event.key, event.first_token))
+
+    # --- saying ---
+
+    def say_progress(self, sink: str, progress: wire.Progress) -> None:
+        """Send news with the others of this turn to the same daemon."""
+        self._progresses.setdefault(sink, []).append(progress)
+
+    def flush(self) -> None:
+        """Send the news of this turn."""
+        news, self._progresses = self._progresses, {}
+        for sink, progresses in news.items():
+            for first in range(0, len(progresses), wire.PULLS_MAX):
+                part = progresses[first : first + wire.PULLS_MAX]
+                message = wire.Progresses.model_construct(
+                    kind="progresses", progresses=part, **self._boots(sink)
+                )
+                self._say(sink, message)
+
+    def _say(self, sink: str, message: wire.PeerMessage) -> None:
+        route = self._routes.get(sink)
+        if route is not None:
+            self._node.effects.append(out.ToSink(route, message))
+
+    def _boots(self, sink: str) -> dict[str, str]:
+        return {"source_boot_id": self._node.settings.boot_id, "sink_boot_id": sink}
+
+    # --- housekeeping ---
+
+    def forget(self, key: ev.Key) -> None:
+        """The transfer is gone."""
+        for handle in self._handles.pop(key, ()):
+            self._keys.pop(handle, None)
+
+    def expire(self) -> None:
+        """Forget pulls that no source has come for."""
+        keep_s = self._node.settings.timing.stall_s
+        while self._unmet:
+            key, (_, at_s) = next(iter(self._unmet.items()))
+            if self._node.now_s - at_s < keep_s:
+                break
+            del self._unmet[key]

@@ -1,0 +1,82 @@
+"""What is remembered of ended transfers, so that late messages get the right answer."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from kvferry_daemon.core.events import Done, Key
+from kvferry_proto.errors import Code
+from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.states import State
+from kvferry_proto.worker import Snapshot
+
+TOMBSTONES_MAX = 1 << 14  # about 1 KiB each; beyond it the oldest go early
+
+
+@dataclass(slots=True)
+class Tombstone:
+    """The last snapshot of a transfer; ``session`` is empty if no worker ever opened it."""
+
+    snapshot: Snapshot
+    session: str
+    until_s: float
+
+
+class Tombstones:
+    """In the order of their making, which is the order of their expiry."""
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._stones: OrderedDict[Key, Tombstone] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._stones)
+
+    def get(self, key: Key) -> Tombstone | None:
+        """The tombstone of exactly this attempt."""
+        return self._stones.get(key)
+
+    def snapshots(self) -> list[Snapshot]:
+        """What is remembered, oldest first."""
+        return [stone.snapshot for stone in self._stones.values()]
+
+    def add(self, key: Key, snapshot: Snapshot, session: str, now_s: float) -> None:
+        """Remember how a transfer ended."""
+        self._stones.pop(key, None)
+        self._stones[key] = Tombstone(snapshot, session, now_s + self._keep_s)
+
+    def add_unknown(self, key: Key, done: Done, now_s: float) -> None:
+        """The sink has ended an attempt that no worker here has opened yet."""
+        error = done.error or ErrorInfo.of(Code.SINK_FAILED, "the sink ended it before it began")
+        snapshot = Snapshot(
+            role=key.role,
+            transfer_id=key.transfer_id,
+            attempt=key.attempt,
+            snapshot=1,
+            state=State.FAILED,
+            error=error,
+        )
+        self.add(key, snapshot, "", now_s)
+
+    def on_done(self, key: Key, done: Done) -> None:
+        """A late success corrects a failure that was only a guess (its lease had run out)."""
+        stone = self._stones[key]
+        error = stone.snapshot.error
+        if done.state is State.SUCCESS and error and error.code == Code.LEASE_EXPIRED:
+            stone.snapshot = stone.snapshot.model_copy(
+                update={
+                    "state": State.SUCCESS,
+                    "error": None,
+                    "snapshot": stone.snapshot.snapshot + 1,
+                }
+            )
+
+    def expire(self, now_s: float) -> list[Key]:
+        """Forget what is old enough or too much; return what was forgotten."""
+        gone = []
+        while self._stones:
+            key, stone = next(iter(self._stones.items()))
+            if stone.until_s > now_s and len(self._stones) <= TOMBSTONES_MAX:
+                break
+            del self._stones[key]
+            gone.append(key)
+        return gone

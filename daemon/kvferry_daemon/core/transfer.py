@@ -1,0 +1,197 @@
+"""What both sides of a transfer share: how an event is handled, and how a life ends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvferry_daemon.core.events import (
+    Effect,
+    Fail,
+    Free,
+    Key,
+    Quarantine,
+    Release,
+    Tick,
+    Timing,
+    WantBlocks,
+    WorkerLost,
+)
+from kvferry_daemon.core.window import Window
+from kvferry_proto.errors import Code
+from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.states import TERMINAL, StallReason, State
+from kvferry_proto.worker import Snapshot
+
+NEVER_S = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a transfer is opened with; the same call again must bring the same."""
+
+    key: Key
+    session: str
+    pool_id: str
+    window_tokens: int
+    block_size_tokens: int
+    start_tokens: int = 0
+    source: str | None = None  # sink only: the source daemon's address; None is this daemon
+    max_tokens: int | None = None  # sink only: whole mode, and how much it reserves
+    aux_names: tuple[str, ...] = ()
+    chunk_tokens: int = 128  # sink only: a multiple of the block size
+
+
+class Transfer:
+    """One side of one attempt. Only ``handle`` changes it.
+
+    ``LIVE`` and ``ENDED`` are the table of moves: which method an event has in a live and in a
+    terminal state. An event without an entry is absorbed. A method that refuses its event raises
+    FerryError before it changes anything.
+    """
+
+    LIVE: ClassVar[dict[type, Callable[[Any, Any], None]]]
+    ENDED: ClassVar[dict[type, Callable[[Any, Any], None]]]
+
+    def __init__(self, opening: Opening, timing: Timing, now_s: float) -> None:
+        self.opening = opening
+        self.key = opening.key
+        self.timing = timing
+        self.now_s = self.opened_s = self.progress_s = now_s
+        self.state = State.BOOTSTRAPPING
+        self.stall: StallReason | None = None
+        self.error: ErrorInfo | None = None
+        self.version = 0  # the snapshot number
+        self.window = Window(opening.start_tokens, opening.block_size_tokens)
+        self.total_tokens: int | None = None
+        self.available_tokens = 0
+        self.aux: dict[str, int | float | str | bytes] | None = None
+        self.released = False  # the worker touches no block any more, or is dead
+        self.quarantined = False
+        self._ended_s = NEVER_S
+        self._wanted = 0
+        self._effects: list[Effect] = []
+        self._seen: tuple[object, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is terminal."""
+        return self.state in TERMINAL
+
+    @property
+    def wake_at_s(self) -> float:
+        """When the next Tick is due at the latest."""
+        raise NotImplementedError
+
+    @property
+    def forgettable(self) -> bool:
+        """Whether nothing is left to do, so that a tombstone can take its place."""
+        raise NotImplementedError
+
+    def handle(self, event: object) -> list[Effect]:
+        """Apply one event and return what must now be done, in order."""
+        move = (self.ENDED if self.ended else self.LIVE).get(type(event))
+        if move is None:
+            return []  # late events are ordinary races, not mistakes
+        move(self, event)
+        if not self.ended:
+            self._settle()
+        if self.ended:
+            self._settle_ended()
+        seen = self._visible()
+        if seen != self._seen:
+            self._seen = seen
+            self.version += 1
+        effects, self._effects = self._effects, []
+        return effects
+
+    def snapshot(self) -> Snapshot:
+        """Everything a worker may know at this moment."""
+        raise NotImplementedError
+
+    def _visible(self) -> tuple[object, ...]:
+        """What a snapshot shows, as far as it can change; runs change with base or blocks."""
+        window = self.window
+        return (
+            self.state,
+            self.stall,
+            self.total_tokens,
+            self.available_tokens,
+            window.base_tokens,
+            window.blocks,
+            self.aux is None,
+        )
+
+    def _settle(self) -> None:
+        """Draw the conclusions that follow from the counters alone, while live."""
+        raise NotImplementedError
+
+    def _settle_ended(self) -> None:
+        """The same once the state is terminal: draining, freeing, telling the other side."""
+        raise NotImplementedError
+
+    def _on_end(self) -> None:
+        """What a side does once, at its end."""
+        raise NotImplementedError
+
+    def _emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+    def _progressed(self) -> None:
+        self.progress_s = self.now_s
+
+    def _want(self, blocks: int, *, whole: bool = False, urgent: bool = False) -> None:
+        if blocks != self._wanted:
+            self._wanted = blocks
+            self._emit(WantBlocks(blocks, whole, urgent))
+
+    def _got(self, blocks: int) -> None:
+        self._wanted = max(0, self._wanted - blocks)
+
+    def _end(self, state: State, error: ErrorInfo | None = None) -> None:
+        """The one way into a terminal state."""
+        self.state = state
+        self.error = error
+        self.stall = None
+        self._ended_s = self.now_s
+        self._want(0)
+        self._on_end()
+
+    def _fail(self, code: Code, message: str) -> None:
+        self._end(State.FAILED, ErrorInfo.of(code, message))
+
+    def _free_all(self) -> None:
+        leases = self.window.clear()
+        if leases:
+            self._emit(Free(leases))
+        self.quarantined = False
+        self.stall = None
+
+    def _quarantine(self) -> None:
+        if not self.quarantined and self.window.blocks:
+            self.quarantined = True
+            self._emit(Quarantine(self.window.leases))
+
+    # --- moves that both sides have ---
+
+    def _on_tick(self, event: Tick) -> None:
+        self.now_s = event.now_s
+
+    def _on_fail(self, event: Fail) -> None:
+        self._fail(event.code, event.message)
+
+    def _on_release_ended(self, _event: Release) -> None:
+        self.released = True
+
+    def _on_worker_lost(self, event: WorkerLost) -> None:
+        self.released |= event.dead
+        self._fail(Code.WORKER_LOST, event.message)
+
+    def _on_worker_lost_ended(self, event: WorkerLost) -> None:
+        self.released |= event.dead
+
+    def _fail_if_stalled(self) -> None:
+        waited_s = self.now_s - self.progress_s
+        if waited_s >= self.timing.stall_s:
+            why = self.stall or "moving"
+            message = f"no progress for {waited_s:.1f} s, {why}, state {self.state.name}"
+            self._fail(Code.STALLED, message)

@@ -1,0 +1,140 @@
+"""Hello: a worker's session, and the pool that comes into being for its layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.pool import BlockPool
+from kvferry_proto import worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.layout import Layout
+from kvferry_proto.versions import agree
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import Node, Session
+
+DEVICE = "cpu"
+
+
+class Welcomer:
+    """Answers hellos, at once or when their pool has been made."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._being_made: dict[str, tuple[Layout, int, list[tuple[bytes, worker.Hello]]]] = {}
+
+    def on_hello(self, route: bytes, hello: worker.Hello, lock_held: bool) -> None:
+        """Refuse, welcome, or wait for the pool."""
+        agree(hello.versions)
+        if not lock_held:
+            raise FerryError(Code.WORKER_NOT_LOCKED, f"nobody holds a flock on {hello.lock!r}")
+        self._check_session(hello)
+        pool_id = hello.layout.digest.hex()
+        if pool_id in self._node.books:
+            self._welcome(route, hello)
+        elif pool_id in self._being_made:
+            waiting = self._being_made[pool_id][2]
+            if len(waiting) >= self._node.settings.workers_max:
+                raise FerryError(Code.RESOURCE_EXHAUSTED, "too many workers wait for this pool")
+            waiting.append((route, hello))
+        else:
+            blocks = self._blocks_for(hello.layout)
+            self._being_made[pool_id] = (hello.layout, blocks, [(route, hello)])
+            self._node.effects.append(out.MakePool(pool_id, hello.layout, blocks))
+
+    def _check_session(self, hello: worker.Hello) -> None:
+        sessions = self._node.sessions
+        if hello.session is None:
+            if len(sessions) >= self._node.settings.workers_max:
+                raise FerryError(Code.RESOURCE_EXHAUSTED, f"{len(sessions)} workers are here")
+            return
+        session = sessions.get(hello.session)
+        if session is None:
+            raise FerryError(Code.UNKNOWN_SESSION, "this daemon knows no such session")
+        if session.pool_id != hello.layout.digest.hex() or session.lock != hello.lock:
+            raise FerryError(
+                Code.PARAMETERS_DIFFER, "a session keeps the layout and lock of its first hello"
+            )
+
+    def _blocks_for(self, layout: Layout) -> int:
+        """How many blocks the pool gets; FerryError(pool_refused) with the numbers if too few."""
+        settings = self._node.settings
+        used = sum(b.layout.block_bytes * b.pool.blocks for b in self._node.books.values())
+        used += sum(one.block_bytes * blocks for one, blocks, _ in self._being_made.values())
+        left = settings.budget_bytes - used
+        size = left if settings.pool_bytes is None else min(left, settings.pool_bytes)
+        blocks = max(0, size) // layout.block_bytes
+        largest = max(self._quotas(blocks))
+        window = -(-settings.window_tokens // layout.block_size_tokens)
+        if largest < window:
+            raise FerryError(
+                Code.POOL_REFUSED,
+                f"a window of {settings.window_tokens} tokens needs {window} blocks of "
+                f"{layout.block_bytes} bytes, {window * layout.block_bytes} in all; {size} of the "
+                f"budget's {settings.budget_bytes} bytes are left, {largest} blocks for a role",
+            )
+        return blocks
+
+    def _quotas(self, blocks: int) -> tuple[int, int]:
+        source = round(blocks * self._node.settings.source_share)
+        return source, blocks - source
+
+    def on_pool_made(self, event: out.PoolMade) -> None:
+        """Open the books and welcome all who waited."""
+        layout, blocks, waiting = self._being_made.pop(event.pool_id)
+        source, sink = self._quotas(blocks)
+        self._node.books[event.pool_id] = PoolBook(
+            event.pool_id,
+            event.path,
+            DEVICE,
+            layout,
+            BlockPool(blocks, source, sink),
+            source,
+            sink,
+        )
+        for route, hello in waiting:
+            self._node.workers.on_call(out.WorkerCalled(route, hello, lock_held=True))
+
+    def on_pool_not_made(self, event: out.PoolNotMade) -> None:
+        """Tell all who waited why there is no pool."""
+        _, _, waiting = self._being_made.pop(event.pool_id)
+        for route, hello in waiting:
+            self._node.workers.refuse(
+                route, hello.call, FerryError(Code.POOL_REFUSED, event.message)
+            )
+
+    def _welcome(self, route: bytes, hello: worker.Hello) -> None:
+        node = self._node
+        book = node.books[hello.layout.digest.hex()]
+        session = node.sessions.get(hello.session or "") or self._new_session(hello, book)
+        session.heard_s, session.lost = node.now_s, False
+        node.workers.bind(route, session)
+        node.effects.append(
+            out.ToWorker(
+                route,
+                worker.Welcome(
+                    call=hello.call,
+                    version=agree(hello.versions),
+                    boot_id=node.settings.boot_id,
+                    session=session.secret,
+                    pool=worker.PoolInfo(
+                        path=book.path,
+                        blocks=book.pool.blocks,
+                        block_bytes=book.layout.block_bytes,
+                        window_tokens=node.settings.window_tokens,
+                    ),
+                    heartbeat_s=node.settings.timing.heartbeat_s,
+                    peer_address=node.settings.peer_address,
+                ),
+            )
+        )
+
+    def _new_session(self, hello: worker.Hello, book: PoolBook) -> Session:
+        node = self._node
+        secret = node.new_secret().hex()
+        session = node.make_session(secret, hello, book.pool_id)
+        node.sessions[secret] = session
+        node.effects.append(out.WatchWorker(secret, hello.lock))
+        return session

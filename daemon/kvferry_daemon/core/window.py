@@ -1,0 +1,107 @@
+"""The blocks that a transfer holds, for tokens [base_tokens, edge_tokens)."""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from kvferry_daemon.core.pool import Run
+from kvferry_daemon.core.pool import Lease
+
+
+class Place(NamedTuple):
+    """Blocks in token order; the first one starts at ``base_tokens``."""
+
+    base_tokens: int
+    runs: tuple[Run, ...]
+
+
+class Window:
+    """Leases in token order. It only keeps the books; the pool does the granting."""
+
+    def __init__(self, base_tokens: int, block_size_tokens: int) -> None:
+        assert base_tokens % block_size_tokens == 0, base_tokens  # I11
+        self.base_tokens = base_tokens
+        self.blocks = 0
+        self._block_size_tokens = block_size_tokens
+        self._leases: deque[Lease] = deque()
+
+    @property
+    def allocated_tokens(self) -> int:
+        """Tokens that the blocks have room for; never the number that was asked for."""
+        return self.blocks * self._block_size_tokens
+
+    @property
+    def edge_tokens(self) -> int:
+        """First token that has no block yet."""
+        return self.base_tokens + self.allocated_tokens
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """Every lease, in token order."""
+        return tuple(self._leases)
+
+    def add(self, leases: Iterable[Lease]) -> None:
+        """Append blocks at the edge."""
+        for lease in leases:
+            self._leases.append(lease)
+            self.blocks += lease.run.blocks
+
+    def drop_to(self, base_tokens: int) -> list[Lease]:
+        """Move the base up and return the leases (or their fronts) that lie below it now.
+
+        A base beyond the edge drops everything; the next block added is then that base's.
+        """
+        assert base_tokens % self._block_size_tokens == 0, base_tokens  # I11
+        assert base_tokens >= self.base_tokens, (base_tokens, self.base_tokens)
+        drop = min((base_tokens - self.base_tokens) // self._block_size_tokens, self.blocks)
+        self.base_tokens = base_tokens
+        self.blocks -= drop
+        fronts = []
+        while drop:
+            lease = self._leases.popleft()
+            first, blocks = lease.run
+            if blocks > drop:
+                self._leases.appendleft(lease._replace(run=Run(first + drop, blocks - drop)))
+                lease = lease._replace(run=Run(first, drop))
+            drop -= lease.run.blocks
+            fronts.append(lease)
+        return fronts
+
+    def clear(self) -> tuple[Lease, ...]:
+        """Give every lease up and return them all."""
+        leases = self.leases
+        self._leases.clear()
+        self.blocks = 0
+        return leases
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The blocks as (first_block, blocks) in token order, neighbours joined."""
+        runs: list[tuple[int, int]] = []
+        for lease in self._leases:
+            first, blocks = lease.run
+            if runs and sum(runs[-1]) == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + blocks)
+            else:
+                runs.append((first, blocks))
+        return runs
+
+    def cover(self, first_token: int, tokens: int) -> Place:
+        """The blocks that hold [first_token, first_token + tokens), and where they start."""
+        size = self._block_size_tokens
+        assert self.base_tokens <= first_token, (self.base_tokens, first_token)
+        assert first_token + tokens <= self.edge_tokens, (first_token, tokens, self.edge_tokens)
+        skip = (first_token - self.base_tokens) // size
+        need = -(-(first_token + tokens) // size) - first_token // size
+        place = first_token // size * size
+        runs: list[Run] = []
+        for lease in self._leases:
+            first, blocks = lease.run
+            if skip >= blocks:
+                skip -= blocks
+                continue
+            take = min(blocks - skip, need)
+            runs.append(Run(first + skip, take))
+            skip, need = 0, need - take
+            if not need:
+                break
+        return Place(place, tuple(runs))

@@ -1,0 +1,309 @@
+"""The verbs of the worker socket: sessions, ownership, and what each call may do."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.opening import opening_of
+from kvferry_daemon.core.polls import WaitingPoll
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.welcome import Welcomer
+from kvferry_proto import worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.states import TERMINAL, Role
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import Node, Session
+
+Named = worker.Send | worker.Ready | worker.Receive | worker.Resume | worker.Release | worker.Abort
+ROUTES_MAX = 16  # a client has two; ZeroMQ gives a reconnect a new one
+NEWLINES = re.compile(r"[\r\n]+")
+
+
+class WorkerDesk:
+    """Answers workers."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._welcomer = Welcomer(node)
+        self._routes: dict[bytes, str] = {}
+        self._opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}
+        self.on_pool_made = self._welcomer.on_pool_made
+        self.on_pool_not_made = self._welcomer.on_pool_not_made
+
+    # --- calls ---
+
+    def on_call(self, event: out.WorkerCalled) -> None:
+        """Answer one call; a refusal is an answer too and changes nothing."""
+        call = event.call
+        try:
+            if isinstance(call, worker.Hello):
+                self._welcomer.on_hello(event.route, call, event.lock_held)
+                return
+            session = self._session_of(event.route)
+            session.heard_s, session.lost = self._node.now_s, False
+            if isinstance(call, worker.Batch):
+                replies = [self._one_of_batch(session, event.route, one) for one in call.calls]
+                self._say(event.route, worker.BatchReply(call=call.call, replies=replies))
+                return
+            reply = self._answer(session, event.route, call, may_wait=True)
+        except FerryError as error:
+            reply = self._failure(call.call, error)
+        if reply is not None:
+            self._say(event.route, reply)
+
+    def refuse(self, route: bytes, call: int, error: FerryError) -> None:
+        """Answer a call that waited with an error."""
+        self._say(route, self._failure(call, error))
+
+    def bind(self, route: bytes, session: Session) -> None:
+        """Calls from this connection are the session's from now on; old connections go."""
+        session.routes[route] = None
+        self._routes[route] = session.secret
+        while len(session.routes) > ROUTES_MAX:
+            oldest = next(iter(session.routes))
+            del session.routes[oldest]
+            self._routes.pop(oldest, None)
+
+    def _say(self, route: bytes, reply: out.WorkerReply) -> None:
+        self._node.effects.append(out.ToWorker(route, reply))
+
+    def _failure(self, call: int, error: FerryError) -> worker.Failure:
+        self._node.counters[f"refused_{error.code.value}"] += 1
+        return worker.Failure(call=call, error=ErrorInfo.of(error.code, error.message))
+
+    def _session_of(self, route: bytes) -> Session:
+        secret = self._routes.get(route)
+        session = self._node.sessions.get(secret) if secret else None
+        if session is None:
+            raise FerryError(Code.HELLO_FIRST, "this connection belongs to no session")
+        return session
+
+    def _one_of_batch(
+        self, session: Session, route: bytes, call: worker.Verb
+    ) -> worker.Snapshots | worker.Failure:
+        try:
+            reply = self._answer(session, route, call, may_wait=False)
+        except FerryError as error:
+            return self._failure(call.call, error)
+        assert reply is not None
+        return reply
+
+    def _answer(
+        self, session: Session, route: bytes, call: worker.Verb, *, may_wait: bool
+    ) -> worker.Snapshots | None:
+        match call:
+            case worker.Poll():
+                return self._poll(session, route, call, may_wait=may_wait)
+            case worker.Heartbeat():
+                return worker.Snapshots(call=call.call)
+            case worker.Send():
+                self._open(session, call, Role.SOURCE)
+                key = ev.Key(Role.SOURCE, call.transfer_id, call.attempt)
+            case worker.Receive():
+                self._open(session, call, Role.SINK)
+                key = ev.Key(Role.SINK, call.transfer_id, call.attempt)
+            case worker.Ready():
+                key = self._current(session, call, Role.SOURCE)
+                self._node.run_now(key, ev.ReadyTo(call.ready_tokens, call.total_tokens, call.aux))
+            case worker.Resume():
+                key = self._current(session, call, Role.SINK)
+                self._resume(key, call.sent_tokens)
+            case worker.Release():
+                key = self._named(session, call, call.role)
+                self._node.run_now(key, ev.Release())
+            case worker.Abort():
+                key = self._named(session, call, call.role)
+                reason = NEWLINES.sub(" ", call.reason) or "no reason given"
+                self._node.run_now(key, ev.Fail(Code.ABORTED, f"by its {call.role}: {reason}"))
+        return worker.Snapshots(call=call.call, transfers=[self._snapshot(key)])
+
+    # --- opening ---
+
+    def _open(self, session: Session, call: worker.Send | worker.Receive, role: Role) -> None:
+        node = self._node
+        key = ev.Key(role, call.transfer_id, call.attempt)
+        newest = node.current.get((role, call.transfer_id), -1)
+        if call.attempt < newest:
+            raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
+        if self._is_repeated(session, key, call):
+            return
+        book = node.books[session.pool_id]
+        opening = opening_of(key, session, book, node.settings, call)  # refuses bad numbers
+        if node.draining:
+            raise FerryError(Code.DRAINING, "no new transfers are taken")
+        if len(node.transfers) >= node.settings.transfers_max:
+            raise FerryError(
+                Code.RESOURCE_EXHAUSTED, f"{len(node.transfers)} transfers are open already"
+            )
+        old = key._replace(attempt=newest)
+        if old in node.transfers:
+            message = f"attempt {call.attempt} took over"
+            node.run_now(old, ev.Fail(Code.SUPERSEDED, message))
+        self._opened_by[key] = call.model_copy(update={"call": 0})
+        if role is Role.SINK:
+            node.open(SinkTransfer(opening, node.settings.timing, node.now_s))
+            node.sinks.attach(key)
+            return
+        node.open(SourceTransfer(opening, node.settings.timing, node.now_s))
+        assert isinstance(call, worker.Send)
+        if call.total_tokens is not None or call.aux is not None:
+            self._tell_at_open(key, call)
+        node.sources.replay_unmet(key)
+
+    def _tell_at_open(self, key: ev.Key, call: worker.Send) -> None:
+        """A total or aux known at once; if it is refused, so is the opening."""
+        try:
+            self._node.run_now(key, ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux))
+        except FerryError as error:
+            self._node.run_now(key, ev.Release())
+            raise error
+
+    def _is_repeated(
+        self, session: Session, key: ev.Key, call: worker.Send | worker.Receive
+    ) -> bool:
+        node = self._node
+        if key not in node.transfers and node.tombstones.get(key) is None:
+            return False
+        self._check_owner(session, key)
+        before = self._opened_by.get(key)
+        if before is not None:
+            now = call.model_copy(update={"call": 0})
+            fields = type(call).model_fields
+            different = [f for f in fields if getattr(before, f) != getattr(now, f)]
+            if different:
+                name = different[0]
+                raise FerryError(
+                    Code.PARAMETERS_DIFFER,
+                    f"{name} was {getattr(before, name)}, now {getattr(now, name)}",
+                )
+        return True
+
+    def forget(self, key: ev.Key) -> None:
+        """The tombstone of a transfer is gone."""
+        self._opened_by.pop(key, None)
+
+    # --- finding ---
+
+    def _check_owner(self, session: Session, key: ev.Key) -> None:
+        transfer = self._node.transfers.get(key)
+        stone = self._node.tombstones.get(key)
+        owner = transfer.opening.session if transfer else stone.session if stone else None
+        if owner is None:
+            raise FerryError(
+                Code.UNKNOWN_TRANSFER,
+                f"no {key.role} transfer {key.transfer_id!r} attempt {key.attempt} here",
+            )
+        if owner not in ("", session.secret):
+            raise FerryError(
+                Code.NOT_YOUR_TRANSFER, f"{key.transfer_id!r} was opened by another session"
+            )
+
+    def _named(self, session: Session, call: Named, role: Role) -> ev.Key:
+        key = ev.Key(role, call.transfer_id, call.attempt)
+        self._check_owner(session, key)
+        return key
+
+    def _current(self, session: Session, call: Named, role: Role) -> ev.Key:
+        newest = self._node.current.get((role, call.transfer_id), -1)
+        if call.attempt < newest:
+            raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
+        return self._named(session, call, role)
+
+    def _snapshot(self, key: ev.Key) -> worker.Snapshot:
+        transfer = self._node.transfers.get(key)
+        if transfer is not None:
+            return transfer.snapshot()
+        stone = self._node.tombstones.get(key)
+        assert stone is not None, key
+        return stone.snapshot
+
+    def _resume(self, key: ev.Key, sent_tokens: int) -> None:
+        node = self._node
+        transfer = node.transfers.get(key)
+        if not isinstance(transfer, SinkTransfer):
+            return  # ended and given back: the snapshot says so
+        before = transfer.last_resume_at
+        node.run_now(key, ev.ResumeAt(sent_tokens))
+        after = transfer.last_resume_at
+        what = "accepted" if after != before else "repeated" if sent_tokens == before else "stale"
+        node.counters[f"resumes_{what}"] += 1
+
+    # --- polls ---
+
+    def _poll(
+        self, session: Session, route: bytes, call: worker.Poll, *, may_wait: bool
+    ) -> worker.Snapshots | None:
+        snapshots, refused, after = [], [], {}
+        live = False
+        for watched in call.transfers:
+            key = ev.Key(watched.role, watched.transfer_id, watched.attempt)
+            try:
+                self._check_owner(session, key)
+            except FerryError as error:
+                refused.append(self._refused(key, error))
+                continue
+            after[key] = watched.after
+            snapshot = self._snapshot(key)
+            live |= snapshot.state not in TERMINAL
+            if snapshot.snapshot > watched.after:
+                snapshots.append(snapshot)
+        if snapshots or refused or not live or not may_wait or call.wait_s == 0:
+            return worker.Snapshots(call=call.call, transfers=snapshots, refused=refused)
+        until_s = self._node.now_s + call.wait_s
+        number = self._node.polls.add(WaitingPoll(route, call.call, after, until_s))
+        self._node.schedule(number, until_s)
+        return None
+
+    def _refused(self, key: ev.Key, error: FerryError) -> worker.Refused:
+        return worker.Refused(
+            role=key.role,
+            transfer_id=key.transfer_id,
+            attempt=key.attempt,
+            error=ErrorInfo.of(error.code, error.message),
+        )
+
+    def answer_poll(self, poll: WaitingPoll) -> None:
+        """Answer a poll that waited, with all that has changed by now."""
+        snapshots = [self._snapshot(key) for key in poll.after if self._exists(key)]
+        news = [s for s in snapshots if s.snapshot > poll.after[_key(s)]]
+        self._say(poll.route, worker.Snapshots(call=poll.call, transfers=news))
+
+    def _exists(self, key: ev.Key) -> bool:
+        return key in self._node.transfers or self._node.tombstones.get(key) is not None
+
+    # --- workers that go ---
+
+    def notice_silence(self) -> None:
+        """A worker that does not beat is lost; that proves nothing about its blocks."""
+        node = self._node
+        lost_s = node.settings.timing.lost_s
+        for session in node.sessions.values():
+            if not session.lost and node.now_s - session.heard_s >= lost_s:
+                session.lost = True
+                self._lose(session, dead=False, why=f"silent for {lost_s:g} s")
+
+    def on_lock_dropped(self, event: out.LockDropped) -> None:
+        """The process is gone: nobody maps its blocks any more."""
+        node = self._node
+        session = node.sessions.pop(event.session, None)
+        if session is None:
+            return
+        for route in session.routes:
+            self._routes.pop(route, None)
+        self._lose(session, dead=True, why="its process has ended")
+        node.effects.append(out.ForgetWorker(event.session))
+
+    def _lose(self, session: Session, *, dead: bool, why: str) -> None:
+        name = session.name or f"pid {session.pid}"
+        for key in sorted(session.keys):
+            self._node.post(key, ev.WorkerLost(dead, f"worker {name}: {why}"))
+
+
+def _key(snapshot: worker.Snapshot) -> ev.Key:
+    return ev.Key(snapshot.role, snapshot.transfer_id, snapshot.attempt)
