@@ -79,7 +79,7 @@ class World:
                 timing=Timing(),
                 window_tokens=window_tokens,
                 budget_bytes=1 << 30,
-                pool_bytes=blocks * layout().block_bytes,
+                pool_tokens=blocks * BLOCK,
                 source_share=share,
                 streams=1,
                 chunk_bytes=1,

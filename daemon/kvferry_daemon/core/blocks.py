@@ -50,8 +50,11 @@ class PoolBook:
 
     def forget(self, key: Key) -> None:
         """The transfer is gone; it holds nothing here."""
-        for table in (*self._queues.values(), self._reserved, self._waiting_for_room, self._owners):
-            table.pop(key, None)
+        for queue in self._queues.values():
+            queue.pop(key, None)
+        self._reserved.pop(key, None)
+        self._waiting_for_room.pop(key, None)
+        self._owners.pop(key, None)
 
     def want(self, key: Key, level: WantBlocks) -> None:
         """Note how many blocks a transfer wants now."""

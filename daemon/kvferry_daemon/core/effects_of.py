@@ -15,6 +15,7 @@ from kvferry_proto.states import Role, State
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node
     from kvferry_daemon.core.sink import SinkTransfer
+    from kvferry_daemon.core.source import SourceTransfer
 
 
 class EffectDesk:
@@ -158,7 +159,7 @@ class EffectDesk:
 
     # --- source ---
 
-    def _send_progress(self, transfer: AnyTransfer, effect: ev.SendProgress) -> None:
+    def _send_progress(self, transfer: SourceTransfer, effect: ev.SendProgress) -> None:
         node, key = self._node, transfer.key
         error = effect.error or transfer.error
         progress = Progress.model_construct(
@@ -178,7 +179,7 @@ class EffectDesk:
         else:
             node.sources.say_progress(effect.sink, progress)
 
-    def _serve(self, transfer: AnyTransfer, effect: ev.Serve) -> None:
+    def _serve(self, transfer: SourceTransfer, effect: ev.Serve) -> None:
         node = self._node
         if not node.sources.is_open(effect.key):
             node.post(transfer.key, ev.StreamDown(effect.key))  # what it was asked on is closed
@@ -194,7 +195,7 @@ class EffectDesk:
             )
         )
 
-    def _hand_over(self, transfer: AnyTransfer, effect: ev.HandOver) -> None:
+    def _hand_over(self, transfer: SourceTransfer, effect: ev.HandOver) -> None:
         node, book = self._node, self._book(transfer)
         sink_key = transfer.key._replace(role=Role.SINK)
         blocks = effect.lease.run.blocks

@@ -38,7 +38,7 @@ class Settings:
     timing: ev.Timing
     window_tokens: int
     budget_bytes: int
-    pool_bytes: int | None
+    pool_tokens: int | None
     source_share: float
     streams: int
     chunk_bytes: int

@@ -6,7 +6,7 @@ from typing import Literal
 from kvferry_daemon.core.events import StreamKey, Timing
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.versions import agree
+from kvferry_proto.versions import Versions, agree
 
 NEVER_S = float("inf")
 
@@ -137,7 +137,9 @@ class Peer:
         else:
             if now_s >= self._say_at_s:
                 self._say_at_s = now_s + self.timing.heartbeat_s
-                self._say(wire.Ping(**self._boots()))
+                self._say(
+                    wire.Ping(source_boot_id=self.boot_id or "", sink_boot_id=self.our_boot_id)
+                )
             self._ask_for_streams()
         return self._taken()
 
@@ -204,10 +206,6 @@ class Peer:
         effects, self._effects = self._effects, []
         return effects
 
-    def _boots(self) -> dict[str, str]:
-        assert self.boot_id is not None
-        return {"source_boot_id": self.boot_id, "sink_boot_id": self.our_boot_id}
-
     def _say(self, message: wire.PeerMessage) -> None:
         self._effects.append(Say(self.address, message))
 
@@ -224,7 +222,7 @@ class Peer:
         if message.sink_boot_id != self.our_boot_id:
             return
         try:
-            agree(wire.OURS.model_copy(update={"low": message.version, "high": message.version}))
+            agree(Versions(low=message.version, high=message.version))
         except FerryError as error:
             self._effects.append(PeerFailed(self.address, error.code, error.message))
             return
@@ -264,7 +262,12 @@ class Peer:
                 stream.state = "asking"
                 stream.retry_at_s = self.now_s + self.timing.resend_max_s
                 self._say(
-                    wire.OpenStream(stream=index, connection=stream.connection, **self._boots())
+                    wire.OpenStream(
+                        stream=index,
+                        connection=stream.connection,
+                        source_boot_id=self.boot_id or "",
+                        sink_boot_id=self.our_boot_id,
+                    )
                 )
 
     def _ticket(self, message: wire.Ticket) -> None:

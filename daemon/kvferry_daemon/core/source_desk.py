@@ -47,7 +47,10 @@ class SourceDesk:
             sink = self._checked(route, message)
             match message:
                 case wire.Ping():
-                    self._say(sink, wire.Pong(**self._boots(sink)))
+                    self._say(
+                        sink,
+                        wire.Pong(source_boot_id=self._node.settings.boot_id, sink_boot_id=sink),
+                    )
                 case wire.OpenStream():
                     self._on_open_stream(sink, message)
                 case wire.Pulls():
@@ -105,7 +108,8 @@ class SourceDesk:
             connection=message.connection,
             port=self._node.data_port,
             ticket=ticket,
-            **self._boots(sink),
+            source_boot_id=self._node.settings.boot_id,
+            sink_boot_id=sink,
         )
         self._say(sink, answer)
 
@@ -169,7 +173,10 @@ class SourceDesk:
         elif getattr(transfer, "sink", None) in (None, sink):
             self._node.run_now(key, done)
         noted = wire.DoneNoted(
-            transfer_id=message.transfer_id, attempt=message.attempt, **self._boots(sink)
+            transfer_id=message.transfer_id,
+            attempt=message.attempt,
+            source_boot_id=self._node.settings.boot_id,
+            sink_boot_id=sink,
         )
         self._say(sink, noted)
 
@@ -220,7 +227,10 @@ class SourceDesk:
             for first in range(0, len(progresses), wire.PULLS_MAX):
                 part = progresses[first : first + wire.PULLS_MAX]
                 message = wire.Progresses.model_construct(
-                    kind="progresses", progresses=part, **self._boots(sink)
+                    kind="progresses",
+                    progresses=part,
+                    source_boot_id=self._node.settings.boot_id,
+                    sink_boot_id=sink,
                 )
                 self._say(sink, message)
 
@@ -228,9 +238,6 @@ class SourceDesk:
         route = self._routes.get(sink)
         if route is not None:
             self._node.effects.append(out.ToSink(route, message))
-
-    def _boots(self, sink: str) -> dict[str, str]:
-        return {"source_boot_id": self._node.settings.boot_id, "sink_boot_id": sink}
 
     # --- housekeeping ---
 

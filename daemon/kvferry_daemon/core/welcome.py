@@ -64,16 +64,18 @@ class Welcomer:
         used = sum(b.layout.block_bytes * b.pool.blocks for b in self._node.books.values())
         used += sum(one.block_bytes * blocks for one, blocks, _ in self._being_made.values())
         left = settings.budget_bytes - used
-        size = left if settings.pool_bytes is None else min(left, settings.pool_bytes)
-        blocks = max(0, size) // layout.block_bytes
+        blocks = max(0, left) // layout.block_bytes
+        if settings.pool_tokens is not None:
+            blocks = min(blocks, settings.pool_tokens // layout.block_size_tokens)
         largest = max(self._quotas(blocks))
         window = -(-settings.window_tokens // layout.block_size_tokens)
         if largest < window:
             raise FerryError(
                 Code.POOL_REFUSED,
                 f"a window of {settings.window_tokens} tokens needs {window} blocks of "
-                f"{layout.block_bytes} bytes, {window * layout.block_bytes} in all; {size} of the "
-                f"budget's {settings.budget_bytes} bytes are left, {largest} blocks for a role",
+                f"{layout.block_bytes} bytes, {window * layout.block_bytes} in all; {left} of the "
+                f"budget's {settings.budget_bytes} bytes are left, which gives a pool of {blocks} "
+                f"blocks, at most {largest} for one role",
             )
         return blocks
 

@@ -4,8 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvferry_daemon.core.pool import Run
-from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.pool import Lease, Run
 
 
 class Place(NamedTuple):

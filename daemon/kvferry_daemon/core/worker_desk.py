@@ -41,6 +41,7 @@ class WorkerDesk:
     def on_call(self, event: out.WorkerCalled) -> None:
         """Answer one call; a refusal is an answer too and changes nothing."""
         call = event.call
+        reply: out.WorkerReply | None
         try:
             if isinstance(call, worker.Hello):
                 self._welcomer.on_hello(event.route, call, event.lock_held)
@@ -160,9 +161,9 @@ class WorkerDesk:
         """A total or aux known at once; if it is refused, so is the opening."""
         try:
             self._node.run_now(key, ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux))
-        except FerryError as error:
+        except FerryError:
             self._node.run_now(key, ev.Release())
-            raise error
+            raise
 
     def _is_repeated(
         self, session: Session, key: ev.Key, call: worker.Send | worker.Receive

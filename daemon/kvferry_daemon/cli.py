@@ -1,0 +1,178 @@
+"""The command line. Exit codes: 0 well, 1 the demo failed, 2 wrong usage or config, 3 the daemon
+
+could not start or did not drain, 4 no daemon answers.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvferry_proto.errors import FerryError
+
+EXIT_CONFIG, EXIT_SERVE, EXIT_NO_DAEMON = 2, 3, 4
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """kvferry moves KV cache and embeddings between inference nodes, window by window."""
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for every field of the config."""
+    from kvferry_daemon.config import Config, Deadlines
+
+    fields = {**Deadlines.model_fields, **Config.model_fields}
+    for name, field in reversed(fields.items()):
+        if name == "deadlines":
+            continue
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            flag += "/--no-" + name.replace("_", "-")
+        about = field.description or "seconds"
+        if field.default is not None and field.default_factory is None:
+            about += f" [default: {field.default}]"
+        command = click.option(flag, name, default=None, help=about, type=_flag_type(field))(
+            command
+        )
+    return command
+
+
+def _flag_type(field: Any) -> Any:
+    return bool if field.annotation is bool else str
+
+
+@main.command()
+@click.option(
+    "--config", "config_path", type=click.Path(exists=True, dir_okay=False), help="TOML file"
+)
+@click.option("--print-config", is_flag=True, help="show the resulting config as JSON and exit")
+@_config_options
+def serve(config_path: str | None, print_config: bool, **flags: Any) -> None:
+    """Run the daemon in the foreground. SIGTERM drains, then stops; a second one stops at once."""
+    import zmq
+    from pydantic import ValidationError
+
+    from kvferry_daemon.config import Deadlines, load
+
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    deadlines = {name: given.pop(name) for name in Deadlines.model_fields if name in given}
+    if deadlines:
+        given["deadlines"] = deadlines
+    if config_path is not None:
+        os.environ["KVFERRY_CONFIG"] = config_path
+    try:
+        config = load(given)
+    except (ValidationError, ValueError) as error:
+        _stop(EXIT_CONFIG, f"config: {_words(error)}")
+    if print_config:
+        click.echo(config.model_dump_json(indent=2))
+        return
+    from kvferry_daemon.daemon import run
+    from kvferry_daemon.runtime_dir import DirectoryTaken
+
+    try:
+        sys.exit(run(config))
+    except (DirectoryTaken, OSError, zmq.ZMQError) as error:
+        _stop(EXIT_SERVE, f"cannot start: {error}")
+
+
+def _runtime_dir_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--runtime-dir",
+        type=click.Path(path_type=Path),
+        envvar="KVFERRY_RUNTIME_DIR",
+        help="the daemon's runtime directory",
+    )(command)
+
+
+@main.command()
+@_runtime_dir_option
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def status(runtime_dir: Path | None, as_json: bool) -> None:
+    """Show the daemon: pools, peers, workers, transfers by state."""
+    from kvferry_daemon.operator import ask, show_status
+    from kvferry_proto.control import GetStatus
+
+    answer = _asked(lambda: ask(_directory(runtime_dir), GetStatus()))
+    if as_json:
+        click.echo(answer.model_dump_json(indent=2))
+    else:
+        show_status(answer)
+
+
+@main.command()
+@_runtime_dir_option
+@click.argument("transfer_id", required=False)
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def transfers(runtime_dir: Path | None, transfer_id: str | None, as_json: bool) -> None:
+    """Show transfers, or every attempt of one."""
+    from kvferry_daemon.operator import ask, show_transfers
+    from kvferry_proto.control import GetTransfers
+
+    answer = _asked(lambda: ask(_directory(runtime_dir), GetTransfers(transfer_id=transfer_id)))
+    if as_json:
+        click.echo(answer.model_dump_json(indent=2))
+    else:
+        show_transfers(answer)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of the live view")
+@click.option("--payload", type=click.Choice(["kv", "embeddings"]), default="kv", show_default=True)
+@click.option("--tokens", type=click.IntRange(1, 1 << 20), default=20480, show_default=True)
+@click.option("--handoff", is_flag=True, help="one daemon for both sides: no byte is copied")
+@click.option("--block-reuse", is_flag=True, help="a sink pool just one window large")
+@click.option("--total-late", is_flag=True, help="tell the payload's length only at its end")
+@click.option("--harm", type=click.Choice(["swap-windows", "zero-token"]), hidden=True)
+def demo(**choices: Any) -> None:
+    """Move a real model's payload from one process to another through two daemons."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        _stop(EXIT_CONFIG, "the demo needs its extra: pip install 'kvferry[demo]'")
+    from kvferry_daemon.demo.run import run_demo
+
+    sys.exit(run_demo(**choices))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def version(as_json: bool) -> None:
+    """Show the version and the wire versions."""
+    from kvferry_daemon.core.report import our_version
+    from kvferry_proto.versions import OURS
+
+    if as_json:
+        click.echo(json.dumps({"version": our_version(), "wire": [OURS.low, OURS.high]}))
+    else:
+        click.echo(f"kvferry {our_version()} (wire versions {OURS.low} to {OURS.high})")
+
+
+def _directory(given: Path | None) -> Path:
+    from kvferry_daemon.config import default_runtime_dir
+
+    return given or default_runtime_dir()
+
+
+def _asked(question: Callable[[], Any]) -> Any:
+    try:
+        return question()
+    except FerryError as error:
+        _stop(EXIT_NO_DAEMON, str(error))
+
+
+def _words(error: ValueError) -> str:
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in errors())
+
+
+def _stop(code: int, message: str) -> Any:
+    click.echo(f"kvferry: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,3 @@
+from kvferry_daemon.core.pool import Run
+
+__all__ = ["Run"]

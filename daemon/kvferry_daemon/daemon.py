@@ -1,0 +1,254 @@
+"""The daemon: sockets, threads and the node, put together and taken apart."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+
+import zmq
+
+from kvferry_daemon.config import Config
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.events import Timing
+from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.peers import Say
+from kvferry_daemon.core.report import status, transfers
+from kvferry_daemon.effects import Effects
+from kvferry_daemon.links.liveness import Liveness
+from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
+from kvferry_daemon.runtime_dir import RuntimeDir
+from kvferry_daemon.streams import Streams
+from kvferry_proto import control, peer, worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.fields import ErrorInfo
+
+log = logging.getLogger(__name__)
+DRAIN_LOOK_S = 0.05
+
+
+class Daemon:
+    """One life of a daemon. Create it inside a running event loop."""
+
+    def __init__(self, config: Config) -> None:
+        """Bind everything; raises DirectoryTaken, OSError or zmq.ZMQError."""
+        self.config = config
+        os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
+        self.directory = RuntimeDir(config.runtime_dir)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._peer_socket = make_socket(self._context, zmq.ROUTER)
+        if ":" in config.peer_host:
+            self._peer_socket.setsockopt(zmq.IPV6, 1)
+        self._peer_socket.bind(f"tcp://{_bracketed(config.peer_host)}:{config.peer_port or '*'}")
+        bound = self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        port = bound.rpartition(":")[2]
+        host = _bracketed(config.advertise_host or config.peer_host)
+        self.peer_address = f"tcp://{host}:{port}"
+        self._liveness = Liveness(self.directory.workers)
+        self._dealers: dict[str, ZmqLink] = {}
+        self.node = Node(
+            settings_of(config, self.peer_address),
+            lambda: secrets.token_bytes(32),
+            0,
+            asyncio.get_running_loop().time(),
+        )
+        self.effects = Effects(self.node, self, self.directory.pools)
+        self.streams = Streams(
+            config.peer_host, config.data_port, config.checksum, self.effects.feed
+        )
+        self.node.data_port = self.streams.listener.port
+        self.effects.use_streams(self.streams)
+        self._peers = ZmqLink(self._peer_socket, self._on_peer)
+        self._workers = ZmqLink(self._bound(str(self.directory.worker_socket)), self._on_worker)
+        self._control = ZmqLink(self._bound(str(self.directory.control_socket)), self._on_control)
+        self._watch = asyncio.get_running_loop().create_task(self._watch_workers())
+
+    def _bound(self, path: str) -> zmq.Socket[bytes]:
+        socket = make_socket(self._context, zmq.ROUTER)
+        socket.bind(f"ipc://{path}")
+        return socket
+
+    async def close(self) -> None:
+        """Take everything down; blocks and transfers go with the process."""
+        self._watch.cancel()
+        for link in (self._workers, self._control, self._peers, *self._dealers.values()):
+            link.close()
+        self.streams.close()
+        self.effects.close()
+        self._liveness.close()
+        self._context.term()
+        self.directory.close()
+
+    async def drain(self) -> bool:
+        """Take no new transfers; wait for the live ones. False if they did not end in time."""
+        self.effects.feed(out.DrainBegun())
+        deadline_s = asyncio.get_running_loop().time() + self.config.deadlines.stop_s
+        while not self.node.idle:
+            if asyncio.get_running_loop().time() >= deadline_s:
+                return False
+            await asyncio.sleep(DRAIN_LOOK_S)
+        return True
+
+    async def _watch_workers(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.deadlines.heartbeat_s)
+            for session in self._liveness.dead():
+                self.effects.feed(out.LockDropped(session))
+
+    # --- messages in ---
+
+    def _on_worker(self, frames: list[bytes]) -> None:
+        route = frames[0]
+        try:
+            call = worker.CALLS.decode(_single(frames))
+        except FerryError as error:
+            self._refuse_worker(route, error)
+            return
+        held = isinstance(call, worker.Hello) and self._liveness.is_held(call.lock)
+        self.effects.feed(out.WorkerCalled(route, call, held))
+
+    def _refuse_worker(self, route: bytes, error: FerryError) -> None:
+        self.node.counters["bad_messages_worker"] += 1
+        info = ErrorInfo.of(error.code, error.message)
+        self.to_worker(route, worker.Failure(call=0, error=info))
+
+    def _on_peer(self, frames: list[bytes]) -> None:
+        try:
+            message = peer.MESSAGES.decode(_single(frames))
+        except FerryError as error:
+            self.node.counters["bad_messages_peer"] += 1
+            info = ErrorInfo.of(error.code, error.message)
+            refusal = peer.PeerRefused(boot_id=self.node.settings.boot_id, error=info)
+            self.to_sink(out.ToSink(frames[0], refusal))
+            return
+        self.effects.feed(out.SinkSaid(frames[0], message))
+
+    def _on_source(self, address: str, frames: list[bytes]) -> None:
+        try:
+            message = peer.MESSAGES.decode(_single([b"", *frames]))
+        except FerryError as error:
+            self.node.counters["bad_messages_peer"] += 1
+            log.warning("%s sent what we cannot read: %s", address, error)
+            return
+        self.effects.feed(out.SourceSaid(address, message))
+
+    def _on_control(self, frames: list[bytes]) -> None:
+        answer: control.Status | control.Transfers | control.ControlFailure
+        try:
+            request = control.REQUESTS.decode(_single(frames))
+            now_s = asyncio.get_running_loop().time()
+            if isinstance(request, control.GetStatus):
+                answer = status(self.node, request.call, str(self.directory.path), now_s)
+            else:
+                answer = transfers(self.node, request, now_s)
+        except FerryError as error:
+            self.node.counters["bad_messages_control"] += 1
+            answer = control.ControlFailure(error=ErrorInfo.of(error.code, error.message))
+        self._control.send(frames[0], control.ANSWERS.encode(answer))
+
+    # --- messages out (Links) ---
+
+    def to_worker(self, route: bytes, reply: out.WorkerReply) -> None:
+        """Answer a worker; what does not fit a frame becomes a typed failure."""
+        try:
+            frame = worker.REPLIES.encode(reply)
+        except FerryError as error:
+            info = ErrorInfo.of(error.code, error.message)
+            frame = worker.REPLIES.encode(worker.Failure(call=reply.call, error=info))
+        self._workers.send(route, frame)
+
+    def to_sink(self, effect: out.ToSink) -> None:
+        """Answer a daemon that pulls from us."""
+        self._peers.send(effect.route, peer.MESSAGES.encode(effect.message))
+
+    def to_source(self, effect: Say) -> None:
+        """Ask a daemon that we pull from."""
+        link = self._dealers.get(effect.address)
+        if link is not None:
+            link.send(peer.MESSAGES.encode(effect.message))
+
+    def open_peer(self, address: str) -> None:
+        """Connect; ZeroMQ goes on trying until close_peer."""
+        socket = make_socket(self._context, zmq.DEALER)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.SNDHWM, 1000)
+        socket.connect(address)
+        on_message: Callable[[list[bytes]], None] = lambda frames: self._on_source(address, frames)
+        self._dealers[address] = ZmqLink(socket, on_message)
+
+    def close_peer(self, address: str) -> None:
+        """Drop the link."""
+        self._dealers.pop(address).close()
+
+    def watch_worker(self, session: str, lock: str) -> None:
+        """From now on its flock is looked at."""
+        self._liveness.watch(session, lock)
+
+    def forget_worker(self, session: str) -> None:
+        """Its session is over."""
+        self._liveness.forget(session)
+
+
+def settings_of(config: Config, peer_address: str) -> Settings:
+    """The part of the config that the node works with, for one life of the daemon."""
+    deadlines = config.deadlines.model_dump(exclude={"stop_s"})
+    return Settings(
+        boot_id=secrets.token_hex(16),
+        peer_address=peer_address,
+        timing=Timing(**deadlines),
+        window_tokens=config.window_tokens,
+        budget_bytes=int(config.budget_bytes),
+        pool_tokens=config.pool_tokens,
+        source_share=config.source_share,
+        streams=config.streams,
+        chunk_bytes=int(config.chunk_bytes),
+        transfers_max=config.transfers_max,
+        workers_max=config.workers_max,
+    )
+
+
+async def serve(config: Config) -> int:
+    """Run until SIGTERM or SIGINT: the first drains, a second one stops at once."""
+    daemon = Daemon(config)
+    loop = asyncio.get_running_loop()
+    stop, now = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: now.set() if stop.is_set() else stop.set())
+    ready = f'{{"peer_address": "{daemon.peer_address}", "pid": {os.getpid()}}}'
+    print(ready, flush=True)
+    log.info("ready: %s, runtime directory %s", daemon.peer_address, config.runtime_dir)
+    await stop.wait()
+    log.info("draining")
+    draining = asyncio.ensure_future(daemon.drain())
+    hurry = asyncio.ensure_future(now.wait())
+    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
+    drained = draining.done() and draining.result()
+    draining.cancel()
+    hurry.cancel()
+    await daemon.close()
+    log.info("stopped%s", "" if drained else "; some transfers had not ended")
+    return 0 if drained else 3
+
+
+def _single(frames: list[bytes]) -> bytes:
+    if len(frames) != 2:
+        raise FerryError(Code.BAD_MESSAGE, f"a message is one frame, not {len(frames) - 1}")
+    return frames[1]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def run(config: Config) -> int:
+    """Serve on a uvloop event loop."""
+    import uvloop
+
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    return uvloop.run(serve(config))

@@ -1,0 +1,1 @@
+"""`kvferry demo`: real daemons, real worker processes, a real model, and a verdict."""

@@ -1,0 +1,188 @@
+"""The one place where effects are performed, and where their outcome becomes an event."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core.node import Node
+from kvferry_daemon.core.window import Place
+from kvferry_daemon.memory.host import HostPool, MemoryRefused
+from kvferry_daemon.memory.spans import spans
+from kvferry_daemon.probe import probe
+from kvferry_daemon.streams import Streams
+
+log = logging.getLogger(__name__)
+PENDING_SLICE = 64  # events in one go before other callbacks of the loop get a turn
+
+
+class Links(Protocol):
+    """Where messages go out."""
+
+    def to_worker(self, route: bytes, reply: out.WorkerReply) -> None: ...
+    def to_sink(self, effect: out.ToSink) -> None: ...
+    def to_source(self, effect: pr.Say) -> None: ...
+    def open_peer(self, address: str) -> None: ...
+    def close_peer(self, address: str) -> None: ...
+    def watch_worker(self, session: str, lock: str) -> None: ...
+    def forget_worker(self, session: str) -> None: ...
+
+
+class Effects:
+    """Feeds events to the node, one after the other, and performs what it answers."""
+
+    def __init__(self, node: Node, links: Links, pools_dir: Path) -> None:
+        self._node = node
+        self._links = links
+        self._pools_dir = pools_dir
+        self._loop = asyncio.get_running_loop()
+        self._streams: Streams | None = None
+        self._pools: dict[str, HostPool] = {}
+        self._events: deque[out.NodeEvent] = deque()
+        self._feeding = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s = float("inf")
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self._memory = ThreadPoolExecutor(2, "kvferry-memory")
+        self._moves: dict[type, Callable[[Any], None]] = {
+            out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
+            out.ToSink: links.to_sink,
+            pr.Say: links.to_source,
+            out.OpenPeer: lambda e: links.open_peer(e.address),
+            out.ClosePeer: lambda e: links.close_peer(e.address),
+            out.WatchWorker: lambda e: links.watch_worker(e.session, e.lock),
+            out.ForgetWorker: lambda e: links.forget_worker(e.session),
+            pr.Probe: self._probe,
+            out.Expect: self._expect,
+            out.CancelExpected: self._cancel_expected,
+            out.Transmit: self._transmit,
+            out.Zero: self._zero,
+            out.MakePool: self._make_pool,
+        }
+
+    def use_streams(self, streams: Streams) -> None:
+        """Streams post events here and are told effects from here."""
+        self._streams = streams
+        self._moves[pr.Connect] = streams.connect
+        self._moves[pr.Disconnect] = lambda e: streams.disconnect(e.key)
+        self._moves[out.Admit] = lambda e: streams.listener.admit(e.ticket, e.key, 10.0)
+        self._moves[out.Expel] = lambda e: streams.expel(e.key)
+
+    def feed(self, event: out.NodeEvent) -> None:
+        """Let the node handle an event; events that come up meanwhile wait their turn."""
+        self._events.append(event)
+        if self._feeding:
+            return
+        self._feeding = True
+        try:
+            while self._events:
+                for effect in self._node.handle(self._events.popleft(), self._loop.time()):
+                    self._moves[type(effect)](effect)
+        finally:
+            self._feeding = False
+        self._arm()
+
+    def close(self) -> None:
+        """Stop timers and threads, and drop the pools."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._memory.shutdown(wait=True)
+        for pool in self._pools.values():
+            pool.close()
+
+    # --- time ---
+
+    def _arm(self) -> None:
+        at_s = self._node.wake_at_s
+        if at_s == self._timer_at_s:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at_s = at_s
+        self._timer = self._loop.call_at(at_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer_at_s = float("inf")
+        self.feed(out.TimePassed())
+
+    # --- bytes ---
+
+    def _views(self, pool_id: str, first_token: int, tokens: int, place: Place) -> list[memoryview]:
+        layout = self._node.books[pool_id].layout
+        pool = self._pools[pool_id]
+        parts = spans(
+            place.runs,
+            base_token=place.base_tokens,
+            first_token=first_token,
+            tokens=tokens,
+            block_size=layout.block_size_tokens,
+            block_bytes=layout.block_bytes,
+            planes=layout.places,
+        )
+        return [pool.piece(offset, length) for offset, length in parts]
+
+    def _expect(self, effect: out.Expect) -> None:
+        assert self._streams is not None
+        views = self._views(effect.pool_id, effect.first_token, effect.tokens, effect.place)
+        if not self._streams.expect(effect, views):
+            self._events.append(out.ChunkMissed(effect.handle, effect.first_token))
+
+    def _cancel_expected(self, effect: out.CancelExpected) -> None:
+        assert self._streams is not None
+        for first_token in self._streams.cancel(effect.handle):
+            self._events.append(out.ChunkMissed(effect.handle, first_token))
+
+    def _transmit(self, effect: out.Transmit) -> None:
+        assert self._streams is not None
+        views = self._views(effect.pool_id, effect.first_token, effect.tokens, effect.place)
+        self._streams.transmit(effect, views)  # if it is gone, its end tells the transfer
+
+    # --- work off the loop ---
+
+    def _off_loop(self, work: Callable[[], out.NodeEvent]) -> None:
+        self._track(self._loop.run_in_executor(self._memory, work))
+
+    def _track(self, task: "asyncio.Future[out.NodeEvent]") -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._on_work_done)
+
+    def _on_work_done(self, task: "asyncio.Future[out.NodeEvent]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self.feed(task.result())
+
+    def _zero(self, effect: out.Zero) -> None:
+        pool = self._pools[effect.pool_id]
+
+        def work() -> out.NodeEvent:
+            for run in effect.runs:
+                pool.zero(run.first_block, run.blocks)
+            return out.Zeroed(effect.ticket)
+
+        self._off_loop(work)
+
+    def _make_pool(self, effect: out.MakePool) -> None:
+        path = self._pools_dir / effect.pool_id
+
+        def work() -> out.NodeEvent:
+            try:
+                pool = HostPool.create(path, effect.layout.block_bytes, effect.blocks)
+            except (MemoryRefused, OSError) as error:
+                return out.PoolNotMade(effect.pool_id, str(error))
+            self._pools[effect.pool_id] = pool
+            return out.PoolMade(effect.pool_id, str(path))
+
+        self._off_loop(work)
+
+    def _probe(self, effect: pr.Probe) -> None:
+        async def ask() -> out.NodeEvent:
+            return out.Probed(effect.address, await probe(effect.address))
+
+        self._track(self._loop.create_task(ask()))

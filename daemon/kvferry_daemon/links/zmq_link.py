@@ -1,0 +1,84 @@
+"""One ZeroMQ socket on the event loop, drained on its file descriptor.
+
+The descriptor is edge-triggered: after every send and receive EVENTS has to be looked at again,
+or the socket falls silent. (Measured faster than zmq.asyncio: fewer tasks a message.)
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from kvferry_proto.codec import FRAME_BYTES_MAX
+
+MESSAGES_A_TURN = 128  # then other sockets and timers get their turn
+
+
+class ZmqLink:
+    """Hands whole messages to ``on_message(frames)``; never blocks."""
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]
+    ) -> None:
+        self._socket = socket
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = int(socket.getsockopt(zmq.FD))
+        self._is_drain_due = False
+        self._closed = False
+        self.dropped = 0  # messages that could not be sent: the peer is gone or does not read
+        self._loop.add_reader(self._descriptor, self._drain)
+        self._drain_soon()
+
+    def send(self, *frames: bytes) -> bool:
+        """Send one message if it can be sent now; the protocol repeats what is lost."""
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self.dropped += 1
+            return False
+        finally:
+            self._drain_soon()
+        return True
+
+    def close(self) -> None:
+        """Stop reading and close; unsent messages are dropped."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._descriptor)
+            self._socket.close(linger=0)
+
+    def _drain_soon(self) -> None:
+        if not self._is_drain_due and not self._closed:
+            self._is_drain_due = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._is_drain_due = False
+        for _ in range(MESSAGES_A_TURN):
+            if self._closed:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_message(frames)
+        self._drain_soon()
+
+
+def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    """A socket with the options that all our links share."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 3000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if kind == zmq.ROUTER:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return socket

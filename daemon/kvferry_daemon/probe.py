@@ -1,0 +1,36 @@
+"""Why does nobody answer at an address? One connection attempt tells."""
+
+import asyncio
+
+PROBE_S = 3.0
+ZMTP_SIGNATURE = b"\xff"  # first byte of every ZMTP 3 greeting
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of a tcp://host:port address that was checked before."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+async def probe(address: str) -> str:
+    """Say in words what happens at a tcp://host:port address."""
+    host, port = split_address(address)
+    try:
+        async with asyncio.timeout(PROBE_S):
+            reader, writer = await asyncio.open_connection(host, port)
+    except TimeoutError:
+        return f"connecting took over {PROBE_S:g} s (unreachable, or a firewall drops it)"
+    except OSError as error:
+        return f"connecting failed: {error.strerror or error}"
+    try:
+        async with asyncio.timeout(PROBE_S):
+            greeting = await reader.read(1)
+    except TimeoutError:
+        return "something listens there but says nothing; it is no kvferry"
+    except OSError as error:
+        return f"the connection broke: {error.strerror or error}"
+    finally:
+        writer.close()
+    if greeting != ZMTP_SIGNATURE:
+        return "something listens there, but it is no kvferry (it does not speak ZeroMQ)"
+    return "something speaks ZeroMQ there but gives no kvferry answer"

@@ -1,0 +1,162 @@
+"""The data connections of this daemon: which threads there are, and what they are to do."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.probe import split_address
+from kvferry_daemon.transports.tcp import events as te
+from kvferry_daemon.transports.tcp.bridge import LoopBridge
+from kvferry_daemon.transports.tcp.listener import ConnectError, Listener, connect
+from kvferry_daemon.transports.tcp.receiver import StreamReceiver
+from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
+
+CONNECT_S = 5.0
+log = logging.getLogger(__name__)
+
+Views = list[memoryview]
+
+
+class Streams:
+    """Owns senders and receivers; posts what happens to them as node events."""
+
+    def __init__(
+        self, host: str, port: int, checksum: bool, feed: Callable[[out.NodeEvent], None]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._feed = feed
+        self._checksum = checksum
+        self._receivers: dict[StreamKey, StreamReceiver] = {}
+        self._senders: dict[StreamKey, StreamSender] = {}
+        self._connecting: dict[StreamKey, bool] = {}  # key -> still wanted
+        self._executor = ThreadPoolExecutor(4, "kvferry-connect")
+        self._sink_bridge = LoopBridge(loop, self._on_sink_event)
+        self._source_bridge = LoopBridge(loop, self._on_source_event)
+        self.listener = Listener(host, port, post=self._source_bridge.post)
+
+    # --- sink: connections that we open ---
+
+    def connect(self, effect: Connect) -> None:
+        """Open a connection off the loop."""
+        self._connecting[effect.key] = True
+        task = asyncio.get_running_loop().run_in_executor(self._executor, self._connect, effect)
+        task.add_done_callback(lambda done: self._on_connected(effect.key, done))
+
+    @staticmethod
+    def _connect(effect: Connect) -> socket.socket:
+        host, _ = split_address(effect.key.peer)
+        return connect(host, effect.port, effect.ticket, CONNECT_S)
+
+    def _on_connected(self, key: StreamKey, done: "asyncio.Future[socket.socket]") -> None:
+        wanted = self._connecting.pop(key)
+        try:
+            sock = done.result()
+        except (ConnectError, OSError) as error:
+            log.warning("stream %s to %s: %s", key.stream, key.peer, error)
+            self._feed(out.SinkStreamDown(key, str(error)))
+            return
+        if not wanted:
+            sock.close()
+            self._feed(out.SinkStreamDown(key, "closed while it was being opened"))
+            return
+        self._receivers[key] = StreamReceiver(sock, key, self._sink_bridge.post)
+        self._feed(out.SinkStreamUp(key))
+
+    def disconnect(self, key: StreamKey) -> None:
+        """Close a connection that we opened; SinkStreamDown follows."""
+        if key in self._connecting:
+            self._connecting[key] = False
+        elif key in self._receivers:
+            self._receivers[key].close()
+
+    def expect(self, effect: out.Expect, views: Views) -> bool:
+        """Claim an extent; False if the connection is gone."""
+        receiver = self._receivers.get(effect.key)
+        if receiver is None:
+            return False
+        receiver.claim(effect.handle, effect.first_token, effect.tokens, views)
+        return True
+
+    def cancel(self, handle: int) -> list[int]:
+        """Take back the claims that no thread has begun; return their first tokens."""
+        return [first for r in self._receivers.values() for first in r.cancel(handle)]
+
+    def _on_sink_event(self, event: te.StreamEvent) -> None:
+        match event:
+            case te.Received():
+                self._feed(out.ChunkReceived(event.handle, event.first_token, event.payload_bytes))
+            case te.Rejected():
+                log.warning("stream %s: chunk refused: %s", event.key, event.why)
+                self._feed(out.ChunkMissed(event.handle, event.first_token))
+            case te.Drained():
+                self._feed(out.ChunkDrained(event.payload_bytes))
+            case te.StreamDown():
+                key = _stream_key(event.key)
+                self._receivers.pop(key, None)
+                self._feed(out.SinkStreamDown(key, event.reason))
+            case _:
+                raise AssertionError(event)
+
+    # --- source: connections that sinks open ---
+
+    def transmit(self, effect: out.Transmit, views: Views) -> bool:
+        """Queue an extent; False if the connection is gone (its end is an event of its own)."""
+        sender = self._senders.get(effect.key)
+        if sender is None:
+            return False
+        sender.put(SendJob(effect.handle, effect.first_token, effect.tokens, views))
+        return True
+
+    def expel(self, key: StreamKey) -> None:
+        """Close a connection that a sink opened; SourceStreamDown follows."""
+        sender = self._senders.get(key)
+        if sender is not None:
+            sender.close()
+
+    def _on_source_event(self, event: te.StreamEvent) -> None:
+        match event:
+            case te.StreamOpened():
+                key = _stream_key(event.key)
+                self._senders[key] = StreamSender(
+                    event.sock, key, self._source_bridge.post, self._checksum
+                )
+                self._feed(out.SourceStreamUp(key))
+            case te.Sent():
+                self._feed(
+                    out.ChunkSent(
+                        _stream_key(event.key),
+                        event.handle,
+                        event.first_token,
+                        event.payload_bytes,
+                    )  # fmt: skip
+                )
+            case te.StreamDown():
+                key = _stream_key(event.key)
+                self._senders.pop(key, None)
+                self._feed(out.SourceStreamDown(key, event.reason))
+            case _:
+                raise AssertionError(event)
+
+    # --- both ---
+
+    @property
+    def count(self) -> int:
+        """Connections with a thread."""
+        return len(self._receivers) + len(self._senders)
+
+    def close(self) -> None:
+        """Close everything; the threads end by themselves."""
+        self.listener.close()
+        for stream in (*self._receivers.values(), *self._senders.values()):
+            stream.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _stream_key(key: object) -> StreamKey:
+    assert isinstance(key, StreamKey), key
+    return key

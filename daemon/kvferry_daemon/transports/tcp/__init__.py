@@ -1,0 +1,1 @@
+"""The embedded network transport: blocking threads between pool and socket."""

@@ -1,0 +1,134 @@
+"""One thread that sends chunks out of the pool over one connection."""
+
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from kvferry_daemon.transports.tcp.events import Post, Sent, StreamDown
+from kvferry_proto.chunk import ChunkHeader, pack_trailer
+
+STEP_BYTES = 1 << 20  # of one sendmsg, and of one hashing step: the bytes are then still in cache
+BUFFERS_MAX = 512  # of one sendmsg; the kernel's limit is 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SendJob:
+    """An extent to send: its bytes are read from ``views`` until Sent or StreamDown."""
+
+    handle: int
+    first_token: int
+    tokens: int
+    views: list[memoryview]
+
+
+class StreamSender:
+    """Sends jobs in order; ``close`` ends it at once, and StreamDown proves that it has ended."""
+
+    def __init__(self, sock: socket.socket, key: Hashable, post: Post, checksum: bool) -> None:
+        self._sock = sock
+        self._key = key
+        self._post = post
+        self._checksum = checksum
+        self._jobs: deque[SendJob] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._asleep = False
+        sock.settimeout(None)
+        threading.Thread(target=self._run, name="kvferry-send", daemon=True).start()
+
+    def put(self, job: SendJob) -> None:
+        """Queue an extent."""
+        self._jobs.append(job)
+        if self._asleep:
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """End the connection; a blocked send ends too."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is down already; the thread says so itself
+
+    def _run(self) -> None:
+        reason = "closed by the other side"
+        try:
+            while self._wait():
+                self._send_queued()
+        except OSError as error:
+            reason = error.strerror or str(error)
+        finally:
+            self._jobs.clear()
+            self._sock.close()
+            self._post(StreamDown(self._key, reason))
+
+    def _wait(self) -> bool:
+        """Sleep until there is a job; False once the other side has closed."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN | select.POLLRDHUP)
+        poller.register(self._wake, select.POLLIN)
+        while not self._jobs:
+            self._asleep = True
+            if self._jobs:
+                break
+            for descriptor, _ in poller.poll():
+                if descriptor == self._sock.fileno():
+                    return False  # sinks say nothing on a stream: this is its end
+                os.eventfd_read(self._wake)
+        self._asleep = False
+        return True
+
+    def _send_queued(self) -> None:
+        """Send what is queued, several small chunks in one call."""
+        buffers: list[bytes | memoryview] = []
+        size, sent = 0, []
+        while self._jobs:
+            job = self._jobs.popleft()
+            payload_bytes = sum(len(view) for view in job.views)
+            header = ChunkHeader(
+                job.handle, job.first_token, job.tokens, payload_bytes, self._checksum
+            )
+            buffers.append(header.pack())
+            digest = xxhash.xxh3_64() if self._checksum else None
+            for piece in _pieces(job.views):
+                if digest is not None:
+                    digest.update(piece)
+                buffers.append(piece)
+                size += len(piece)
+                if size >= STEP_BYTES or len(buffers) >= BUFFERS_MAX:
+                    self._send_all(buffers)
+                    buffers, size = [], 0
+            if digest is not None:
+                buffers.append(pack_trailer(digest.intdigest()))
+            sent.append(Sent(self._key, job.handle, job.first_token, payload_bytes))
+            if not buffers or size >= STEP_BYTES // 2:
+                break
+        if buffers:
+            self._send_all(buffers)
+        for event in sent:
+            self._post(event)
+
+    def _send_all(self, buffers: list[bytes | memoryview]) -> None:
+        left = self._sock.sendmsg(buffers)
+        index = 0
+        total = sum(len(buffer) for buffer in buffers)
+        while left < total:  # a signal or a full buffer cut it short: go on behind what went out
+            done = left
+            for index, buffer in enumerate(buffers):
+                if done < len(buffer):
+                    break
+                done -= len(buffer)
+            rest = [memoryview(buffers[index])[done:], *buffers[index + 1 :]]
+            total -= left
+            buffers = rest
+            left = self._sock.sendmsg(buffers)
+
+
+def _pieces(views: list[memoryview]) -> Iterator[memoryview]:
+    for view in views:
+        for first in range(0, len(view), STEP_BYTES):
+            yield view[first : first + STEP_BYTES]

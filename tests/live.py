@@ -1,0 +1,204 @@
+"""Real daemons in processes of their own, and a worker that speaks the wire by hand."""
+
+import fcntl
+import itertools
+import json
+import mmap
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import msgpack
+import zmq
+
+from kvferry_daemon.operator import ask
+from kvferry_proto import control, worker
+from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.states import TERMINAL, Role
+
+BLOCK = 16
+WINDOW = 64
+LAYOUT = Layout(
+    planes=(
+        Plane(name="kv", dtype=Dtype.INT32, shape=(8,)),
+        Plane(name="ids", dtype=Dtype.INT64),
+    ),
+    block_size_tokens=BLOCK,
+)
+WAIT_S = 20.0
+
+
+class LiveDaemon:
+    """A `kvferry serve` process. Leaves no process behind, whatever happens."""
+
+    def __init__(self, directory: Path, **flags: object) -> None:
+        self.directory = directory
+        self.flags = {"window_tokens": WINDOW, "pool_tokens": 4 * WINDOW, **flags}
+        args = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "kvferry_daemon",
+                "serve",
+                "--runtime-dir",
+                str(directory),
+                *args,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=(directory.parent / f"{directory.name}.log").open("wb"),
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.log()
+        self.address: str = json.loads(line)["peer_address"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it without ceremony."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def log(self) -> str:
+        """What it wrote to stderr."""
+        return (self.directory.parent / f"{self.directory.name}.log").read_text()
+
+    def status(self) -> control.Status:
+        """What `kvferry status` shows."""
+        answer = ask(self.directory, control.GetStatus())
+        assert isinstance(answer, control.Status)
+        return answer
+
+    def wait_until_free(self, wait_s: float = WAIT_S) -> control.Status:
+        """Wait until every block of every pool is free."""
+        until = time.monotonic() + wait_s
+        while True:
+            status = self.status()
+            if status.blocks_free == status.blocks_total:
+                return status
+            assert time.monotonic() < until, status
+            time.sleep(0.02)
+
+
+class RawWorker:
+    """A worker that builds every frame itself, so that it can also build wrong ones."""
+
+    def __init__(self, directory: Path, layout: Layout = LAYOUT, *, hello: bool = True) -> None:
+        self.directory = directory
+        self.layout = layout
+        self.calls = itertools.count(1)
+        self.lock_name = secrets.token_hex(8)
+        self.lock = os.open(directory / "workers" / self.lock_name, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.connect()
+        self.welcome: worker.Welcome | None = None
+        if hello:
+            reply = self.call(worker.Hello(lock=self.lock_name, layout=layout))
+            assert isinstance(reply, worker.Welcome), reply
+            self.welcome = reply
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def connect(self) -> zmq.Socket[bytes]:
+        """A new connection, which has not said hello."""
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{self.directory / 'worker.sock'}")
+        return socket
+
+    def close(self) -> None:
+        """Vanish: the flock goes, which proves that no block is touched any more."""
+        os.close(self.lock)
+        self.context.destroy(linger=0)
+
+    def raw(self, *frames: bytes) -> Any:
+        """Send frames as they are and return the reply."""
+        self.socket.send_multipart(frames)
+        return self.reply()
+
+    def fields(self, **fields: object) -> Any:
+        """Send a map that need not be a message."""
+        return self.raw(msgpack.packb(fields))
+
+    def reply(self, wait_s: float = WAIT_S) -> Any:
+        """The next reply."""
+        assert self.socket.poll(int(wait_s * 1000)), "no reply"
+        return worker.REPLIES.decode(self.socket.recv())
+
+    def call(self, call: Any) -> Any:
+        """Make a call and return its reply."""
+        numbered = call.model_copy(update={"call": next(self.calls)})
+        reply = self.raw(worker.CALLS.encode(numbered))
+        assert reply.call == numbered.call, reply
+        return reply
+
+    def snapshot(self, call: Any) -> worker.Snapshot:
+        """Make a call that succeeds, and return its one snapshot."""
+        reply = self.call(call)
+        assert isinstance(reply, worker.Snapshots), reply
+        return reply.transfers[0]
+
+    def code(self, call: Any) -> str:
+        """Make a call that is refused, and return the error's code."""
+        reply = self.call(call)
+        assert isinstance(reply, worker.Failure), reply
+        return reply.error.code
+
+    def poll(self, role: Role, transfer_id: str = "t", attempt: int = 0) -> worker.Snapshot:
+        """The snapshot now."""
+        watched = worker.Watched(role=role, transfer_id=transfer_id, attempt=attempt)
+        return self.snapshot(worker.Poll(transfers=[watched]))
+
+    def wait_for(self, role: Role, condition: Any, transfer_id: str = "t") -> worker.Snapshot:
+        """Poll, letting the daemon wait for changes, until a snapshot fits."""
+        after = -1
+        until = time.monotonic() + WAIT_S
+        seen = None
+        while time.monotonic() < until:
+            watched = worker.Watched(role=role, transfer_id=transfer_id, after=after)
+            reply = self.call(worker.Poll(transfers=[watched], wait_s=0.5))
+            assert isinstance(reply, worker.Snapshots), reply
+            for seen in reply.transfers:
+                after = seen.snapshot
+                if condition(seen):
+                    return seen
+            self.call(worker.Heartbeat())
+        raise AssertionError(f"never came: {seen}")
+
+    def wait_end(self, role: Role, transfer_id: str = "t") -> worker.Snapshot:
+        """Wait for a terminal state."""
+        return self.wait_for(role, lambda s: s.state in TERMINAL, transfer_id)
+
+    def block(self, block: int) -> bytes:
+        """The bytes of one block of the pool."""
+        assert self.welcome is not None
+        size = self.welcome.pool.block_bytes
+        with open(self.welcome.pool.path, "rb") as file:
+            return os.pread(file.fileno(), size, block * size)
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """Fill one block of the pool."""
+        assert self.welcome is not None
+        size = self.welcome.pool.block_bytes
+        assert len(data) == size
+        with open(self.welcome.pool.path, "r+b") as file, mmap.mmap(file.fileno(), 0) as pool:
+            pool[block * size : (block + 1) * size] = data
