@@ -5,6 +5,7 @@ import itertools
 import json
 import mmap
 import os
+import random
 import secrets
 import signal
 import subprocess
@@ -38,21 +39,16 @@ class LiveDaemon:
 
     def __init__(self, directory: Path, **flags: object) -> None:
         self.directory = directory
-        self.flags = {"window_tokens": WINDOW, "pool_tokens": 4 * WINDOW, **flags}
+        self.flags = {
+            "window_tokens": WINDOW,
+            "pool_tokens": 4 * WINDOW,
+            "heartbeat_s": 0.2,
+            **flags,
+        }
         args = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "kvferry_daemon",
-                "serve",
-                "--runtime-dir",
-                str(directory),
-                *args,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=(directory.parent / f"{directory.name}.log").open("wb"),
-        )
+        command = [sys.executable, "-m", "kvferry_daemon", "serve", "--runtime-dir", str(directory)]
+        with (directory.parent / f"{directory.name}.log").open("wb") as log:
+            self.process = subprocess.Popen([*command, *args], stdout=subprocess.PIPE, stderr=log)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.log()
@@ -105,6 +101,7 @@ class RawWorker:
         self.lock = os.open(directory / "workers" / self.lock_name, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sockets: list[zmq.Socket[bytes]] = []
         self.socket = self.connect()
         self.welcome: worker.Welcome | None = None
         if hello:
@@ -123,12 +120,15 @@ class RawWorker:
         socket = self.context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"ipc://{self.directory / 'worker.sock'}")
+        self.sockets.append(socket)
         return socket
 
     def close(self) -> None:
         """Vanish: the flock goes, which proves that no block is touched any more."""
         os.close(self.lock)
-        self.context.destroy(linger=0)
+        for socket in self.sockets:
+            socket.close(linger=0)
+        self.context.term()
 
     def raw(self, *frames: bytes) -> Any:
         """Send frames as they are and return the reply."""
@@ -194,6 +194,35 @@ class RawWorker:
         size = self.welcome.pool.block_bytes
         with open(self.welcome.pool.path, "rb") as file:
             return os.pread(file.fileno(), size, block * size)
+
+    def fill(self, snapshot: worker.Snapshot, end: int, seed: int = 0) -> None:
+        """Fill the source's window up to token ``end`` with bytes that only depend on the token."""
+        first = snapshot.available_tokens // BLOCK * BLOCK
+        for token, block in self.window(snapshot):
+            if first <= token < end:
+                self.write_block(block, self.content(token, seed))
+
+    def content(self, token: int, seed: int = 0) -> bytes:
+        """What ``fill`` writes into the block that starts at a token."""
+        return random.Random(f"{seed} {token}").randbytes(self.layout.block_bytes)
+
+    def check(self, snapshot: worker.Snapshot, seed: int = 0) -> None:
+        """Assert that the sink's window holds exactly what ``fill`` wrote, committed tokens only."""
+        size = self.layout.block_bytes
+        for token, block in self.window(snapshot):
+            tokens = min(BLOCK, snapshot.sent_tokens - token)
+            if tokens <= 0 or token < snapshot.partial_sent_tokens // BLOCK * BLOCK:
+                continue
+            got, expected = self.block(block), self.content(token, seed)
+            for place in self.layout.places:
+                end = place.offset_bytes + tokens * place.token_bytes
+                assert got[place.offset_bytes : end] == expected[place.offset_bytes : end], token
+            assert len(got) == size
+
+    def window(self, snapshot: worker.Snapshot) -> list[tuple[int, int]]:
+        """(first token, block) of every block of a window."""
+        blocks = [b for first, count in snapshot.runs for b in range(first, first + count)]
+        return [(snapshot.base_tokens + i * BLOCK, block) for i, block in enumerate(blocks)]
 
     def write_block(self, block: int, data: bytes) -> None:
         """Fill one block of the pool."""

@@ -1,0 +1,28 @@
+"""Two live daemons for the tests of this folder, and the promise that nothing leaks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from live import LiveDaemon
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[LiveDaemon]:
+    """One daemon; after the test it is alive and, all workers gone, every block is free."""
+    with LiveDaemon(tmp_path / "a") as live:
+        yield live
+        assert live.process.poll() is None, live.log()
+        live.wait_until_free()
+        assert "Traceback" not in live.log()
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Iterator[LiveDaemon]:
+    """A second one."""
+    with LiveDaemon(tmp_path / "b", stall_s=8, connect_s=1) as live:
+        yield live
+        assert live.process.poll() is None, live.log()
+        live.wait_until_free()
+        assert "Traceback" not in live.log()
