@@ -187,7 +187,6 @@ class SourceDesk:
             node.tombstones.on_done(key, done)
         elif node.current.get((Role.SOURCE, key.transfer_id), -1) < key.attempt:
             node.tombstones.add_unknown(key, done, node.now_s)
-            node.current[Role.SOURCE, key.transfer_id] = key.attempt
 
     # --- streams ---
 
