@@ -82,7 +82,9 @@ ADVICE: dict[Code, Advice] = {
     Code.READY_BEYOND_WINDOW: Advice(_C, "wait until poll shows a window that reaches so far"),
     Code.TOTAL_CHANGED: Advice(_C, "total_tokens is told once; start a higher attempt"),
     Code.TOTAL_TOO_SMALL: Advice(_C, "total_tokens counts every token from 0, ready ones included"),
-    Code.AUX_MISSING: Advice(_C, "tell every aux value of the layout no later than total_tokens"),
+    Code.AUX_MISSING: Advice(
+        _C, "tell every aux value of the layout no later than with the last ready"
+    ),
     Code.AUX_CHANGED: Advice(_C, "aux values are told once; start a higher attempt"),
     Code.START_UNALIGNED: Advice(_C, "start_tokens must be a multiple of block_size_tokens"),
     Code.START_MISMATCH: Advice(_C, "let both sides start where the sink's prefix ends"),

@@ -76,10 +76,12 @@ class EffectDesk:
     def _hand_out(self, book: PoolBook) -> None:
         node = self._node
         for key, grant in book.grants():
-            book.on_the_way(key, sum(lease.run.blocks for lease in grant.leases))
+            blocks = sum(lease.run.blocks for lease in grant.leases)
+            book.on_the_way(key, blocks)
             if not grant.dirty:
                 node.post(key, ev.Granted(grant.leases))
                 continue
+            node.post(key, ev.Promised(blocks))
             self._tickets += 1
             self._zeroing[self._tickets] = Zeroing(key, grant.leases)
             node.effects.append(out.Zero(book.pool_id, grant.dirty, self._tickets))

@@ -64,6 +64,13 @@ class Granted:
 
 
 @dataclass(frozen=True, slots=True)
+class Promised:
+    """So many blocks will be granted once what another owner left in them is wiped."""
+
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """The worker touches no block of this transfer any more."""
 

@@ -83,6 +83,7 @@ class Node:
         self.tombstones = Tombstones(settings.timing.tombstone_s)
         self.polls = Polls()
         self.effects: list[out.NodeEffect] = []
+        self._changed: dict[ev.Key, int] = {}
         self._queue: deque[tuple[ev.Key, object]] = deque()
         self._timers: list[tuple[float, int, object]] = []
         self._timer_count = 0
@@ -121,10 +122,18 @@ class Node:
         self._run_timers()
         self._moves[type(event)](event)
         self._run_queue()
+        self._answer_polls()
         self.sinks.flush()
         self.sources.flush()
         effects, self.effects = self.effects, []
         return effects
+
+    def _answer_polls(self) -> None:
+        """Only now: what workers see is where things have come to, not a step on the way."""
+        changed, self._changed = self._changed, {}
+        for key, version in changed.items():
+            for poll in self.polls.take_changed(key, version):
+                self.workers.answer_poll(poll)
 
     @property
     def wake_at_s(self) -> float:
@@ -204,8 +213,7 @@ class Node:
         if transfer.ended and not ended:
             self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
         if transfer.version != version:
-            for poll in self.polls.take_changed(key, transfer.version):
-                self.workers.answer_poll(poll)
+            self._changed[key] = transfer.version
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
         else:

@@ -200,7 +200,7 @@ class SinkTransfer(Transfer):
             return StallReason.WAITING_FOR_RESUME  # the payload goes on, or may go on
         if self.available_tokens <= self.sent_tokens:
             return StallReason.WAITING_FOR_INPUT
-        if self.window.edge_tokens <= self.sent_tokens:
+        if self.window.edge_tokens <= self.sent_tokens and not self._promised_blocks:
             return StallReason.WAITING_FOR_BLOCKS
         if not self._streams and self.opening.source is not None:
             return StallReason.WAITING_FOR_PEER
@@ -373,6 +373,7 @@ class SinkTransfer(Transfer):
 
 SinkTransfer.LIVE = {
     ev.Tick: SinkTransfer._on_tick,
+    ev.Promised: SinkTransfer._on_promised,
     ev.Granted: SinkTransfer._on_granted,
     ev.PeerUp: SinkTransfer._on_peer_up,
     ev.PeerDown: SinkTransfer._on_peer_down,

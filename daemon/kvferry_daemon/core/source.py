@@ -179,9 +179,9 @@ class SourceTransfer(Transfer):
                 f"ready_tokens {event.ready_tokens}, but the window ends at "
                 f"{self.window.edge_tokens}",
             )
-        self._refuse_bad_aux(event, total)
+        self._refuse_bad_aux(event, is_last=ready == total)
 
-    def _refuse_bad_aux(self, event: ev.ReadyTo, total: int | None) -> None:
+    def _refuse_bad_aux(self, event: ev.ReadyTo, *, is_last: bool) -> None:
         aux, names = event.aux, self.opening.aux_names
         if aux is not None and self.aux is not None and aux != self.aux:
             raise FerryError(Code.AUX_CHANGED, f"aux was {self.aux}, now {aux}")
@@ -189,8 +189,10 @@ class SourceTransfer(Transfer):
             raise FerryError(
                 Code.AUX_MISSING, f"the layout has aux {sorted(names)}, got {sorted(aux)}"
             )
-        if total is not None and names and aux is None and self.aux is None:
-            raise FerryError(Code.AUX_MISSING, f"total_tokens came without aux {sorted(names)}")
+        if is_last and names and aux is None and self.aux is None:
+            raise FerryError(
+                Code.AUX_MISSING, f"the last token is ready, but aux {sorted(names)} is not told"
+            )
 
     def _on_pulled(self, event: ev.Pulled) -> None:
         pull = event.pull
@@ -319,6 +321,7 @@ class SourceTransfer(Transfer):
 
 SourceTransfer.LIVE = {
     ev.Tick: SourceTransfer._on_tick,
+    ev.Promised: SourceTransfer._on_promised,
     ev.Granted: SourceTransfer._on_granted,
     ev.ReadyTo: SourceTransfer._on_ready,
     ev.Pulled: SourceTransfer._on_pulled,

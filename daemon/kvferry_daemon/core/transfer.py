@@ -9,6 +9,7 @@ from kvferry_daemon.core.events import (
     Fail,
     Free,
     Key,
+    Promised,
     Quarantine,
     Release,
     Tick,
@@ -69,6 +70,7 @@ class Transfer:
         self.quarantined = False
         self._ended_s = NEVER_S
         self._wanted = 0
+        self._promised_blocks = 0
         self._effects: list[Effect] = []
         self._seen: tuple[object, ...] = ()
 
@@ -146,6 +148,7 @@ class Transfer:
 
     def _got(self, blocks: int) -> None:
         self._wanted = max(0, self._wanted - blocks)
+        self._promised_blocks = max(0, self._promised_blocks - blocks)
 
     def _end(self, state: State, error: ErrorInfo | None = None) -> None:
         """The one way into a terminal state."""
@@ -175,6 +178,9 @@ class Transfer:
 
     def _on_tick(self, event: Tick) -> None:
         self.now_s = event.now_s
+
+    def _on_promised(self, event: Promised) -> None:
+        self._promised_blocks += event.blocks
 
     def _on_fail(self, event: Fail) -> None:
         self._fail(event.code, event.message)

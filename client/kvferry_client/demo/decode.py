@@ -1,0 +1,18 @@
+"""The demo's decode process: goes on from the cache that arrived."""
+
+from kvferry_client.demo import llama, roles
+
+
+def main() -> None:
+    """Receive the cache window by window, then generate."""
+    args = roles.parse()
+    model = llama.build_model(roles.SEED)
+    layout = roles.layout_of(llama.planes(model), ("first_token",))
+    arrays, report, receiving = roles.receive(args, layout)
+    first_token = int((receiving.aux or {})["first_token"])
+    tokens = llama.decode(model, arrays, first_token, roles.NEW_TOKENS)
+    roles.say("end", output_tokens=tokens, **report)
+
+
+if __name__ == "__main__":
+    main()

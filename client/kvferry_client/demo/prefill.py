@@ -1,0 +1,28 @@
+"""The demo's prefill process: the KV cache leaves while the prompt is still being read."""
+
+from kvferry_client.demo import llama, roles
+
+
+def main() -> None:
+    """Prefill a prompt in pieces and send each as soon as it exists."""
+    args = roles.parse()
+    model = llama.build_model(roles.SEED)
+    ids = llama.prompt(args.tokens, roles.SEED)
+    layout = roles.layout_of(llama.planes(model), ("first_token",))
+    pieces = llama.prefill_in_pieces(model, ids, roles.PIECE_TOKENS)
+    roles.send(
+        args,
+        layout,
+        (
+            (
+                p.first_token,
+                p.arrays,
+                None if p.next_token is None else {"first_token": p.next_token},
+            )
+            for p in pieces
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

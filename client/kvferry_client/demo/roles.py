@@ -1,0 +1,141 @@
+"""What the demo's worker processes have in common: arguments, lines of JSON, moving and hashing."""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvferry_client import Receiving, WindowView, connect
+from kvferry_proto.layout import Dtype, Layout, Plane
+
+BLOCK_TOKENS = 128
+PIECE_TOKENS = 1024
+NEW_TOKENS = 32
+SEED = 7
+Arrays = dict[str, NDArray[Any]]
+
+
+def parse() -> argparse.Namespace:
+    """The arguments of every worker of the demo."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--runtime-dir", type=Path)
+    parser.add_argument("--transfer-id")
+    parser.add_argument("--source")
+    parser.add_argument("--total-late", action="store_true")
+    parser.add_argument("--harm", choices=["swap-windows", "zero-token"])
+    return parser.parse_args()
+
+
+def say(event: str, **fields: Any) -> None:
+    """One line of JSON on stdout, for whoever runs the demo."""
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def layout_of(planes: list[tuple[str, str, tuple[int, ...]]], aux: tuple[str, ...]) -> Layout:
+    """The layout of (name, dtype, shape of a token) planes."""
+    return Layout(
+        planes=tuple(Plane(name=n, dtype=Dtype(d), shape=s) for n, d, s in planes),
+        aux=aux,
+        block_size_tokens=BLOCK_TOKENS,
+    )
+
+
+class Digests:
+    """A hash of every plane's bytes, in token order."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in names}
+
+    def add(self, arrays: Arrays) -> None:
+        """The next tokens of every plane, each (tokens, *shape)."""
+        for name, array in arrays.items():
+            self._hashes[name].update(np.ascontiguousarray(array).data)
+
+    def result(self) -> dict[str, str]:
+        """Hex digests by plane."""
+        return {name: one.hexdigest() for name, one in self._hashes.items()}
+
+
+def send(
+    args: argparse.Namespace,
+    layout: Layout,
+    pieces: Iterable[tuple[int, Arrays, dict[str, int] | None]],
+) -> None:
+    """Fill windows with (first_token, arrays, aux) pieces as they come into being."""
+    digests = Digests(plane.name for plane in layout.planes)
+    total = None if args.total_late else args.tokens
+    with (
+        connect(args.runtime_dir, layout, "demo source") as client,
+        client.send(args.transfer_id, total_tokens=total) as sending,
+    ):
+        for first, arrays, aux in pieces:
+            tokens = len(next(iter(arrays.values())))
+            sending.fill(first, arrays, aux=aux)
+            digests.add(arrays)
+            say("ready", ready_tokens=first + tokens)
+        sending.finish()
+        sending.wait(60)
+    say("end", digests=digests.result())
+
+
+def receive(args: argparse.Namespace, layout: Layout) -> tuple[Arrays, dict[str, Any], Receiving]:
+    """Take window after window over; return all arrays, what to report, and the transfer."""
+    parts: dict[str, list[NDArray[Any]]] = {plane.name: [] for plane in layout.planes}
+    digests = Digests(parts)
+    with (
+        connect(args.runtime_dir, layout, "demo sink") as client,
+        client.receive(args.transfer_id, source=args.source) as receiving,
+    ):
+        start_s = time.perf_counter()
+        for number, window in enumerate(receiving, 1):
+            taken = {name: window.gather(name) for name in parts}
+            digests.add(taken)
+            for name, array in taken.items():
+                parts[name].append(array)
+            _report(number, window, receiving)
+        seconds = time.perf_counter() - start_s
+    if args.harm is not None:
+        digests = _harm(args.harm, parts)
+    arrays = {name: np.concatenate(found) for name, found in parts.items()}
+    report = {
+        "digests": digests.result(),
+        "bytes": sum(array.nbytes for array in arrays.values()),
+        "seconds_transfer": seconds,
+        "total_tokens": receiving.total_tokens,
+    }
+    return arrays, report, receiving
+
+
+def _report(number: int, window: WindowView, receiving: Receiving) -> None:
+    say(
+        "window",
+        window=number,
+        first_token=window.first_token,
+        sent_tokens=window.first_token + window.tokens,
+        total_tokens=receiving.total_tokens,
+        runs=len(window.runs),
+        resume=not receiving.ended,
+    )
+
+
+def _harm(how: str, parts: dict[str, list[NDArray[Any]]]) -> Digests:
+    """Damage what arrived, so that a test can see the demo notice."""
+    for found in parts.values():
+        if how == "swap-windows":
+            found[0], found[1] = found[1], found[0]
+        else:
+            found[0][len(found[0]) // 2] = 0
+    digests = Digests(parts)
+    for name, found in parts.items():
+        for array in found:
+            digests.add({name: array})
+    return digests

@@ -1,0 +1,188 @@
+"""What sending and receiving do, as generators that yield calls and are sent replies.
+
+Both clients drive them: one blocks on each call, the other awaits it. Nothing here waits itself.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+from numpy.typing import NDArray
+
+from kvferry_client.views import Pool, WindowView, runs_of
+from kvferry_proto import worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.states import TERMINAL, Role, StallReason, State
+
+WAIT_S = 5.0  # of one poll; an answer comes as soon as something changes
+MUST_TAKE = (StallReason.WAITING_FOR_RESUME, StallReason.WAITING_FOR_BLOCKS)
+Steps = Generator[Any, Any, None]
+
+
+class TransferLogic:
+    """One side of a transfer as its worker sees it."""
+
+    def __init__(self, pool: Pool, role: Role, transfer_id: str, attempt: int) -> None:
+        self.pool = pool
+        self.role = role
+        self.name: dict[str, Any] = {"transfer_id": transfer_id, "attempt": attempt}
+        self.snapshot: worker.Snapshot | None = None
+        self.released = False
+
+    @property
+    def now(self) -> worker.Snapshot:
+        """The newest snapshot."""
+        assert self.snapshot is not None, "not opened yet"
+        return self.snapshot
+
+    @property
+    def ended(self) -> bool:
+        """Whether the newest snapshot is terminal."""
+        return self.now.state in TERMINAL
+
+    def note(self, reply: worker.Snapshots) -> None:
+        """Take a reply's snapshot in; older ones that were overtaken are dropped."""
+        for refused in reply.refused:
+            raise refused.error.raised()
+        for seen in reply.transfers:
+            if self.snapshot is None or seen.snapshot >= self.snapshot.snapshot:
+                self.snapshot = seen
+
+    def ask(self, call: Any) -> Steps:
+        """Make a call and note what it answers."""
+        self.note((yield call))
+
+    def change(self) -> Steps:
+        """Wait for a change, or a few seconds."""
+        watched = worker.Watched(role=self.role, after=self.now.snapshot, **self.name)
+        yield from self.ask(worker.Poll(transfers=[watched], wait_s=WAIT_S))
+
+    def end(self) -> Steps:
+        """Wait for a terminal state; raise its error if it failed."""
+        while not self.ended:
+            yield from self.change()
+        self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """FerryError if the transfer has failed."""
+        if self.now.state is State.FAILED and self.now.error is not None:
+            raise self.now.error.raised()
+
+    def release(self) -> Steps:
+        """Say that no block is touched any more."""
+        if not self.released:
+            self.released = True
+            yield from self.ask(worker.Release(role=self.role, **self.name))
+
+    def abort(self, reason: str) -> Steps:
+        """Give it up and let the blocks go."""
+        if not self.ended:
+            yield from self.ask(worker.Abort(role=self.role, reason=reason[:1000], **self.name))
+        yield from self.release()
+
+    def view(self, first_token: int, end_token: int) -> WindowView:
+        """The part [first_token, end_token) of the window."""
+        runs = runs_of(self.now.base_tokens, self.pool.layout.block_size_tokens, self.now.runs)
+        size = self.pool.layout.block_size_tokens
+        inside = [
+            run
+            for run in runs
+            if run.first_token < end_token and run.first_token + run.blocks * size > first_token
+        ]
+        return WindowView(self.pool, first_token, end_token - first_token, inside)
+
+
+class SendLogic(TransferLogic):
+    """The source worker: fill, mark ready, finish."""
+
+    def __init__(self, pool: Pool, transfer_id: str, attempt: int) -> None:
+        super().__init__(pool, Role.SOURCE, transfer_id, attempt)
+        self.aux: dict[str, Any] | None = None
+
+    @property
+    def edge_tokens(self) -> int:
+        """The window reaches up to here."""
+        return self.now.base_tokens + self.now.allocated_tokens
+
+    def room(self) -> Steps:
+        """Wait until there is room behind what is ready; raise the error if it failed."""
+        while self.edge_tokens <= self.now.available_tokens and not self.ended:
+            yield from self.change()
+        self.raise_if_failed()
+
+    def ready(self, ready: int, total: int | None, aux: dict[str, Any] | None) -> Steps:
+        """Mark tokens ready."""
+        call = worker.Ready(ready_tokens=ready, total_tokens=total, aux=aux, **self.name)
+        yield from self.ask(call)
+
+    def fill(
+        self, first: int, arrays: dict[str, NDArray[Any]], aux: dict[str, Any] | None
+    ) -> Steps:
+        """Copy (tokens, *shape) arrays in as room comes, marking each part ready."""
+        if set(arrays) != {plane.name for plane in self.pool.layout.planes}:
+            raise ValueError(f"planes of the layout are missing or unknown: {sorted(arrays)}")
+        if first != self.now.available_tokens:
+            raise ValueError(f"token {self.now.available_tokens} is next, not {first}")
+        end = first + len(next(iter(arrays.values())))
+        at = first
+        while at < end:
+            yield from self.room()
+            stop = min(end, self.edge_tokens)
+            window = self.view(at, stop)
+            for name, array in arrays.items():
+                window.scatter(name, at, array[at - first : stop - first])
+            at = stop
+            yield from self.ready(at, None, aux if at == end else None)
+
+    def finish(self, aux: dict[str, Any] | None) -> Steps:
+        """The payload ends with what is ready; the worker is done with it."""
+        now = self.now
+        if not self.ended and (now.total_tokens is None or aux is not None):
+            total = now.available_tokens if now.total_tokens is None else now.total_tokens
+            yield from self.ready(now.available_tokens, total, aux)
+        yield from self.release()
+
+
+class ReceiveLogic(TransferLogic):
+    """The sink worker: take windows over, resume, release."""
+
+    def __init__(self, pool: Pool, transfer_id: str, attempt: int) -> None:
+        super().__init__(pool, Role.SINK, transfer_id, attempt)
+        self.taken_tokens = 0
+        self.window: WindowView | None = None
+
+    def next_window(self, min_tokens: int | None) -> Steps:
+        """Set ``window`` to the next one to take over, or to None after the last.
+
+        The one before it has been taken over by now, and is resumed behind.
+        """
+        if self.window is not None:
+            self.taken_tokens = self.window.end_token
+            self.window = None
+            if not self.ended:
+                yield from self.resume(self.taken_tokens)
+        while not self._is_due(min_tokens):
+            yield from self.change()
+        self.raise_if_failed()
+        if self.now.sent_tokens > self.taken_tokens:
+            self.window = self.view(self.taken_tokens, self.now.sent_tokens)
+
+    def _is_due(self, min_tokens: int | None) -> bool:
+        fresh = self.now.sent_tokens - self.taken_tokens
+        must = self.now.stall in MUST_TAKE or (min_tokens is not None and fresh >= min_tokens)
+        return self.ended or (fresh > 0 and must)
+
+    def resume(self, sent_tokens: int) -> Steps:
+        """Tokens below are taken over."""
+        yield from self.ask(worker.Resume(sent_tokens=sent_tokens, **self.name))
+
+    def leave(self) -> Steps:
+        """Give the blocks back; a transfer that has not ended is given up."""
+        if self.ended:
+            yield from self.release()
+        else:
+            yield from self.abort("its worker left before the end")
+
+
+def restarted(error: FerryError) -> bool:
+    """Whether the daemon lost the session, so that nothing is left to give up."""
+    return error.code in (Code.DAEMON_RESTARTED, Code.DAEMON_UNREACHABLE, Code.UNKNOWN_TRANSFER)
