@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.events import StreamKey, Timing
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
-from kvferry_daemon.core.pool import Run
 from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import Role

@@ -169,9 +169,12 @@ class Connection:
 
     def _await(self, number: int, until_s: float) -> Any:
         while (left_s := until_s - time.monotonic()) > 0:
-            if not self._socket.poll(max(1, int(left_s * 1000))):
+            self._socket.rcvtimeo = max(1, int(left_s * 1000))  # cheaper than a poll before it
+            try:
+                frame = self._socket.recv()
+            except zmq.Again:
                 return None
-            reply = worker.REPLIES.decode(self._socket.recv())
+            reply = worker.REPLIES.decode(frame)
             if reply.call == number:
                 return reply  # others are late answers to calls that were repeated
         return None

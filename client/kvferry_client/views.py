@@ -39,7 +39,7 @@ class Pool:
         index = next(i for i, plane in enumerate(self.layout.planes) if plane.name == name)
         plane, place = self.layout.planes[index], self.layout.places[index]
         dtype = np.dtype(_NUMPY.get(plane.dtype, plane.dtype.value))
-        inner = []
+        inner: list[int] = []
         step = dtype.itemsize
         for extent in reversed(plane.shape):
             inner.insert(0, step)

@@ -3,6 +3,7 @@
 could not start or did not drain, 4 no daemon answers.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -131,9 +132,7 @@ def transfers(runtime_dir: Path | None, transfer_id: str | None, as_json: bool) 
 @click.option("--harm", type=click.Choice(["swap-windows", "zero-token"]), hidden=True)
 def demo(**choices: Any) -> None:
     """Move a real model's payload from one process to another through two daemons."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("transformers") is None:
         _stop(EXIT_CONFIG, "the demo needs its extra: pip install 'kvferry[demo]'")
     from kvferry_daemon.demo.run import run_demo
 

@@ -133,7 +133,7 @@ class Streams:
                         event.handle,
                         event.first_token,
                         event.payload_bytes,
-                    )  # fmt: skip
+                    )
                 )
             case te.StreamDown():
                 key = _stream_key(event.key)
@@ -152,8 +152,10 @@ class Streams:
     def close(self) -> None:
         """Close everything; the threads end by themselves."""
         self.listener.close()
-        for stream in (*self._receivers.values(), *self._senders.values()):
-            stream.close()
+        for receiver in self._receivers.values():
+            receiver.close()
+        for sender in self._senders.values():
+            sender.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 

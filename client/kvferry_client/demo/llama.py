@@ -4,7 +4,7 @@ Nothing here knows kvferry: the prefill half hands out numpy arrays piece by pie
 half takes whole arrays, and whoever stands between them may be a transfer or a plain dict.
 
 Equal tokens alone do not prove an intact cache. Attention sums over the cached tokens, so the
-same swap of tokens in every plane leaves the sum, and with it the answer, as it was, and one
+same swap of tokens in a layer's k and v leaves the sum, and with it the answer, as it was; and one
 damaged token of thousands seldom shows. Compare the bytes of every plane too.
 """
 

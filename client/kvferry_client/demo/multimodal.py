@@ -24,6 +24,7 @@ HIDDEN = 128
 DEEPSTACK_LAYERS = 2
 # One more: what is added after the last layer reaches no other token, and would be sent for nothing.
 LANGUAGE_LAYERS = DEEPSTACK_LAYERS + 1
+INITIALIZER_RANGE = 0.2  # with the default of 0.02 any planes give the same tokens
 TEXT_RUN_TOKENS = 16  # between two images
 # Patches (time, height, width). A token covers 2x2 of them: 24, 120, 80 and 384 tokens. None is
 # square, so that height and width positions cannot be mistaken for each other.
@@ -211,7 +212,7 @@ def _text_config() -> dict[str, Any]:
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": CONTEXT_TOKENS_MAX,
-        "initializer_range": 0.2,
+        "initializer_range": INITIALIZER_RANGE,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000.0,
@@ -233,7 +234,7 @@ def _vision_config() -> dict[str, Any]:
         "out_hidden_size": HIDDEN,
         "num_position_embeddings": 256,
         "deepstack_visual_indexes": list(range(DEEPSTACK_LAYERS)),
-        "initializer_range": 0.08,  # features some five times as large as a text embedding
+        "initializer_range": INITIALIZER_RANGE,
     }
 
 

@@ -1,3 +1,114 @@
-from kvferry_daemon.core.pool import Run
+"""Free blocks as runs of neighbours: taken whole where possible, joined again when given back.
 
-__all__ = ["Run"]
+Runs lie in bins by size (powers of two), the last one given back on top. The very last one is kept
+at hand outside of the books: a transfer that frees a window and asks for the next gets the same
+warm blocks, and that common case costs next to nothing.
+"""
+
+from typing import NamedTuple
+
+CLEAN = 0  # tag of blocks that nobody ever had
+MIXED = -1  # tag of neighbours that several owners had
+
+
+class Run(NamedTuple):
+    """Neighbouring blocks."""
+
+    first_block: int
+    blocks: int
+
+
+class RunAllocator:
+    """``take`` and ``give`` cost the runs they touch, whatever the size of the pool."""
+
+    def __init__(self, blocks: int) -> None:
+        assert blocks >= 0
+        self.free_blocks = blocks
+        self._bins: list[dict[int, None]] = [{} for _ in range(blocks.bit_length() + 1)]
+        self._sizes: dict[int, int] = {}  # by first block
+        self._firsts: dict[int, int] = {}  # by the block behind the last
+        self._tags: dict[int, int] = {}  # by first block
+        self._at_hand: tuple[Run, int] | None = None
+        if blocks:
+            self._put(0, blocks, CLEAN)
+
+    def take(self, blocks: int) -> list[tuple[Run, int]]:
+        """Take up to ``blocks``, in as few runs as are at hand, each with its tag."""
+        at_hand = self._at_hand
+        if at_hand is not None and at_hand[0][1] == blocks:
+            self._at_hand = None
+            self.free_blocks -= blocks
+            return [at_hand]
+        self._book()
+        wanted = min(blocks, self.free_blocks)
+        self.free_blocks -= wanted
+        taken: list[tuple[Run, int]] = []
+        while wanted:
+            first = self._find(wanted)
+            size = self._sizes.pop(first)
+            del self._bins[size.bit_length()][first]
+            del self._firsts[first + size]
+            tag = self._tags.pop(first)
+            use = min(wanted, size)
+            if size > use:
+                self._put(first + use, size - use, tag)
+            taken.append((Run(first, use), tag))
+            wanted -= use
+        return taken
+
+    def give(self, run: Run, tag: int) -> None:
+        """Give blocks back; ``tag`` names who had them last."""
+        if self._at_hand is not None:
+            self._book()
+        self.free_blocks += run[1]
+        self._at_hand = (run, tag)
+
+    def _book(self) -> None:
+        """Enter the run at hand, joined with its neighbours."""
+        if self._at_hand is None:
+            return
+        (first, blocks), tag = self._at_hand
+        self._at_hand = None
+        end = first + blocks
+        size = self._sizes.get(end)
+        if size is not None and self._tags[end] != CLEAN:
+            tag = self._join(end, size, tag)
+            end += size
+        left = self._firsts.get(first)
+        if left is not None and self._tags[left] != CLEAN:
+            tag = self._join(left, first - left, tag)
+            first = left
+        self._put(first, end - first, tag)
+
+    def runs(self) -> list[Run]:
+        """Every free run, by first block."""
+        self._book()
+        return [Run(first, size) for first, size in sorted(self._sizes.items())]
+
+    def _find(self, wanted: int) -> int:
+        """The run to take from: the smallest bin whose top is large enough, else the largest."""
+        own = wanted.bit_length()
+        top = next(reversed(self._bins[own]), None)
+        if top is not None and self._sizes[top] >= wanted:
+            return top
+        for size_class in range(own + 1, len(self._bins)):
+            if self._bins[size_class]:
+                return next(reversed(self._bins[size_class]))
+        for size_class in range(own, -1, -1):
+            if self._bins[size_class]:
+                return next(reversed(self._bins[size_class]))
+        raise AssertionError("the count of free blocks is wrong")
+
+    def _put(self, first: int, size: int, tag: int) -> None:
+        self._bins[size.bit_length()][first] = None
+        self._sizes[first] = size
+        self._firsts[first + size] = first
+        self._tags[first] = tag
+
+    def _join(self, first: int, size: int, tag: int) -> int:
+        """Take a neighbour out of the books; return the tag of the two together."""
+        del self._bins[size.bit_length()][first]
+        del self._sizes[first]
+        del self._firsts[first + size]
+        other = self._tags.pop(first)
+        return tag if tag == other else MIXED

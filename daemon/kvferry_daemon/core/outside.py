@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
-from kvferry_daemon.core.pool import Run
 from kvferry_daemon.core.window import Place
 from kvferry_proto import peer, worker
 from kvferry_proto.layout import Layout

@@ -1,14 +1,20 @@
+"""The blocks of one pool: who has which, under which lease, within which quota.
+
+A lease is a fencing token: its number only grows, and nothing can be done with one that was freed
+or handed on.
+"""
+
 from typing import NamedTuple
 
+from kvferry_daemon.core.allocator import CLEAN, Run, RunAllocator
 from kvferry_proto.states import Role
 
-
-class Run(NamedTuple):
-    first_block: int
-    blocks: int
+_SINK = Role.SINK  # an enum member is no cheap dict key: quotas are a list, sinks' at [1]
 
 
 class Lease(NamedTuple):
+    """One run of blocks granted to one owner."""
+
     lease_id: int
     owner: int
     role: Role
@@ -16,106 +22,134 @@ class Lease(NamedTuple):
 
 
 class Grant(NamedTuple):
+    """Blocks for an owner. ``dirty`` ones hold another's bytes and must be wiped first."""
+
     leases: tuple[Lease, ...]
     dirty: tuple[Run, ...]
 
 
-class PoolError(AssertionError): ...
+class PoolError(Exception):
+    """A lease that is not live, or a quota that is too small: a mistake of ours."""
 
 
 class BlockPool:
-    def __init__(self, blocks, source_blocks, sink_blocks):
+    """Free + leased + quarantined blocks = ``blocks``, always."""
+
+    def __init__(self, blocks: int, source_blocks: int, sink_blocks: int) -> None:
         self.blocks = blocks
-        self.quota = {Role.SOURCE: source_blocks, Role.SINK: sink_blocks}
-        self.used = {Role.SOURCE: 0, Role.SINK: 0}
-        self.free_list = list(range(blocks))[::-1]
-        self.tag = [0] * blocks
-        self.live = {}
-        self.quar = set()
-        self.n = 0
+        self.quarantined_blocks = 0
+        self._free = RunAllocator(blocks)
+        self._left = [source_blocks, sink_blocks]
+        self._quota_blocks = source_blocks + sink_blocks
+        self._live: dict[int, Lease] = {}
+        self._quarantined: set[int] = set()
+        self._last_lease_id = 0
 
     @property
-    def free_blocks(self):
-        return len(self.free_list)
+    def free_blocks(self) -> int:
+        """Blocks that nobody has."""
+        return self._free.free_blocks
 
-    def leased_blocks(self, role):
+    @property
+    def largest_run(self) -> int:
+        """Blocks of the longest free run. Walks all runs: for operators."""
+        return max((run.blocks for run in self._free.runs()), default=0)
+
+    def leased_blocks(self, role: Role) -> int:
+        """Blocks of a role that are not quarantined. Walks all leases: for operators."""
         return sum(
-            l.run.blocks
-            for l in self.live.values()
-            if l.role is role and l.lease_id not in self.quar
+            lease.run.blocks
+            for lease in self._live.values()
+            if lease.role is role and lease.lease_id not in self._quarantined
         )
 
-    @property
-    def quarantined_blocks(self):
-        return sum(l.run.blocks for l in self.live.values() if l.lease_id in self.quar)
+    def room(self, role: Role) -> int:
+        """Blocks that could be granted to a role now."""
+        free, left = self._free.free_blocks, self._left[role is _SINK]
+        return min(left, free)
 
-    @property
-    def largest_run(self):
-        return len(self.free_list)
+    def room_left(self, role: Role) -> int:
+        """Blocks that a role's quota still allows, free or not."""
+        return self._left[role is _SINK]
 
-    def room(self, role):
-        return min(len(self.free_list), self.quota[role] - self.used[role])
-
-    def grant(self, owner, role, blocks):
-        n = min(blocks, self.room(role))
-        leases = []
-        dirty = []
-        for _ in range(n):
-            b = self.free_list.pop()
-            self.n += 1
-            l = Lease(self.n, owner, role, Run(b, 1))
-            self.live[self.n] = l
-            leases.append(l)
-            if self.tag[b] not in (0, owner):
-                dirty.append(Run(b, 1))
-            self.tag[b] = owner
-        self.used[role] += n
+    def grant(self, owner: int, role: Role, blocks: int) -> Grant:
+        """Grant up to ``blocks``; fewer when space or quota is short, in runs of neighbours."""
+        left = self._left[role is _SINK]
+        blocks = min(blocks, left)
+        leases, dirty = [], []
+        for run, tag in self._free.take(blocks):
+            leases.append(self._new(owner, role, run))
+            if tag != owner and tag != CLEAN:
+                dirty.append(run)
         return Grant(tuple(leases), tuple(dirty))
 
-    def free_front(self, lease, blocks):
-        have = self.live.get(lease.lease_id)
-        if have is None or have.run.first_block != lease.run.first_block:
-            raise PoolError(lease)
-        for b in range(have.run.first_block, have.run.first_block + blocks):
-            self.free_list.append(b)
-        self.used[have.role] -= blocks
-        return self._rest(have, blocks)
-
-    def _rest(self, have, blocks):
-        if blocks == have.run.blocks:
-            del self.live[have.lease_id]
-            self.quar.discard(have.lease_id)
-            return None
-        rest = have._replace(run=Run(have.run.first_block + blocks, have.run.blocks - blocks))
-        self.live[have.lease_id] = rest
-        return rest
-
-    def free(self, lease):
+    def free(self, lease: Lease) -> None:
+        """Free a whole lease; PoolError if it is not exactly the live one."""
         self.free_front(lease, lease.run.blocks)
 
-    def quarantine(self, lease):
-        if self.live.get(lease.lease_id) != lease:
-            raise PoolError(lease)
-        self.quar.add(lease.lease_id)
+    def free_front(self, lease: Lease, blocks: int) -> Lease | None:
+        """Free the first blocks of a lease and return what is left of it.
 
-    def regrant(self, lease, blocks, owner, role):
-        have = self.live.get(lease.lease_id)
-        if have is None or have.run.first_block != lease.run.first_block:
-            raise PoolError(lease)
-        if self.used[role] + blocks > self.quota[role]:
-            raise PoolError("quota")
-        self.used[have.role] -= blocks
-        self.used[role] += blocks
-        self._rest(have, blocks)
-        self.n += 1
-        new = Lease(self.n, owner, role, Run(have.run.first_block, blocks))
-        self.live[self.n] = new
-        for b in range(new.run.first_block, new.run.first_block + blocks):
-            self.tag[b] = owner
-        return new
+        ``lease`` may itself be a front of the live one: what matters is where it starts.
+        """
+        rest = self._cut(lease, blocks)
+        run = lease.run if rest is None else Run(lease.run.first_block, blocks)
+        self._free.give(run, lease.owner)
+        return rest
 
-    def check(self):
-        blocks = list(self.free_list) + [
-            b for l in self.live.values() for b in range(l.run.first_block, sum(l.run))
-        ]
-        assert sorted(blocks) == list(range(self.blocks))
+    def regrant(self, lease: Lease, blocks: int, owner: int, role: Role) -> Lease:
+        """Hand the first blocks of a lease to another owner, bytes and all, as a new lease."""
+        if role is not lease.role and self.room_left(role) < blocks:
+            raise PoolError(f"{blocks} blocks are over the {role} quota")
+        self._cut(lease, blocks)
+        return self._new(owner, role, Run(lease.run.first_block, blocks))
+
+    def quarantine(self, lease: Lease) -> None:
+        """Note that somebody may still touch a lease's blocks; freeing it ends that."""
+        live = self._live.get(lease.lease_id)
+        if live != lease:
+            raise PoolError(f"{lease} is not live; that number is {live}")
+        if lease.lease_id not in self._quarantined:
+            self._quarantined.add(lease.lease_id)
+            self.quarantined_blocks += lease.run.blocks
+
+    def check(self) -> None:
+        """Raise PoolError unless every block is free or in one lease (I1, I8). Walks them all."""
+        runs = self._free.runs() + [lease.run for lease in self._live.values()]
+        expected = 0
+        for run in sorted(runs):
+            if run.first_block != expected:
+                raise PoolError(f"blocks from {expected} on are lost or doubled: {run}")
+            expected += run.blocks
+        held = self._quota_blocks - sum(self._left)
+        leased = sum(self.leased_blocks(role) for role in Role)
+        total = self.free_blocks + leased + self.quarantined_blocks
+        if not expected == self.blocks == total or held != leased + self.quarantined_blocks:
+            raise PoolError(f"{expected} of {self.blocks} blocks, counters say {total}, {held}")
+
+    def _new(self, owner: int, role: Role, run: Run) -> Lease:
+        self._last_lease_id = lease_id = self._last_lease_id + 1
+        lease = self._live[lease_id] = Lease(lease_id, owner, role, run)
+        self._left[role is _SINK] -= run[1]
+        return lease
+
+    def _cut(self, lease: Lease, blocks: int) -> Lease | None:
+        """Take the first blocks out of a live lease."""
+        live = self._live.get(lease.lease_id)
+        if (
+            live is None
+            or live.run.first_block != lease.run.first_block
+            or not 0 < blocks <= live.run.blocks
+        ):
+            raise PoolError(f"{blocks} blocks of {lease} are not live; that number is {live}")
+        self._left[live.role is _SINK] += blocks
+        if lease.lease_id in self._quarantined:
+            self.quarantined_blocks -= blocks
+        if blocks == live.run.blocks:
+            del self._live[lease.lease_id]
+            self._quarantined.discard(lease.lease_id)
+            return None
+        first, size = live.run
+        rest = live._replace(run=Run(first + blocks, size - blocks))
+        self._live[lease.lease_id] = rest
+        return rest

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvferry_daemon.core.pool import Lease, Run
+from kvferry_daemon.core.allocator import Run
+from kvferry_daemon.core.pool import Lease
 
 
 class Place(NamedTuple):

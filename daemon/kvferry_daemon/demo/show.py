@@ -1,6 +1,6 @@
 """What a person sees of the demo while it runs, and at its end."""
 
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -26,7 +26,7 @@ class Screen:
         }
         self._bars["window"] = self._progress.add_task("window", total=window_tokens, note="")
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 

@@ -25,6 +25,7 @@ class ZmqLink:
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._is_drain_due = False
+        self._draining = False
         self._closed = False
         self.dropped = 0  # messages that could not be sent: the peer is gone or does not read
         self._loop.add_reader(self._descriptor, self._drain)
@@ -51,20 +52,24 @@ class ZmqLink:
             self._socket.close(linger=0)
 
     def _drain_soon(self) -> None:
-        if not self._is_drain_due and not self._closed:
+        if not self._is_drain_due and not self._draining and not self._closed:
             self._is_drain_due = True
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
         self._is_drain_due = False
-        for _ in range(MESSAGES_A_TURN):
-            if self._closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_message(frames)
+        self._draining = True  # a send from within needs no drain of its own: we look again below
+        try:
+            for _ in range(MESSAGES_A_TURN):
+                if self._closed:
+                    return
+                try:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    return
+                self._on_message(frames)
+        finally:
+            self._draining = False
         self._drain_soon()
 
 

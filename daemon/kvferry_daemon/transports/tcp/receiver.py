@@ -1,5 +1,6 @@
 """One thread that receives chunks from one connection straight into claimed blocks."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Hashable
@@ -55,10 +56,8 @@ class StreamReceiver:
 
     def close(self) -> None:
         """End the connection; a blocked receive ends too."""
-        try:
+        with contextlib.suppress(OSError):  # it is down already; the thread says so itself
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is down already; the thread says so itself
 
     def _run(self) -> None:
         reason = "closed by the other side"

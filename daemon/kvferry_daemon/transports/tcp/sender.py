@@ -1,5 +1,6 @@
 """One thread that sends chunks out of the pool over one connection."""
 
+import contextlib
 import os
 import select
 import socket
@@ -49,10 +50,8 @@ class StreamSender:
 
     def close(self) -> None:
         """End the connection; a blocked send ends too."""
-        try:
+        with contextlib.suppress(OSError):  # it is down already; the thread says so itself
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is down already; the thread says so itself
 
     def _run(self) -> None:
         reason = "closed by the other side"
@@ -113,19 +112,23 @@ class StreamSender:
             self._post(event)
 
     def _send_all(self, buffers: list[bytes | memoryview]) -> None:
-        left = self._sock.sendmsg(buffers)
-        index = 0
-        total = sum(len(buffer) for buffer in buffers)
-        while left < total:  # a signal or a full buffer cut it short: go on behind what went out
-            done = left
-            for index, buffer in enumerate(buffers):
-                if done < len(buffer):
-                    break
-                done -= len(buffer)
-            rest = [memoryview(buffers[index])[done:], *buffers[index + 1 :]]
-            total -= left
-            buffers = rest
-            left = self._sock.sendmsg(buffers)
+        left = sum(len(buffer) for buffer in buffers)
+        while True:
+            done = self._sock.sendmsg(buffers)
+            left -= done
+            if not left:
+                return
+            buffers = _behind(buffers, done)  # a signal cut it short: go on where it stopped
+
+
+def _behind(buffers: list[bytes | memoryview], done: int) -> list[bytes | memoryview]:
+    """What is left of the buffers after their first ``done`` bytes."""
+    rest: list[bytes | memoryview] = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(memoryview(buffer)[done:])
+        done = max(0, done - len(buffer))
+    return rest
 
 
 def _pieces(views: list[memoryview]) -> Iterator[memoryview]:
