@@ -1,5 +1,6 @@
 """What a worker imports: connect, send, receive, and windows as arrays."""
 
+from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
 from kvferry_client.sync import Client, Receiving, Sending, connect
 from kvferry_client.views import Pool, Run, WindowView
 from kvferry_proto.errors import Code, Fault, FerryError
@@ -7,6 +8,9 @@ from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import Mode, Role, StallReason, State
 
 __all__ = [
+    "AsyncClient",
+    "AsyncReceiving",
+    "AsyncSending",
     "Client",
     "Code",
     "Dtype",

@@ -55,6 +55,8 @@ class Session:
         self.name = name
         self.lock = Lock(runtime_dir)
         self.welcome: worker.Welcome | None = None
+        self.joining = threading.Lock()  # one hello at a time, or there would be two sessions
+        self.told_boot_id: str | None = None  # the life of the daemon that the worker knows of
         self._numbers = itertools.count(1)
 
     @property
@@ -86,8 +88,10 @@ class Session:
 class Connection:
     """A DEALER socket of one session. Threads may share it; each call takes it for itself."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, tells: bool = True) -> None:
+        """``tells``: whether this connection's calls are to tell of a daemon's restart."""
         self._session = session
+        self._tells = tells
         self._pid = os.getpid()
         self._guard = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -134,18 +138,24 @@ class Connection:
             return self._say_hello()
 
     def _say_hello(self) -> worker.Welcome:
-        session = self._session
+        with self._session.joining:
+            return self._join(self._session)
+
+    def _join(self, session: Session) -> worker.Welcome:
         reply = self._exchange(session.hello(), HELLO_S if session.welcome is None else CALL_S)
         if _is_refused(reply, Code.UNKNOWN_SESSION):
             session.welcome = None
             reply = self._exchange(session.hello(), HELLO_S)
-            if isinstance(reply, worker.Welcome):
-                session.welcome = reply
-                raise FerryError(Code.DAEMON_RESTARTED, "the daemon has lost this session")
         if isinstance(reply, worker.Failure):
             raise reply.error.raised()
         assert isinstance(reply, worker.Welcome), reply
         session.welcome = reply
+        if self._tells:
+            told, session.told_boot_id = session.told_boot_id, reply.boot_id
+            if told not in (None, reply.boot_id):
+                raise FerryError(
+                    Code.DAEMON_RESTARTED, "the daemon's earlier life, its pool and transfers ended"
+                )
         return reply
 
     def _exchange(self, call: Any, wait_s: float) -> Any:
@@ -185,7 +195,7 @@ class Heart(threading.Thread):
 
     def __init__(self, session: Session, beat_s: float) -> None:
         super().__init__(name="kvferry-heartbeat", daemon=True)
-        self._connection = Connection(session)
+        self._connection = Connection(session, tells=False)
         self._beat_s = beat_s
         self._stopped = threading.Event()
 

@@ -49,9 +49,23 @@ class Client:
         self._connection.close()
         self._session.lock.release()
 
+    def another_connection(self) -> Connection:
+        """One more connection of the same session; whoever asks for it closes it."""
+        return Connection(self._session)
+
     def call(self, call: Any, wait_s: float = CALL_S) -> Any:
         """Make any call of the worker socket; FerryError if it is refused or unanswered."""
-        return self._connection.call(call, wait_s)
+        try:
+            return self._connection.call(call, wait_s)
+        except FerryError as error:
+            self.note(error)
+            raise
+
+    def note(self, error: FerryError) -> None:
+        """After a restart of the daemon, map the new pool; transfers opened before are gone."""
+        if error.code is Code.DAEMON_RESTARTED and self._session.welcome is not None:
+            self.welcome = self._session.welcome
+            self.pool = Pool(self.welcome.pool, self._session.layout)
 
     def drive(self, steps: Generator[Any, Any, None]) -> None:
         """Run logic to its end."""
