@@ -1,5 +1,7 @@
 """ExtentSet against a plain set of tokens."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_holds_the_tokens_of_a_plain_set(steps: list[tuple[bool, tuple[int, int]
 def test_extents_are_sorted_and_never_touch(steps: list[tuple[bool, tuple[int, int]]]) -> None:
     extents = list(built(steps)[0])
     assert all(first < end for first, end in extents)
-    assert all(one[1] < two[0] for one, two in zip(extents, extents[1:], strict=False))
+    assert all(one[1] < two[0] for one, two in itertools.pairwise(extents))
 
 
 @given(steps=STEPS, asked=EXTENTS)
@@ -44,7 +46,7 @@ def test_gaps_and_covers(steps: list[tuple[bool, tuple[int, int]]], asked: tuple
     missing = set(range(*asked)) - naive
     gaps = list(extents.gaps(*asked))
     assert {token for first, end in gaps for token in range(first, end)} == missing
-    assert all(one[1] < two[0] for one, two in zip(gaps, gaps[1:], strict=False))
+    assert all(one[1] < two[0] for one, two in itertools.pairwise(gaps))
     assert extents.covers(*asked) == (not missing)
 
 

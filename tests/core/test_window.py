@@ -1,5 +1,7 @@
 """Window against a plain list of blocks."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +69,7 @@ def test_runs_are_joined_where_blocks_are_neighbours(runs: list[tuple[int, int]]
     shown = window.runs()
     blocks = [block for first, count in shown for block in range(first, first + count)]
     assert blocks == [block for _, block in blocks_of(leases_of(runs))]
-    assert all(sum(one) != two[0] for one, two in zip(shown, shown[1:], strict=False))
+    assert all(sum(one) != two[0] for one, two in itertools.pairwise(shown))
 
 
 def test_clear_gives_every_lease_up() -> None:
