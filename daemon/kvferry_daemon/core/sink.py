@@ -73,7 +73,7 @@ class SinkTransfer(Transfer):
         own = (self.sent_tokens, self.partial_sent_tokens, self.last_resume_at)
         return (*super()._visible(), *own)
 
-    def snapshot(self) -> Snapshot:
+    def _snapshot(self) -> Snapshot:
         return Snapshot.model_construct(
             role=self.key.role,
             transfer_id=self.key.transfer_id,

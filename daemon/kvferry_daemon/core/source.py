@@ -64,7 +64,7 @@ class SourceTransfer(Transfer):
     def _visible(self) -> tuple[object, ...]:
         return (*super()._visible(), self.acked_tokens)
 
-    def snapshot(self) -> Snapshot:
+    def _snapshot(self) -> Snapshot:
         return Snapshot.model_construct(
             role=self.key.role,
             transfer_id=self.key.transfer_id,

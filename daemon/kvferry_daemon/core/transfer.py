@@ -73,6 +73,7 @@ class Transfer:
         self._promised_blocks = 0
         self._effects: list[Effect] = []
         self._seen: tuple[object, ...] = ()
+        self._shown: Snapshot | None = None
 
     @property
     def ended(self) -> bool:
@@ -107,7 +108,12 @@ class Transfer:
         return effects
 
     def snapshot(self) -> Snapshot:
-        """Everything a worker may know at this moment."""
+        """Everything a worker may know at this moment; built once for each number."""
+        if self._shown is None or self._shown.snapshot != self.version:
+            self._shown = self._snapshot()
+        return self._shown
+
+    def _snapshot(self) -> Snapshot:
         raise NotImplementedError
 
     def _visible(self) -> tuple[object, ...]:

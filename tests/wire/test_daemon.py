@@ -1,0 +1,76 @@
+"""The daemon as a process: what it loads, what it leaves, how it stops."""
+
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+
+from kvferry_proto import worker
+from kvferry_proto.states import Role
+from live import BLOCK, WINDOW, LiveDaemon, RawWorker
+
+
+def test_torch_is_not_loaded_for_host_pools(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory):
+        maps = Path(f"/proc/{daemon.process.pid}/maps").read_text()
+    assert "msgpack" in maps, "the check itself would see nothing"
+    assert "libtorch" not in maps
+
+
+def test_everything_in_the_runtime_directory_is_private(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory) as one:
+        assert one.welcome is not None
+        paths = [*daemon.directory.iterdir(), Path(one.welcome.pool.path)]
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in paths}
+    assert stat.S_IMODE(daemon.directory.stat().st_mode) == 0o700
+    assert {name for name, mode in modes.items() if mode & 0o077} == set()
+    assert {"worker.sock", "control.sock"} <= set(modes)
+
+
+def test_all_space_of_a_pool_is_there_from_the_start(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory) as one:
+        assert one.welcome is not None
+        pool = one.welcome.pool
+        facts = os.stat(pool.path)
+        assert facts.st_size == pool.blocks * pool.block_bytes
+        assert facts.st_blocks * 512 >= facts.st_size
+
+
+def test_sigterm_takes_nothing_new_and_waits_for_what_runs(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a") as daemon:
+        with RawWorker(daemon.directory) as one:
+            one.snapshot(worker.Send(transfer_id="t"))
+            one.snapshot(worker.Receive(transfer_id="t"))
+            one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW)
+            daemon.process.send_signal(signal.SIGTERM)
+            until = time.monotonic() + 10
+            while not daemon.status().draining:
+                assert time.monotonic() < until
+            assert one.code(worker.Send(transfer_id="new")) == "draining"
+            one.snapshot(worker.Ready(transfer_id="t", ready_tokens=BLOCK, total_tokens=BLOCK))
+            one.wait_end(Role.SINK)
+            assert daemon.process.poll() is None, "the sink's window was not released yet"
+            one.snapshot(worker.Release(transfer_id="t", role=Role.SINK))
+            assert daemon.process.wait(10) == 0
+        left = [p.name for p in daemon.directory.rglob("*") if p.is_file() or p.is_socket()]
+        assert set(left) <= {"daemon.lock", one.lock_name}
+        assert "Traceback" not in daemon.log()
+
+
+def test_a_silent_worker_loses_its_transfer_but_its_blocks_wait_for_proof(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a", lost_s=0.6) as daemon:
+        with RawWorker(daemon.directory) as one, RawWorker(daemon.directory) as two:
+            one.snapshot(worker.Send(transfer_id="t"))
+            one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW)
+            until = time.monotonic() + 10
+            while daemon.status().transfers.get("failed", 0) == 0:
+                two.call(worker.Heartbeat())
+                assert time.monotonic() < until
+            status = daemon.status()
+            assert status.pools[0].blocks_quarantined == WINDOW // BLOCK
+            assert status.blocks_free == status.blocks_total - WINDOW // BLOCK
+            seen = one.poll(Role.SOURCE)
+            assert seen.error is not None
+            assert seen.error.code == "worker_lost"
+        daemon.wait_until_free()
