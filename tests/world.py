@@ -123,12 +123,12 @@ class World:
         for token, slot in self.slots(name, snapshot):
             if snapshot.available_tokens <= token < end:
                 block, index = slot
-                self._block(name, block)[index] = (snapshot.transfer_id, snapshot.attempt, token)
+                self.block(name, block)[index] = (snapshot.transfer_id, snapshot.attempt, token)
 
     def read(self, name: str, snapshot: worker.Snapshot) -> list[Token | None]:
         """What the sink worker sees of its window: only tokens that were committed."""
         return [
-            self._block(name, block)[index]
+            self.block(name, block)[index]
             for token, (block, index) in self.slots(name, snapshot)
             if snapshot.partial_sent_tokens <= token < snapshot.sent_tokens
         ]
@@ -145,7 +145,8 @@ class World:
                     yield token, ((pool_id, block), index)
                     token += 1
 
-    def _block(self, name: str, block: tuple[str, int]) -> list[Token | None]:
+    def block(self, name: str, block: tuple[str, int]) -> list[Token | None]:
+        """The token slots of one block."""
         return self.machines[name].memory.setdefault(block, [None] * BLOCK)
 
     # --- effects ---
@@ -247,7 +248,7 @@ class World:
         blocks = [b for run in claim.place.runs for b in range(sum(run[:1]), sum(run))]
         for token, name in enumerate(data, chunk.first_token):
             block, index = divmod(token - claim.place.base_tokens, BLOCK)
-            self._block(chunk.to, (claim.pool_id, blocks[block]))[index] = name
+            self.block(chunk.to, (claim.pool_id, blocks[block]))[index] = name
         self.feed(chunk.to, out.ChunkReceived(chunk.handle, chunk.first_token, chunk.tokens))
 
     def _read_extent(self, source: str, chunk: Chunk) -> list[Token | None]:
@@ -255,7 +256,7 @@ class World:
         data = []
         for token in range(chunk.first_token, chunk.first_token + chunk.tokens):
             block, index = divmod(token - chunk.base_tokens, BLOCK)
-            data.append(self._block(source, (chunk.pool_id, blocks[block]))[index])
+            data.append(self.block(source, (chunk.pool_id, blocks[block]))[index])
         return data
 
     def cut(self, key: StreamKey, *, feed: bool = True) -> list[out.NodeEvent]:

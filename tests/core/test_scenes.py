@@ -3,10 +3,13 @@
 import pytest
 
 from core.stories import SINK, SOURCE, Story
+from kvferry_daemon.core.events import Free, Heard, Key, Pulled
 from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import worker
+from kvferry_proto.peer import Progress, Pull
 from kvferry_proto.states import Mode, Role, StallReason, State
-from world import BLOCK, World
+from world import BLOCK, Chunk, World
 
 WINDOW = 8
 
@@ -176,3 +179,79 @@ def test_blocks_are_wiped_only_when_they_change_owner() -> None:
     story.open()
     story.check(story.run())
     assert story.world.machines["b"].zeroed_blocks == WINDOW // BLOCK
+
+
+def test_a_lost_pull_is_sent_again_with_what_it_wanted() -> None:
+    story = Story(2 * WINDOW)
+    story.open()
+    story.world.wait(0.05)
+    seen = story.source()
+    story.world.fill("a", seen, WINDOW)
+    story.ready(WINDOW)
+    while not story.world.machines["b"].claims:
+        story.world.deliver()
+    story.world.wire.clear()  # the pull that names the claims
+    story.world.wait(1)
+    assert story.sink().sent_tokens == WINDOW
+
+
+def test_a_repeated_pull_serves_nothing_twice() -> None:
+    story = Story(2 * WINDOW)
+    story.open()
+    story.world.wait(0.05)
+    story.produce()
+    while not story.world.machines["b"].claims:
+        story.world.deliver()
+    for _ in range(3):
+        story.world.deliver(keep=True)  # the pull, again and again
+    story.world.settle()
+    counters = story.world.machines["a"].node.counters
+    assert counters["chunks_sent"] == WINDOW // BLOCK
+
+
+def test_blocks_that_are_still_read_are_not_freed() -> None:
+    """The sink has acknowledged them, but a chunk of theirs lies half sent in our thread."""
+    story = Story(4 * WINDOW)
+    story.open()
+    story.world.wait(0.05)
+    story.produce()
+    world = story.world
+    while not any(isinstance(thing, Chunk) for thing in world.wire):
+        world.deliver()
+    source = world.machines["a"].node.transfers[Key(Role.SOURCE, "t", 0)]
+    assert isinstance(source, SourceTransfer)
+    pull = Pull(
+        transfer_id="t",
+        attempt=0,
+        number=99,
+        handle=1,
+        layout_digest=b"x" * 16,
+        start_tokens=0,
+        acked_tokens=WINDOW,
+    )
+    assert source.sink is not None
+    freed = [e for e in source.handle(Pulled(source.sink, pull)) if isinstance(e, Free)]
+    assert freed == []
+    assert source.window.base_tokens == 0
+
+
+def test_a_source_that_changes_its_total_fails_the_transfer() -> None:
+    story = Story(2 * WINDOW, late=False)
+    story.open()
+    story.world.wait(0.05)
+    sink = story.world.machines["b"].node.transfers[Key(Role.SINK, "t", 0)]
+    news = Progress(
+        transfer_id="t", attempt=0, number=1, state=State.TRANSFERRING, total_tokens=2 * WINDOW + 1
+    )
+    sink.handle(Heard(news))
+    assert sink.error is not None
+    assert sink.error.code == "total_changed"
+
+
+def test_a_resume_ahead_is_refused_and_changes_nothing() -> None:
+    story = Story(2 * WINDOW)
+    story.open()
+    story.world.wait(0.05)
+    before = story.sink()
+    assert story.resume(1).error.code == "resume_ahead"
+    assert story.sink() == before
