@@ -1,8 +1,10 @@
 """Frames: one msgpack map each, with every limit checked before a model sees it."""
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Callable
 from math import isfinite
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import msgpack  # imported here only
 from pydantic import BaseModel, TypeAdapter
@@ -13,87 +15,162 @@ FRAME_BYTES_MAX = 1 << 20
 DEPTH_MAX = 8
 ITEMS_MAX = 1 << 16  # of one list or map
 NODES_MAX = 1 << 18  # of one frame
+SMALL_BYTES = 1 << 12  # a frame that may get by with a glance at its bytes
 
 T = TypeVar("T", bound=BaseModel)
+Map = dict[str, Any]
+Pairs = list[tuple[Any, Any]]
+
+# The bytes that can open a list, map, bin, ext or float, and those that make a float not finite.
+# They may stand anywhere, as part of a number or a text: then a frame is looked at more closely.
+_MARKS = bytes([*range(0x80, 0xA0), *range(0xC4, 0xCC), *range(0xD4, 0xD9), *range(0xDC, 0xE0)])
+_UNMARKED = bytes(set(range(256)) - set(_MARKS) - {0x7F, 0xFF})
+_DOUBTFUL = re.compile(rb"[\xc4-\xc9\xd4-\xd8]|[\xca\xcb][\x7f\xff]")  # bin or ext; NaN or inf
+_KEY = frozenset({str})
+_LEAF = frozenset({str, int, bytes, bool, type(None)})
 
 
 class Codec(Generic[T]):
     """Encodes and decodes one family of messages: a union told apart by ``kind``."""
 
     def __init__(self, family: Any) -> None:
-        self._reader: TypeAdapter[T] = TypeAdapter(family)
+        reader: TypeAdapter[T] = TypeAdapter(family)
+        self._read: Callable[[Map], T] = reader.validator.validate_python
 
     def encode(self, message: T) -> bytes:
-        """Turn a message into its one frame; FerryError(resource_exhausted) if it is too long."""
-        frame = cast(bytes, msgpack.packb(message.model_dump(exclude_none=True)))
-        if len(frame) > FRAME_BYTES_MAX:
-            raise FerryError(
-                Code.RESOURCE_EXHAUSTED,
-                f"an outgoing frame of {len(frame)} bytes is over {FRAME_BYTES_MAX}",
-            )
+        """Turn a message into its one frame: one that ``decode`` takes.
+
+        Raises FerryError: resource_exhausted if it is over a limit, internal if it holds a value
+        that the wire has no place for.
+        """
+        fields = message.__pydantic_serializer__.to_python(message, exclude_none=True)
+        try:
+            frame: bytes = msgpack.packb(fields)
+        except (ValueError, OverflowError) as error:
+            raise FerryError(Code.INTERNAL, f"{type(message).__name__}: {error}"[:300]) from error
+        if len(frame) > ITEMS_MAX:  # below that no limit can be reached
+            _check_outgoing(frame)
         return frame
 
     def decode(self, frame: bytes | memoryview) -> T:
         """Read one frame of an untrusted peer; raise FerryError(bad_message) and only that."""
-        if len(frame) > FRAME_BYTES_MAX:
-            raise FerryError(
-                Code.BAD_MESSAGE, f"a frame of {len(frame)} bytes is over {FRAME_BYTES_MAX}"
-            )
         try:
-            fields = msgpack.unpackb(
-                frame,
-                strict_map_key=True,
-                object_pairs_hook=_map,
-                ext_hook=_no_ext,
-                max_array_len=ITEMS_MAX,
-                max_map_len=ITEMS_MAX,
-            )
-            _check_tree(fields)
-            return self._reader.validate_python(fields)
+            return self._read(_unpacked(bytes(frame)))
         except (ValueError, RecursionError, msgpack.UnpackException) as error:
-            raise FerryError(Code.BAD_MESSAGE, _brief(error)) from error
+            said = _brief(error)
+        raise FerryError(Code.BAD_MESSAGE, said)  # outside: the cause would keep the frame alive
 
 
-def _map(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if not isinstance(key, str):
-            raise ValueError(f"a map key must be a string, not {type(key).__name__}")
-        if key in fields:
-            raise ValueError(f"key {key[:64]!r} stands twice in one map")
-        fields[key] = value
+def _unpacked(frame: bytes) -> Map:
+    """Unpack a frame, and refuse what msgpack allows and we do not."""
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ValueError(f"a frame of {len(frame)} bytes is over {FRAME_BYTES_MAX}")
+    if len(frame) > SMALL_BYTES:
+        _check_whole(frame)
+    items_max = min(ITEMS_MAX, len(frame))
+    fields = msgpack.unpackb(
+        frame,
+        strict_map_key=True,
+        object_pairs_hook=_map if len(frame) <= NODES_MAX else _counted_map(),
+        ext_hook=_no_ext,
+        max_array_len=items_max,
+        max_map_len=items_max,
+    )
+    if type(fields) is not dict:
+        raise ValueError(f"a frame holds one map, not {type(fields).__name__}")
+    if not _is_simple(frame):
+        _check_tree(fields)
     return fields
+
+
+def _is_simple(frame: bytes) -> bool:
+    """Whether its bytes alone show that a frame has nothing in it that `_check_tree` refuses.
+
+    A frame with at most DEPTH_MAX opening bytes cannot be nested deeper, one without a bin has no
+    bytes for keys, and a float that is not finite begins with one of four pairs of bytes.
+    """
+    if len(frame) > SMALL_BYTES:
+        return False
+    marks = frame.translate(None, _UNMARKED)
+    return len(marks) <= DEPTH_MAX and _DOUBTFUL.search(marks) is None
+
+
+def _check_whole(frame: bytes) -> None:
+    """Walk over a frame without building it: lists that are declared and not there cost nothing."""
+    walker = msgpack.Unpacker(max_buffer_size=FRAME_BYTES_MAX)
+    walker.feed(frame)
+    walker.skip()
+
+
+def _map(pairs: Pairs) -> Map:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        doubled, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {doubled[:64]!r} stands twice in one map")
+    return fields
+
+
+def _counted_map() -> Callable[[Pairs], Map]:
+    """Build maps, but no more than a frame may have: a map costs far more than its one byte."""
+    maps_left = NODES_MAX + 1
+
+    def build(pairs: Pairs) -> Map:
+        nonlocal maps_left
+        maps_left -= 1
+        if maps_left < 0:
+            raise ValueError(f"a frame holds over {NODES_MAX} values")
+        return _map(pairs)
+
+    return build
 
 
 def _no_ext(code: int, _data: bytes) -> Any:
     raise ValueError(f"msgpack extension type {code} is not allowed")
 
 
-def _check_tree(root: object) -> None:
-    """Bound depth and node count, and refuse what msgpack allows and we do not."""
-    if not isinstance(root, dict):
-        raise ValueError(f"a frame holds one map, not {type(root).__name__}")
-    level: list[object] = [root]
+def _check_tree(root: Map) -> None:
+    """Bound depth and node count; refuse numbers that are not finite, timestamps, other keys."""
+    level: list[Any] = [root]
     nodes = 0
-    for _depth in range(DEPTH_MAX + 1):
-        below: list[object] = []
+    for _depth in range(DEPTH_MAX):
+        below: list[Any] = []
         for node in level:
-            if isinstance(node, dict):
-                below.extend(node.values())
-            elif isinstance(node, list):
-                below.extend(node)
-            elif isinstance(node, float):
-                if not isfinite(node):
-                    raise ValueError("a number is not finite")
-            elif isinstance(node, msgpack.Timestamp):
-                raise ValueError("msgpack timestamps are not allowed")
-        nodes += len(below)
-        if nodes > NODES_MAX:
-            raise ValueError(f"a frame holds over {NODES_MAX} values")
+            values = node
+            if type(node) is dict:
+                values = node.values()
+                if not _KEY.issuperset(map(type, node)):
+                    raise ValueError("a map key must be a string")
+            nodes += len(values)
+            if nodes > NODES_MAX:
+                raise ValueError(f"a frame holds over {NODES_MAX} values")
+            if not _LEAF.issuperset(map(type, values)):
+                below += [v for v in values if type(v) not in _LEAF and _has_values(v)]
         if not below:
             return
         level = below
     raise ValueError(f"a frame is nested deeper than {DEPTH_MAX}")
+
+
+def _has_values(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return True
+    if isinstance(value, float):
+        if not isfinite(value):
+            raise ValueError("a number is not finite")
+        return False
+    raise ValueError("msgpack timestamps are not allowed")
+
+
+def _check_outgoing(frame: bytes) -> None:
+    """Raise FerryError(resource_exhausted) if the other side would refuse the frame's size."""
+    said = f"{len(frame)} bytes is over {FRAME_BYTES_MAX}"
+    if len(frame) <= FRAME_BYTES_MAX:
+        try:
+            _unpacked(frame)
+            return
+        except ValueError as error:
+            said = str(error)
+    raise FerryError(Code.RESOURCE_EXHAUSTED, f"an outgoing frame is too large: {said}")
 
 
 def _brief(error: BaseException) -> str:
@@ -101,6 +178,6 @@ def _brief(error: BaseException) -> str:
     errors = getattr(error, "errors", None)
     if errors is not None:
         first = errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part)[:64] for part in first["loc"])
         return f"{where or 'message'}: {first['msg']}"[:300]
     return (str(error) or type(error).__name__)[:300]

@@ -133,4 +133,5 @@ class FerryError(Exception):
         return ADVICE[self.code].remedy
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.message} ({self.remedy})"
+        message = " ".join(self.message.splitlines())  # it may come from a peer
+        return f"{self.code}: {message} ({self.remedy})"

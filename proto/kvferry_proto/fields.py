@@ -1,8 +1,10 @@
 """Field types that the messages of all three sockets share."""
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from kvferry_proto.errors import ADVICE, Code, Fault, FerryError
 from kvferry_proto.states import Mode, Role, StallReason, State
@@ -14,23 +16,67 @@ Attempt = Annotated[int, Field(ge=0, le=1 << 31)]
 Call = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 BootId = Annotated[str, Field(min_length=16, max_length=32, pattern=r"^[0-9a-f]+$")]
 Text = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
+
+
+@dataclass(frozen=True, eq=False)  # so it can be hashed, which `|` needs
+class After:
+    """Annotation: a value has to pass ``first`` before it gets to its own type.
+
+    For what strictness does not cover: an enum takes its wire value only where strictness is off,
+    and then it takes True, "3" and b"sink" too; a strict float takes any int.
+    """
+
+    first: CoreSchema
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Chain the two; no Python runs when a value is read."""
+        return core_schema.chain_schema([self.first, handler(source)])
+
+
+INT = After(core_schema.int_schema(strict=True))
+STR = After(core_schema.str_schema(strict=True))
+FLOAT = After(core_schema.is_instance_schema(float))
+
 AuxValue = (
     Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
-    | float
+    | Annotated[float, FLOAT]
     | (Annotated[str, Field(max_length=1 << 16)] | Annotated[bytes, Field(max_length=1 << 16)])
 )
-Aux = Annotated[dict[str, AuxValue], Field(max_length=64)]
-# Strict models take an enum's wire value only where strictness is off.
-WireState = Annotated[State, Field(strict=False)]
-WireRole = Annotated[Role, Field(strict=False)]
-WireMode = Annotated[Mode, Field(strict=False)]
-WireStall = Annotated[StallReason, Field(strict=False)]
+Aux = Annotated[dict[Name, AuxValue], Field(max_length=64)]
+WireState = Annotated[State, Field(strict=False), INT]
+WireRole = Annotated[Role, Field(strict=False), STR]
+WireMode = Annotated[Mode, Field(strict=False), STR]
+WireStall = Annotated[StallReason, Field(strict=False), STR]
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "tuple"):
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            _fail_fast(part)
 
 
 class Message(BaseModel):
     """Strict: "3" is not 3. Unknown fields are skipped, so that a newer peer may add some."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", use_enum_values=False)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="ignore", use_enum_values=False, allow_inf_nan=False
+    )
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Let every list stop at its first bad item: an error costs far more than the item."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
 
 class ErrorInfo(Message):
@@ -48,7 +94,7 @@ class ErrorInfo(Message):
         return cls(
             code=code.value,
             fault=advice.fault.value,
-            message=message[:1024],
+            message=message.encode(errors="replace").decode()[:1024],  # a path may hold any byte
             remedy=advice.remedy,
         )
 
@@ -60,6 +106,6 @@ class ErrorInfo(Message):
 
 
 __all__ = [
-    "Attempt", "Aux", "BootId", "Call", "ErrorInfo", "Fault", "Message", "Text", "Tokens",
+    "Attempt", "Aux", "BootId", "Call", "ErrorInfo", "Fault", "Message", "Name", "Text", "Tokens",
     "TransferId", "WireMode", "WireRole", "WireStall", "WireState",
 ]  # fmt: skip

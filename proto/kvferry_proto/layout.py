@@ -12,10 +12,11 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kvferry_proto.fields import STR, Name
+
 ALIGN_BYTES = 64  # a cache line; also what vectorised copies like
 PLANES_MAX = 1024
 BLOCK_BYTES_MAX = 1 << 32
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
 Extent = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
@@ -65,7 +66,7 @@ class Plane(_Part):
     """One per-token array: ``shape`` is the shape of one token, ``()`` for a scalar."""
 
     name: Name
-    dtype: Annotated[Dtype, Field(strict=False)]
+    dtype: Annotated[Dtype, Field(strict=False), STR]
     shape: Annotated[tuple[Extent, ...], Field(max_length=8, strict=False)] = ()
 
     @cached_property

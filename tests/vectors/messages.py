@@ -1,0 +1,204 @@
+"""The messages of the golden frames: every kind at its smallest, and the edges of its fields."""
+
+from typing import Any
+
+from kvferry_proto import control as c
+from kvferry_proto import peer as p
+from kvferry_proto import worker as w
+from kvferry_proto.errors import Code
+from kvferry_proto.fields import TOKENS_MAX, ErrorInfo
+from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.states import Mode, Role, StallReason, State
+from kvferry_proto.versions import Versions
+
+BIG = (1 << 63) - 1
+SOURCE, SINK = "5" * 32, "a" * 16
+SECRET = "0123456789abcdef" * 4
+LINK: dict[str, Any] = {"source_boot_id": SOURCE, "sink_boot_id": SINK}
+DIGEST = bytes(range(0xF0, 0x100))
+ERROR = ErrorInfo.of(Code.RESUME_AHEAD, "resume at 9 is above sent_tokens 8")
+AUX: dict[str, int | float | str | bytes] = {
+    "n": -(1 << 63),
+    "m": BIG,
+    "f": 1.0,
+    "g": -0.5,
+    "s": "\u00e9\u4e2d\U0001f600",
+    "b": b"\0\xff",
+}
+
+KV = Layout(
+    planes=(
+        Plane(name="layer.0.k", dtype=Dtype.BFLOAT16, shape=(8, 128)),
+        Plane(name="layer.0.v", dtype=Dtype.BFLOAT16, shape=(8, 128)),
+    )
+)
+EMBEDDING = Layout(
+    planes=(
+        Plane(name="embedding", dtype=Dtype.FLOAT32, shape=(3,)),
+        Plane(name="fill_ids", dtype=Dtype.INT64),
+        Plane(name="is_image", dtype=Dtype.BOOL),
+    ),
+    aux=("rope_delta", "text"),
+    block_size_tokens=7,
+)
+LAYOUTS = {
+    "two planes of a cache": KV,
+    "planes that need padding, scalars, aux": EMBEDDING,
+    "one byte": Layout(planes=(Plane(name="x", dtype=Dtype.UINT8),), block_size_tokens=1),
+}
+
+WATCHED = w.Watched(role=Role.SINK, transfer_id="t")
+CALLS: dict[str, Any] = {
+    "first hello": w.Hello(call=1, lock="0f3a", layout=KV),
+    "hello again, with a session": w.Hello(
+        call=BIG, lock="a-_9", layout=EMBEDDING, session=SECRET, worker="decode \u00e9", pid=1 << 31
+    ),
+    "hello of a newer client": w.Hello(lock="x", layout=KV, versions=Versions(low=1, high=65535)),
+    "send": w.Send(transfer_id="req-1"),
+    "send with everything": w.Send(
+        call=2, transfer_id="!~" * 64, attempt=1 << 31, start_tokens=128, total_tokens=TOKENS_MAX,
+        aux=AUX, window_tokens=0,
+    ),
+    "ready": w.Ready(call=3, transfer_id="t", ready_tokens=8192),
+    "ready for the last time": w.Ready(
+        transfer_id="t", attempt=1, ready_tokens=8193, total_tokens=8193, aux={}
+    ),
+    "receive": w.Receive(transfer_id="t"),
+    "receive whole, from elsewhere": w.Receive(
+        call=4, transfer_id="t", source="tcp://10.0.0.7:7000", mode=Mode.WHOLE, start_tokens=256,
+        window_tokens=4096, max_tokens=65536,
+    ),
+    "poll": w.Poll(call=5, transfers=[WATCHED]),
+    "poll that waits": w.Poll(
+        call=6, wait_s=60.0,
+        transfers=[w.Watched(role=Role.SOURCE, transfer_id="t", attempt=2, after=BIG), WATCHED],
+    ),
+    "resume": w.Resume(call=7, transfer_id="t", sent_tokens=8192),
+    "resume at 0": w.Resume(transfer_id="t", sent_tokens=0),
+    "release": w.Release(call=8, transfer_id="t", role=Role.SINK),
+    "abort": w.Abort(call=9, transfer_id="t", role=Role.SOURCE),
+    "abort with a reason": w.Abort(transfer_id="t", role=Role.SINK, reason="x" * 300),
+    "heartbeat": w.Heartbeat(),
+    "batch": w.Batch(
+        call=10, calls=[w.Heartbeat(call=11), w.Resume(call=12, transfer_id="t", sent_tokens=1)]
+    ),
+}  # fmt: skip
+
+SNAPSHOT = w.Snapshot(
+    role=Role.SINK, transfer_id="t", attempt=0, snapshot=1, state=State.BOOTSTRAPPING
+)
+FULL = w.Snapshot(
+    role=Role.SOURCE, transfer_id="t", attempt=3, snapshot=1 << 40, state=State.TRANSFERRING,
+    stall=StallReason.WAITING_FOR_RESUME, start_tokens=128, sent_tokens=8320,
+    partial_sent_tokens=200, last_resume_at=200, total_tokens=20480, available_tokens=9000,
+    base_tokens=128, allocated_tokens=8192, target_tokens=8320, runs=[(0, 60), (1 << 20, 4)],
+    aux=AUX,
+)  # fmt: skip
+FAILED = SNAPSHOT.model_copy(update={"state": State.FAILED, "error": ERROR, "snapshot": 9})
+REPLIES: dict[str, Any] = {
+    "welcome": w.Welcome(
+        call=1, version=1, boot_id=SOURCE, session=SECRET, heartbeat_s=1.0,
+        pool=w.PoolInfo(path="/run/kvferry/pools/\u00e9", blocks=1, block_bytes=64, window_tokens=8192),
+        peer_address="tcp://127.0.0.1:7000",
+    ),
+    "snapshots without any": w.Snapshots(call=2),
+    "the smallest snapshot": w.Snapshots(transfers=[SNAPSHOT]),
+    "a full snapshot": w.Snapshots(call=BIG, transfers=[FULL]),
+    "a failed transfer, a refused one": w.Snapshots(
+        call=3, transfers=[FAILED],
+        refused=[w.Refused(role=Role.SINK, transfer_id="u", attempt=0, error=ERROR)],
+    ),
+    "every stall": w.Snapshots(
+        transfers=[SNAPSHOT.model_copy(update={"stall": stall}) for stall in StallReason]
+    ),
+    "every state": w.Snapshots(
+        transfers=[SNAPSHOT.model_copy(update={"state": state}) for state in State]
+    ),
+    "failure": w.Failure(call=4, error=ERROR),
+    "failure of a newer daemon": w.Failure(
+        error=ErrorInfo(code="moon_phase", fault="moon", message="", remedy="wait")
+    ),
+    "batch reply": w.BatchReply(call=10, replies=[w.Snapshots(call=11), w.Failure(error=ERROR)]),
+}  # fmt: skip
+
+PULL = p.Pull(
+    transfer_id="t", attempt=0, number=0, handle=0, layout_digest=DIGEST, start_tokens=0,
+    acked_tokens=0,
+)  # fmt: skip
+NEWS = p.Progress(transfer_id="t", attempt=0, number=1, state=State.WAITING_FOR_INPUT)
+PEER: dict[str, Any] = {
+    "peer hello": p.PeerHello(boot_id=SINK),
+    "peer welcome": p.PeerWelcome(version=1, boot_id=SOURCE, sink_boot_id=SINK),
+    "ping": p.Ping(**LINK),
+    "pong": p.Pong(**LINK),
+    "open stream": p.OpenStream(stream=15, connection=BIG, **LINK),
+    "ticket": p.Ticket(stream=0, connection=0, port=65535, ticket=DIGEST * 2, **LINK),
+    "a pull that asks for news": p.Pulls(pulls=[PULL], **LINK),
+    "a pull that wants two extents": p.Pulls(
+        pulls=[
+            p.Pull(
+                transfer_id="t", attempt=1, number=BIG, handle=BIG, layout_digest=bytes(16),
+                start_tokens=128, acked_tokens=TOKENS_MAX,
+                want=[
+                    p.Want(first_token=0, tokens=1, stream=0, connection=0),
+                    p.Want(first_token=128, tokens=1 << 32, stream=15, connection=7),
+                ],
+            )
+        ],
+        **LINK,
+    ),
+    "progress": p.Progresses(progresses=[NEWS], **LINK),
+    "progress of an unknown transfer": p.Progresses(
+        progresses=[NEWS.model_copy(update={"known": False, "state": State.BOOTSTRAPPING})], **LINK
+    ),
+    "progress with everything": p.Progresses(
+        progresses=[
+            p.Progress(
+                transfer_id="t", attempt=2, number=3, state=State.FAILED, available_tokens=4,
+                total_tokens=5, aux=AUX, error=ERROR, layout=EMBEDDING,
+            )
+        ],
+        **LINK,
+    ),
+    "done": p.Done(transfer_id="t", attempt=0, state=State.SUCCESS, **LINK),
+    "done and failed": p.Done(transfer_id="t", attempt=1, state=State.FAILED, error=ERROR, **LINK),
+    "done noted": p.DoneNoted(transfer_id="t", attempt=0, **LINK),
+    "peer refused": p.PeerRefused(boot_id=SOURCE, error=ERROR),
+}  # fmt: skip
+
+POOL = c.PoolStatus(
+    device="cpu", path="/p", block_bytes=64, block_size_tokens=128, blocks_total=8, blocks_free=3,
+    blocks_leased=4, blocks_quarantined=1, source_blocks=4, sink_blocks=4, largest_run_blocks=2,
+    workers=1, planes=["layer.0.k"],
+)  # fmt: skip
+CONTROL: dict[str, Any] = {
+    "get status": c.GetStatus(call=1),
+    "get transfers": c.GetTransfers(),
+    "get one transfer": c.GetTransfers(call=2, transfer_id="t", limit=1),
+    "status": c.Status(
+        call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
+        draining=False, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
+        blocks_total=8, blocks_free=3, transfers={"success": 2}, stalls={}, counters={"x": 1},
+        pools=[POOL],
+        peers=[
+            c.PeerStatus(address="tcp://[::1]:1", state="connecting"),
+            c.PeerStatus(
+                address="tcp://b:2", state="up", boot_id=SINK, streams_open=2, transport="tcp",
+                detail="all is well",
+            ),
+        ],
+    ),
+    "transfers": c.Transfers(
+        call=2, more=1,
+        transfers=[
+            c.TransferStatus(snapshot=SNAPSHOT, worker="w"),
+            c.TransferStatus(
+                snapshot=FULL, worker="", source="tcp://a:1", transport="tcp", age_s=1.5,
+                idle_s=0.125, blocks=64, ended=True,
+            ),
+        ],
+    ),
+    "control failure": c.ControlFailure(call=3, error=ERROR),
+}  # fmt: skip
+
+MESSAGES = {"worker_calls": CALLS, "worker_replies": REPLIES, "peer": PEER, "control": CONTROL}
