@@ -5,10 +5,12 @@ at hand outside of the books: a transfer that frees a window and asks for the ne
 warm blocks, and that common case costs next to nothing.
 """
 
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeAlias
 
 CLEAN = 0  # tag of blocks that nobody ever had
 MIXED = -1  # tag of neighbours that several owners had
+SCANNED_RUNS = 32  # how far a bin is searched: bounds the cost of a take in a shattered pool
 
 
 class Run(NamedTuple):
@@ -18,8 +20,13 @@ class Run(NamedTuple):
     blocks: int
 
 
+TaggedRun: TypeAlias = tuple[Run, int]  # and who had it last: an owner's number, CLEAN or MIXED
+
+
 class RunAllocator:
     """``take`` and ``give`` cost the runs they touch, whatever the size of the pool."""
+
+    __slots__ = ("_at_hand", "_bins", "_firsts", "_sizes", "_tags", "free_blocks")
 
     def __init__(self, blocks: int) -> None:
         assert blocks >= 0
@@ -28,21 +35,22 @@ class RunAllocator:
         self._sizes: dict[int, int] = {}  # by first block
         self._firsts: dict[int, int] = {}  # by the block behind the last
         self._tags: dict[int, int] = {}  # by first block
-        self._at_hand: tuple[Run, int] | None = None
+        self._at_hand: TaggedRun | None = None
         if blocks:
             self._put(0, blocks, CLEAN)
 
-    def take(self, blocks: int) -> list[tuple[Run, int]]:
-        """Take up to ``blocks``, in as few runs as are at hand, each with its tag."""
+    def take(self, blocks: int) -> list[TaggedRun]:
+        """Take up to ``blocks``: one run if one is long enough, else the longest ones first."""
         at_hand = self._at_hand
         if at_hand is not None and at_hand[0][1] == blocks:
             self._at_hand = None
             self.free_blocks -= blocks
             return [at_hand]
+        assert blocks >= 0, blocks
         self._book()
         wanted = min(blocks, self.free_blocks)
         self.free_blocks -= wanted
-        taken: list[tuple[Run, int]] = []
+        taken: list[TaggedRun] = []
         while wanted:
             first = self._find(wanted)
             size = self._sizes.pop(first)
@@ -64,18 +72,18 @@ class RunAllocator:
         self._at_hand = (run, tag)
 
     def _book(self) -> None:
-        """Enter the run at hand, joined with its neighbours."""
+        """Enter the run at hand, joined with its neighbours; used and unused ones stay apart."""
         if self._at_hand is None:
             return
         (first, blocks), tag = self._at_hand
         self._at_hand = None
         end = first + blocks
         size = self._sizes.get(end)
-        if size is not None and self._tags[end] != CLEAN:
+        if size is not None and (self._tags[end] == CLEAN) == (tag == CLEAN):
             tag = self._join(end, size, tag)
             end += size
         left = self._firsts.get(first)
-        if left is not None and self._tags[left] != CLEAN:
+        if left is not None and (self._tags[left] == CLEAN) == (tag == CLEAN):
             tag = self._join(left, first - left, tag)
             first = left
         self._put(first, end - first, tag)
@@ -86,17 +94,20 @@ class RunAllocator:
         return [Run(first, size) for first, size in sorted(self._sizes.items())]
 
     def _find(self, wanted: int) -> int:
-        """The run to take from: the smallest bin whose top is large enough, else the largest."""
-        own = wanted.bit_length()
-        top = next(reversed(self._bins[own]), None)
-        if top is not None and self._sizes[top] >= wanted:
-            return top
-        for size_class in range(own + 1, len(self._bins)):
-            if self._bins[size_class]:
-                return next(reversed(self._bins[size_class]))
-        for size_class in range(own, -1, -1):
-            if self._bins[size_class]:
-                return next(reversed(self._bins[size_class]))
+        """The run to take from: the smallest class with one long enough, else the longest.
+
+        In its class the last one given back comes first.
+        """
+        sizes, own = self._sizes, wanted.bit_length()
+        for first in islice(reversed(self._bins[own]), SCANNED_RUNS):
+            if sizes[first] >= wanted:
+                return first
+        for longer in self._bins[own + 1 :]:
+            if longer:
+                return next(reversed(longer))
+        for shorter in self._bins[own::-1]:
+            if shorter:
+                return max(islice(reversed(shorter), SCANNED_RUNS), key=sizes.__getitem__)
         raise AssertionError("the count of free blocks is wrong")
 
     def _put(self, first: int, size: int, tag: int) -> None:

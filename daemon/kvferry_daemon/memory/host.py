@@ -4,16 +4,19 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
+Where = Literal["tmpfs", "container memory limit"]
 CGROUP = Path("/sys/fs/cgroup")
 
 
 class MemoryRefused(ValueError):
     """There is not enough of what would back the pool."""
 
-    def __init__(self, needed_bytes: int, available_bytes: int, where: str) -> None:
-        super().__init__(f"{needed_bytes} bytes are needed; {where} has {available_bytes} left")
+    def __init__(self, path: Path, needed_bytes: int, available_bytes: int, where: Where) -> None:
+        super().__init__(
+            f"{path} needs {needed_bytes} bytes; the {where} has {available_bytes} left"
+        )
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
         self.where = where
@@ -39,15 +42,15 @@ class HostPool:
         """
         size = block_bytes * blocks
         stats = os.statvfs(path.parent)
-        _check(size, stats.f_bavail * stats.f_frsize, f"the file system of {path.parent}")
+        _check(path, size, stats.f_bavail * stats.f_frsize, "tmpfs")
         limit = container_bytes_left(cgroup)
         if limit is not None:
-            _check(size, limit, "the container's memory limit")
+            _check(path, size, limit, "container memory limit")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)
             mapping = mmap.mmap(descriptor, size)
-        except OSError:
+        except BaseException:  # a signal's, too: Python calls handlers while it allocates
             path.unlink(missing_ok=True)
             raise
         finally:
@@ -56,6 +59,7 @@ class HostPool:
 
     def piece(self, offset_bytes: int, length_bytes: int) -> memoryview:
         """A writable view of a byte range of the pool."""
+        self._check_inside(offset_bytes, length_bytes)
         return self._view[offset_bytes : offset_bytes + length_bytes]
 
     def view(self, first_block: int, blocks: int) -> memoryview:
@@ -64,13 +68,20 @@ class HostPool:
 
     def zero(self, first_block: int, blocks: int) -> None:
         """Wipe neighbouring blocks. ctypes releases the GIL meanwhile."""
-        assert first_block >= 0
-        assert first_block + blocks <= self.blocks
-        ctypes.memset(self._address + first_block * self.block_bytes, 0, blocks * self.block_bytes)
+        offset, length = first_block * self.block_bytes, blocks * self.block_bytes
+        self._check_inside(offset, length)
+        ctypes.memset(self._address + offset, 0, length)
 
     def close(self) -> None:
         """Remove the file. The mapping goes with the last view of it."""
         self.path.unlink(missing_ok=True)
+
+    def _check_inside(self, offset_bytes: int, length_bytes: int) -> None:
+        # A slice would be cut short in silence, and memset would write over other memory.
+        if not 0 <= offset_bytes <= offset_bytes + length_bytes <= len(self._view):
+            raise IndexError(
+                f"{length_bytes} bytes at {offset_bytes} are not in a pool of {len(self._view)}"
+            )
 
 
 def container_bytes_left(cgroup: Path = CGROUP) -> int | None:
@@ -89,6 +100,6 @@ def container_bytes_left(cgroup: Path = CGROUP) -> int | None:
     return None
 
 
-def _check(needed_bytes: int, available_bytes: int, where: str) -> None:
+def _check(path: Path, needed_bytes: int, available_bytes: int, where: Where) -> None:
     if needed_bytes > available_bytes:
-        raise MemoryRefused(needed_bytes, available_bytes, where)
+        raise MemoryRefused(path, needed_bytes, available_bytes, where)

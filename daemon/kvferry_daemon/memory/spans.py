@@ -19,7 +19,9 @@ def spans(
 
     ``runs`` are (first_block, blocks) from ``base_token`` on; ``planes`` are (offset_bytes,
     token_bytes) within a block. Whole blocks are one span with all their planes and padding, and
-    neighbours are joined; a part of a block is one span a plane.
+    neighbours are joined; a part of a block is one span a plane. The order of the bytes does not
+    depend on where the blocks lie. ValueError for tokens that the window does not hold: the
+    header of a chunk has promised all of them.
     """
     found: list[Span] = []
     token, end = base_token, first_token + tokens
@@ -40,6 +42,8 @@ def spans(
                 _append(found, at + offset + inside * token_bytes, count * token_bytes)
             position += count
         token = run_end
+    if tokens and not base_token <= first_token <= end <= token:
+        raise ValueError(f"tokens [{first_token}, {end}) of a window [{base_token}, {token})")
     return found
 
 
