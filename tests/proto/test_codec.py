@@ -132,6 +132,17 @@ def test_a_state_is_its_number_and_nothing_like_it(state: Any) -> None:
     assert "state" in str(refusal(frame, worker.REPLIES))
 
 
+@pytest.mark.parametrize("word", [b"draining", "DRAINING", "", 5, True, ["draining"]])
+def test_a_stall_is_one_of_its_words(word: Any) -> None:
+    frame = packed(kind="snapshots", transfers=[snapshot(stall=word)])
+    assert "stall" in str(refusal(frame, worker.REPLIES))
+
+
+@pytest.mark.parametrize("word", [b"whole", "WHOLE", "", 1, True, None])
+def test_a_mode_is_one_of_its_words(word: Any) -> None:
+    assert "mode" in str(refusal(packed(kind="receive", transfer_id="t", mode=word)))
+
+
 def test_the_right_state_is_read() -> None:
     reply = worker.REPLIES.decode(packed(kind="snapshots", transfers=[snapshot()]))
     assert isinstance(reply, worker.Snapshots)

@@ -89,7 +89,7 @@ def test_a_hostile_frame_costs_bounded_memory_and_few_words(name: str) -> None:
         left, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert most < 80 * MIB
+    assert most < (4 if name.startswith("deep") else 80) * MIB  # what is not there costs nothing
     assert left < MIB, "the error keeps the frame alive"
     assert len("".join(traceback.format_exception(error))) < 20_000
 

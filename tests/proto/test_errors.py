@@ -1,7 +1,5 @@
 """Errors: every code has advice, and an error is the same one after it crossed a socket."""
 
-import pickle
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,9 +41,3 @@ def test_a_code_of_a_newer_peer_becomes_internal() -> None:
     assert error.code is Code.INTERNAL
     assert error.fault is Fault.US
     assert error.message == "moon_phase: waning"
-
-
-@pytest.mark.parametrize("code", Code)
-def test_an_error_survives_pickle(code: Code) -> None:
-    back = pickle.loads(pickle.dumps(FerryError(code, "words")))
-    assert (back.code, back.message, str(back)) == (code, "words", str(FerryError(code, "words")))
