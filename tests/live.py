@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -87,6 +88,29 @@ class LiveDaemon:
             if status.blocks_free == status.blocks_total:
                 return status
             assert time.monotonic() < until, status
+            time.sleep(0.02)
+
+
+    def transfers(self, transfer_id: str) -> list[control.TransferStatus]:
+        """What `kvferry transfers ID` shows."""
+        answer = ask(self.directory, control.GetTransfers(transfer_id=transfer_id))
+        assert isinstance(answer, control.Transfers)
+        return answer.transfers
+
+    def wait_for_transfer(
+        self,
+        transfer_id: str,
+        condition: Callable[[control.TransferStatus], bool],
+        wait_s: float = WAIT_S,
+    ) -> control.TransferStatus:
+        """Look until a transfer fits."""
+        until = time.monotonic() + wait_s
+        while True:
+            rows = self.transfers(transfer_id)
+            for row in rows:
+                if condition(row):
+                    return row
+            assert time.monotonic() < until, rows
             time.sleep(0.02)
 
 

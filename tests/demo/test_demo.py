@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from kvferry_daemon.operator import ask
-from kvferry_proto import control
 from kvferry_proto.states import State
 from live import LiveDaemon
 
@@ -77,28 +75,39 @@ def test_damage_on_the_way_fails_the_demo(harm: str) -> None:
 
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 def test_a_killed_worker_leaves_no_block_behind(tmp_path: Path, victim: str) -> None:
-    flags = {"window_tokens": WINDOW, "pool_tokens": 2 * WINDOW, "heartbeat_s": 0.2}
+    flags = {"window_tokens": WINDOW, "heartbeat_s": 0.2, "lost_s": 60}
     with ExitStack() as stack:
-        a = stack.enter_context(LiveDaemon(tmp_path / "a", source_share=1.0, **flags))
-        b = stack.enter_context(LiveDaemon(tmp_path / "b", source_share=0.0, **flags))
+        a = stack.enter_context(
+            LiveDaemon(tmp_path / "a", source_share=1.0, pool_tokens=WINDOW, **flags)
+        )
+        b = stack.enter_context(
+            LiveDaemon(tmp_path / "b", source_share=0.0, pool_tokens=WINDOW, **flags)
+        )
         common = ["--tokens", "20480", "--transfer-id", "t"]
         prefill = start(stack, "prefill", [*common, "--runtime-dir", str(a.directory)])
         decode = start(
             stack, "decode", [*common, "--runtime-dir", str(b.directory), "--source", a.address]
         )
-        assert prefill.stdout is not None
-        for line in prefill.stdout:
-            if json.loads(line).get("ready_tokens", 0) >= 4096:
-                break
-        (prefill if victim == "prefill" else decode).send_signal(signal.SIGKILL)
+        stop_in_the_middle(prefill, b)
+        (prefill if victim == "prefill" else decode).kill()
+        prefill.send_signal(signal.SIGCONT)
         survivor = decode if victim == "prefill" else prefill
         assert survivor.wait(60) != 0
         for daemon in (a, b):
             status = daemon.wait_until_free(30)
             assert status.blocks_total > 0
-            answer = ask(daemon.directory, control.GetTransfers(transfer_id="t"))
-            assert isinstance(answer, control.Transfers)
-            assert [row.snapshot.state for row in answer.transfers] == [State.FAILED]
+            (row,) = daemon.transfers("t")
+            assert row.snapshot.state is State.FAILED
+
+
+def stop_in_the_middle(prefill: subprocess.Popen[str], sink: LiveDaemon) -> None:
+    """Stop prefill while most of the prompt is to come, and wait until some of it has moved."""
+    assert prefill.stdout is not None
+    for line in prefill.stdout:
+        if json.loads(line).get("ready_tokens", 0) >= 4096:
+            break
+    prefill.send_signal(signal.SIGSTOP)
+    sink.wait_for_transfer("t", lambda row: row.snapshot.sent_tokens > 0, wait_s=60)
 
 
 def start(stack: ExitStack, module: str, args: list[str]) -> subprocess.Popen[str]:
