@@ -19,7 +19,7 @@ import msgpack
 import zmq
 
 from kvferry_daemon.operator import ask
-from kvferry_proto import control, worker
+from kvferry_proto import control, peer, worker
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import TERMINAL, Role
 
@@ -33,6 +33,7 @@ LAYOUT = Layout(
     block_size_tokens=BLOCK,
 )
 WAIT_S = 20.0
+BOOT_ID = "ab" * 16  # of a peer that we play
 
 
 class LiveDaemon:
@@ -89,7 +90,6 @@ class LiveDaemon:
                 return status
             assert time.monotonic() < until, status
             time.sleep(0.02)
-
 
     def transfers(self, transfer_id: str) -> list[control.TransferStatus]:
         """What `kvferry transfers ID` shows."""
@@ -255,3 +255,55 @@ class RawWorker:
         assert len(data) == size
         with open(self.welcome.pool.path, "r+b") as file, mmap.mmap(file.fileno(), 0) as pool:
             pool[block * size : (block + 1) * size] = data
+
+
+class RawPeer:
+    """A sink's daemon that builds every frame itself."""
+
+    def __init__(self, address: str) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(address)
+        self.source = ""
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+        self.context.term()
+
+    def raw(self, *frames: bytes) -> Any:
+        """Send frames and return the answer."""
+        self.socket.send_multipart(frames)
+        return self.next()
+
+    def next(self) -> Any:
+        """The next message."""
+        assert self.socket.poll(10_000), "no answer"
+        return peer.MESSAGES.decode(self.socket.recv())
+
+    def say(self, message: Any) -> Any:
+        """Send a message and return the answer."""
+        return self.raw(peer.MESSAGES.encode(message))
+
+    def boots(self) -> dict[str, Any]:
+        """The fields that every message after the hello has."""
+        return {"source_boot_id": self.source, "sink_boot_id": BOOT_ID}
+
+    def a_pull(self, **fields: Any) -> peer.Pull:
+        """A pull for transfer `t`, with other fields as given."""
+        given = {
+            "transfer_id": "t",
+            "attempt": 0,
+            "number": 1,
+            "handle": 1,
+            "layout_digest": LAYOUT.digest,
+            "start_tokens": 0,
+            "acked_tokens": 0,
+        }
+        return peer.Pull(**{**given, **fields})
+
+    def pull(self, **fields: Any) -> Any:
+        """Send one pull, and return its progress."""
+        answer = self.say(peer.Pulls(pulls=[self.a_pull(**fields)], **self.boots()))
+        assert isinstance(answer, peer.Progresses), answer
+        return answer.progresses[0]

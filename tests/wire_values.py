@@ -80,7 +80,7 @@ def _limits(metadata: list[Any]) -> dict[str, Any]:
         if isinstance(item, FieldInfo):
             limits |= _limits(item.metadata)
         else:
-            names = ("ge", "le", "lt", "min_length", "max_length", "pattern")
+            names = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
             limits |= {n: getattr(item, n) for n in names if getattr(item, n, None) is not None}
     return limits
 
@@ -125,7 +125,11 @@ def _scalars(kind: type, limits: dict[str, Any]) -> Any_:
         most = limits["lt"] - 1 if "lt" in limits else limits.get("le", (1 << 64) - 1)
         return st.integers(limits.get("ge", -(1 << 63)), most)
     if kind is float:
-        return st.floats(limits.get("ge"), limits.get("le"), allow_nan=False, allow_infinity=False)
+        above = "gt" in limits
+        return st.floats(
+            limits.get("gt", limits.get("ge")), limits.get("le"), exclude_min=above,
+            allow_nan=False, allow_infinity=False,
+        )  # fmt: skip
     sizes = _sizes(limits)
     if kind is bytes:
         return st.binary(**sizes)

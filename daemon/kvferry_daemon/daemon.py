@@ -135,18 +135,19 @@ class Daemon:
         self.effects.feed(out.SourceSaid(address, message))
 
     def _on_control(self, frames: list[bytes]) -> None:
-        answer: control.Status | control.Transfers | control.ControlFailure
         try:
             request = control.REQUESTS.decode(_single(frames))
             now_s = asyncio.get_running_loop().time()
             if isinstance(request, control.GetStatus):
                 answer = status(self.node, request.call, str(self.directory.path), now_s)
+                frame = control.ANSWERS.encode(answer)
             else:
-                answer = transfers(self.node, request, now_s)
+                frame = control.frame_of(transfers(self.node, request, now_s))
         except FerryError as error:
             self.node.counters["bad_messages_control"] += 1
-            answer = control.ControlFailure(error=ErrorInfo.of(error.code, error.message))
-        self._control.send(frames[0], control.ANSWERS.encode(answer))
+            failure = control.ControlFailure(error=ErrorInfo.of(error.code, error.message))
+            frame = control.ANSWERS.encode(failure)
+        self._control.send(frames[0], frame)
 
     # --- messages out (Links) ---
 
@@ -161,13 +162,23 @@ class Daemon:
 
     def to_sink(self, effect: out.ToSink) -> None:
         """Answer a daemon that pulls from us."""
-        self._peers.send(effect.route, peer.MESSAGES.encode(effect.message))
+        for frame in self._frames_of(effect.message):
+            self._peers.send(effect.route, frame)
 
     def to_source(self, effect: Say) -> None:
         """Ask a daemon that we pull from."""
         link = self._dealers.get(effect.address)
         if link is not None:
-            link.send(peer.MESSAGES.encode(effect.message))
+            for frame in self._frames_of(effect.message):
+                link.send(frame)
+
+    def _frames_of(self, message: peer.PeerMessage) -> list[bytes]:
+        try:
+            return peer.frames_of(message)
+        except FerryError as error:  # a limit of ours is wrong; one message must not end us
+            self.node.counters["unsendable_messages"] += 1
+            log.error("cannot send a %s: %s", message.kind, error)
+            return []
 
     def open_peer(self, address: str) -> None:
         """Connect; ZeroMQ goes on trying until close_peer."""

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kvferry_proto.codec import Codec
-from kvferry_proto.fields import BootId, Call, ErrorInfo, Message, TransferId, WireRole
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.fields import BootId, Call, Count, ErrorInfo, Message, TransferId, WireRole
 from kvferry_proto.worker import Snapshot
 
 TRANSFERS_MAX = 1000
@@ -32,16 +33,16 @@ class PoolStatus(Message):
 
     device: str
     path: str
-    block_bytes: int
-    block_size_tokens: int
-    blocks_total: int
-    blocks_free: int
-    blocks_leased: int
-    blocks_quarantined: int
-    source_blocks: int  # quota
-    sink_blocks: int  # quota
-    largest_run_blocks: int
-    workers: int
+    block_bytes: Count
+    block_size_tokens: Count
+    blocks_total: Count
+    blocks_free: Count
+    blocks_leased: Count
+    blocks_quarantined: Count
+    source_blocks: Count  # quota
+    sink_blocks: Count  # quota
+    largest_run_blocks: Count
+    workers: Count
     planes: list[str]
 
 
@@ -51,7 +52,7 @@ class PeerStatus(Message):
     address: str
     state: Literal["connecting", "up", "lost"]
     boot_id: str | None = None
-    streams_open: int = 0
+    streams_open: Count = 0
     transport: str = ""
     detail: str = ""
 
@@ -65,7 +66,7 @@ class TransferStatus(Message):
     transport: str = ""
     age_s: float = 0.0
     idle_s: float = 0.0
-    blocks: int = 0
+    blocks: Count = 0
     ended: bool = False
 
 
@@ -75,19 +76,19 @@ class Status(Message):
     kind: Literal["status"] = "status"
     call: Call = 0
     version: str
-    wire_versions: Annotated[tuple[int, int], Field(strict=False)]
+    wire_versions: Annotated[tuple[Count, Count], Field(strict=False)]
     boot_id: BootId
-    pid: int
+    pid: Count
     uptime_s: float
     draining: bool
     peer_address: str
     runtime_dir: str
-    workers: int
-    blocks_total: int
-    blocks_free: int
-    transfers: dict[str, int]  # live and remembered, by state name
-    stalls: dict[str, int]
-    counters: dict[str, int]
+    workers: Count
+    blocks_total: Count
+    blocks_free: Count
+    transfers: dict[str, Count]  # live and remembered, by state name
+    stalls: dict[str, Count]
+    counters: dict[str, Count]
     pools: list[PoolStatus]
     peers: list[PeerStatus]
 
@@ -98,7 +99,7 @@ class Transfers(Message):
     kind: Literal["transfers"] = "transfers"
     call: Call = 0
     transfers: list[TransferStatus]
-    more: int = 0  # how many the limit left out
+    more: Count = 0  # how many the limit left out
 
 
 class ControlFailure(Message):
@@ -116,7 +117,24 @@ ANSWERS: Codec[Status | Transfers | ControlFailure] = Codec(
     Annotated[Status | Transfers | ControlFailure, Field(discriminator="kind")]
 )
 
+
+def frame_of(answer: Transfers) -> bytes:
+    """Encode as many of the newest transfers as fit into a frame; ``more`` counts the others.
+
+    Raises FerryError(resource_exhausted) if not even one does.
+    """
+    rows = answer.transfers
+    while True:
+        more = answer.more + len(answer.transfers) - len(rows)
+        try:
+            return ANSWERS.encode(answer.model_copy(update={"transfers": rows, "more": more}))
+        except FerryError as error:
+            if error.code is not Code.RESOURCE_EXHAUSTED or len(rows) < 2:
+                raise
+        rows = rows[len(rows) // 2 :]
+
+
 __all__ = [
     "ANSWERS", "REQUESTS", "ControlFailure", "GetStatus", "GetTransfers", "PeerStatus",
-    "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole",
+    "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
 ]  # fmt: skip

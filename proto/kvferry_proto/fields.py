@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from kvferry_proto.errors import ADVICE, Code, Fault, FerryError
@@ -15,6 +15,7 @@ TransferId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21
 Attempt = Annotated[int, Field(ge=0, le=1 << 31)]
 Call = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 BootId = Annotated[str, Field(min_length=16, max_length=32, pattern=r"^[0-9a-f]+$")]
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
 
@@ -45,7 +46,18 @@ AuxValue = (
     | Annotated[float, FLOAT]
     | (Annotated[str, Field(max_length=1 << 16)] | Annotated[bytes, Field(max_length=1 << 16)])
 )
-Aux = Annotated[dict[Name, AuxValue], Field(max_length=64)]
+AUX_BYTES_MAX = 1 << 18  # of all values together: one transfer's always fit into a frame
+
+
+def _bounded(aux: dict[str, Any]) -> dict[str, Any]:
+    values = [value for value in aux.values() if isinstance(value, str | bytes)]
+    size = sum(len(v.encode() if isinstance(v, str) else v) for v in values)
+    if size > AUX_BYTES_MAX:
+        raise ValueError(f"aux values of {size} bytes are over {AUX_BYTES_MAX} in all")
+    return aux
+
+
+Aux = Annotated[dict[Name, AuxValue], Field(max_length=64), AfterValidator(_bounded)]
 WireState = Annotated[State, Field(strict=False), INT]
 WireRole = Annotated[Role, Field(strict=False), STR]
 WireMode = Annotated[Mode, Field(strict=False), STR]
@@ -106,6 +118,6 @@ class ErrorInfo(Message):
 
 
 __all__ = [
-    "Attempt", "Aux", "BootId", "Call", "ErrorInfo", "Fault", "Message", "Name", "Text", "Tokens",
+    "AUX_BYTES_MAX", "Attempt", "Aux", "BootId", "Call", "Count", "ErrorInfo", "Fault", "Message", "Name", "Text", "Tokens",
     "TransferId", "WireMode", "WireRole", "WireStall", "WireState",
 ]  # fmt: skip

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kvferry_proto.codec import Codec
+from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import (
     Attempt,
     Aux,
     BootId,
+    Count,
     ErrorInfo,
     Message,
     Tokens,
@@ -43,7 +45,7 @@ class PeerWelcome(Message):
     """The source's daemon answers with its own boot id."""
 
     kind: Literal["peer_welcome"] = "peer_welcome"
-    version: int
+    version: Count
     boot_id: BootId
     sink_boot_id: BootId  # echoed
 
@@ -181,3 +183,26 @@ MESSAGES: Codec[
     | DoneNoted
     | PeerRefused
 ] = Codec(Annotated[PeerMessage, Field(discriminator="kind")])
+
+
+def frames_of(message: PeerMessage) -> list[bytes]:
+    """Encode a message; one of many pulls or progresses becomes several where it is too large.
+
+    Raises FerryError(resource_exhausted) if even a single one of them does not fit into a frame.
+    """
+    many = _parts(message)
+    try:
+        return [MESSAGES.encode(message)]
+    except FerryError as error:
+        if error.code is not Code.RESOURCE_EXHAUSTED or len(many) < 2:
+            raise
+    field = "pulls" if isinstance(message, Pulls) else "progresses"
+    half = len(many) // 2
+    halves = [message.model_copy(update={field: part}) for part in (many[:half], many[half:])]
+    return [frame for part in halves for frame in frames_of(part)]
+
+
+def _parts(message: PeerMessage) -> list[Pull] | list[Progress]:
+    if isinstance(message, Pulls):
+        return message.pulls
+    return message.progresses if isinstance(message, Progresses) else []

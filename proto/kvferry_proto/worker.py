@@ -15,6 +15,7 @@ from kvferry_proto.fields import (
     Aux,
     BootId,
     Call,
+    Count,
     ErrorInfo,
     Message,
     Text,
@@ -25,7 +26,7 @@ from kvferry_proto.fields import (
     WireStall,
     WireState,
 )
-from kvferry_proto.layout import Layout
+from kvferry_proto.layout import BLOCK_BYTES_MAX, Layout
 from kvferry_proto.states import Mode
 from kvferry_proto.versions import OURS, Versions
 
@@ -36,8 +37,11 @@ Secret = Annotated[str, Field(min_length=32, max_length=64, pattern=r"^[0-9a-f]+
 FileName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_\-]+$")]
 
 
+BLOCKS_MAX = 1 << 31  # of one pool
+WINDOW_BLOCKS_MAX = 1 << 15  # were each a run of its own, a snapshot would still fit into a frame
+_Block = Annotated[int, Field(ge=0, le=BLOCKS_MAX)]
 # (first_block, blocks); msgpack has lists only.
-BlockRun = Annotated[tuple[int, int], Field(strict=False)]
+BlockRun = Annotated[tuple[_Block, _Block], Field(strict=False)]
 
 
 class _Call(Message):
@@ -153,8 +157,8 @@ class PoolInfo(Message):
     """The pool that a session uses: a file to map."""
 
     path: Annotated[str, Field(max_length=4096)]
-    blocks: Annotated[int, Field(ge=1)]
-    block_bytes: Annotated[int, Field(ge=1)]
+    blocks: Annotated[int, Field(ge=1, le=BLOCKS_MAX)]
+    block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES_MAX)]
     window_tokens: Tokens  # the default window
 
 
@@ -162,12 +166,12 @@ class Welcome(_Call):
     """The answer to `hello`."""
 
     kind: Literal["welcome"] = "welcome"
-    version: int
+    version: Count
     boot_id: BootId
     session: Secret
     pool: PoolInfo
-    heartbeat_s: float
-    peer_address: str  # what a sink elsewhere gives as `source`
+    heartbeat_s: Annotated[float, Field(gt=0, le=86400)]
+    peer_address: Annotated[str, Field(max_length=256)]  # what a sink elsewhere gives as `source`
 
 
 class Snapshot(Message):
@@ -181,7 +185,7 @@ class Snapshot(Message):
     role: WireRole
     transfer_id: TransferId
     attempt: Attempt
-    snapshot: int
+    snapshot: Count
     state: WireState
     stall: WireStall | None = None
     error: ErrorInfo | None = None
@@ -194,7 +198,9 @@ class Snapshot(Message):
     base_tokens: Tokens = 0
     allocated_tokens: Tokens = 0
     target_tokens: Tokens = 0  # the edge up to which the window may be topped up
-    runs: list[BlockRun] = Field(default_factory=list)  # in token order
+    runs: Annotated[list[BlockRun], Field(max_length=WINDOW_BLOCKS_MAX)] = Field(
+        default_factory=list
+    )  # in token order
     aux: Aux | None = None
 
 

@@ -98,17 +98,16 @@ def test_a_hostile_frame_costs_bounded_memory_and_few_words(name: str) -> None:
 
 
 def test_what_is_encoded_can_be_decoded_or_is_refused_at_once() -> None:
-    def reply(runs: int) -> worker.Snapshots:
-        one = worker.Snapshot(
-            role=Role.SINK, transfer_id="t", attempt=0, snapshot=1, state=State.TRANSFERRING,
-            runs=[(0, 1)] * runs,
-        )  # fmt: skip
-        return worker.Snapshots(transfers=[one])
-
-    most = reply(ITEMS_MAX)
+    one = worker.Snapshot(
+        role=Role.SINK, transfer_id="t", attempt=0, snapshot=1, state=State.TRANSFERRING,
+        runs=[(worker.BLOCKS_MAX, 1)] * worker.WINDOW_BLOCKS_MAX,
+    )  # fmt: skip
+    most = worker.Snapshots(transfers=[one] * 2)
     assert worker.REPLIES.decode(worker.REPLIES.encode(most)) == most
-    wide = worker.Snapshots(transfers=[most.transfers[0]] * 2)
-    for too_much in (reply(ITEMS_MAX + 1), wide, reply(FRAME_BYTES_MAX // 3)):
+    wide = worker.Snapshots(transfers=[one] * 4)
+    small = one.model_copy(update={"runs": []})
+    many = worker.Snapshots(transfers=[small] * (ITEMS_MAX + 1))
+    for too_much in (wide, many):
         with pytest.raises(FerryError) as refused:
             worker.REPLIES.encode(too_much)
         assert refused.value.code is Code.RESOURCE_EXHAUSTED
@@ -116,13 +115,14 @@ def test_what_is_encoded_can_be_decoded_or_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize("wrong", [{"address": "\udcff"}, {"streams_open": 1 << 64}])
 def test_a_value_without_a_form_on_the_wire_is_our_own_error(wrong: dict[str, Any]) -> None:
-    fields = {"address": "", "state": "up", **wrong}
-    status: dict[str, Any] = {name: {} for name in ("transfers", "stalls", "counters")}
+    peer = control.PeerStatus(address="", state="up").model_copy(update=wrong)  # unchecked
+    counts = dict.fromkeys(("pid", "workers", "blocks_total", "blocks_free"), 1)
+    texts = dict.fromkeys(("version", "peer_address", "runtime_dir"), "")
+    maps: dict[str, Any] = {name: {} for name in ("transfers", "stalls", "counters")}
     message = control.Status.model_validate(
         {
-            "version": "", "wire_versions": [1, 1], "boot_id": "a" * 16, "pid": 1, "uptime_s": 0,
-            "draining": False, "peer_address": "", "runtime_dir": "", "workers": 0,
-            "blocks_total": 0, "blocks_free": 0, "pools": [], "peers": [fields], **status,
+            "wire_versions": [1, 1], "boot_id": "a" * 16, "uptime_s": 0, "draining": False,
+            "pools": [], "peers": [peer], **counts, **texts, **maps,
         }
     )  # fmt: skip
     with pytest.raises(FerryError) as refused:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import kvferry_proto
-from kvferry_proto import chunk, codec, control, layout, peer, versions, worker
+from kvferry_proto import chunk, codec, control, fields, layout, peer, versions, worker
 from kvferry_proto.errors import ADVICE, Code
 from kvferry_proto.fields import ErrorInfo, Message
 from kvferry_proto.states import Mode, Role, StallReason, State
@@ -173,6 +173,8 @@ def test_wire_page_has_the_limits_of_the_code() -> None:
         "PULLS_MAX": peer.PULLS_MAX,
         "TRANSFERS_MAX": control.TRANSFERS_MAX,
         "PLANES_MAX": layout.PLANES_MAX,
+        "AUX_BYTES_MAX": fields.AUX_BYTES_MAX,
+        "WINDOW_BLOCKS_MAX": worker.WINDOW_BLOCKS_MAX,
         "BLOCK_BYTES_MAX": layout.BLOCK_BYTES_MAX,
         "STREAMS_MAX": peer.STREAMS_MAX,
         "PAYLOAD_BYTES_MAX": chunk.PAYLOAD_BYTES_MAX,

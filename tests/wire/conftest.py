@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from live import LiveDaemon
+from kvferry_proto import peer
+from live import BOOT_ID, LiveDaemon, RawPeer
 
 
 @pytest.fixture
@@ -26,3 +27,14 @@ def sink(tmp_path: Path) -> Iterator[LiveDaemon]:
         assert live.process.poll() is None, live.log()
         live.wait_until_free()
         assert "Traceback" not in live.log()
+
+
+@pytest.fixture
+def raw(daemon: LiveDaemon) -> Iterator[RawPeer]:
+    """A peer that has said hello."""
+    one = RawPeer(daemon.address)
+    welcome = one.say(peer.PeerHello(boot_id=BOOT_ID))
+    assert isinstance(welcome, peer.PeerWelcome)
+    one.source = welcome.boot_id
+    yield one
+    one.close()

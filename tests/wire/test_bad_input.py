@@ -154,6 +154,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         worker.Receive(transfer_id="u", window_tokens=1 << 20),
         "window_too_large",
     ),
+    "window of more blocks than a snapshot can name": (
+        worker.Send(transfer_id="u", window_tokens=BLOCK * (worker.WINDOW_BLOCKS_MAX + 1)),
+        "window_too_large",
+    ),
     "whole payload larger than the pool": (
         worker.Receive(transfer_id="u", mode=Mode.WHOLE, max_tokens=1 << 20),
         "window_too_large",

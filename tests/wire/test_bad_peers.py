@@ -3,75 +3,15 @@
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import msgpack
 import pytest
-import zmq
 
 from kvferry_daemon.transports.tcp.listener import ConnectError, connect
 from kvferry_proto import peer, worker
 from kvferry_proto.chunk import pack_greeting
 from kvferry_proto.states import TERMINAL, Role, State
-from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
-
-OURS = "ab" * 16
-
-
-class RawPeer:
-    """A sink's daemon that builds every frame itself."""
-
-    def __init__(self, address: str) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(address)
-        self.source = ""
-
-    def close(self) -> None:
-        self.socket.close(linger=0)
-        self.context.term()
-
-    def raw(self, *frames: bytes) -> Any:
-        """Send frames and return the answer."""
-        self.socket.send_multipart(frames)
-        assert self.socket.poll(10_000), "no answer"
-        return peer.MESSAGES.decode(self.socket.recv())
-
-    def say(self, message: Any) -> Any:
-        """Send a message and return the answer."""
-        return self.raw(peer.MESSAGES.encode(message))
-
-    def boots(self) -> dict[str, Any]:
-        """The fields that every message after the hello has."""
-        return {"source_boot_id": self.source, "sink_boot_id": OURS}
-
-    def pull(self, **fields: Any) -> Any:
-        """Send one pull for transfer `t`, and return its progress."""
-        given = {
-            "transfer_id": "t",
-            "attempt": 0,
-            "number": 1,
-            "handle": 1,
-            "layout_digest": LAYOUT.digest,
-            "start_tokens": 0,
-            "acked_tokens": 0,
-        }
-        pull = peer.Pull(**{**given, **fields})
-        answer = self.say(peer.Pulls(pulls=[pull], **self.boots()))
-        assert isinstance(answer, peer.Progresses), answer
-        return answer.progresses[0]
-
-
-@pytest.fixture
-def raw(daemon: LiveDaemon) -> Iterator[RawPeer]:
-    """A peer that has said hello."""
-    one = RawPeer(daemon.address)
-    welcome = one.say(peer.PeerHello(boot_id=OURS))
-    assert isinstance(welcome, peer.PeerWelcome)
-    one.source = welcome.boot_id
-    yield one
-    one.close()
+from live import BLOCK, BOOT_ID, WINDOW, LiveDaemon, RawPeer, RawWorker
 
 
 @pytest.fixture
@@ -96,7 +36,7 @@ def test_a_frame_that_is_no_message_is_refused(raw: RawPeer, frames: list[bytes]
 
 
 def test_versions_without_overlap_are_refused_with_both_ranges(raw: RawPeer) -> None:
-    fields = peer.PeerHello(boot_id=OURS).model_dump()
+    fields = peer.PeerHello(boot_id=BOOT_ID).model_dump()
     answer = raw.raw(msgpack.packb({**fields, "versions": {"low": 5, "high": 6}}))
     assert answer.error.code == "no_common_version"
     assert "5 to 6" in answer.error.message

@@ -43,6 +43,11 @@ def opening_of(
         if max_tokens is not None:
             needed_blocks = -(-(max_tokens - call.start_tokens) // size)
             what = f"a payload of {max_tokens} tokens"
+    if needed_blocks > worker.WINDOW_BLOCKS_MAX:
+        raise FerryError(
+            Code.WINDOW_TOO_LARGE,
+            f"{what} needs {needed_blocks} blocks; a window has {worker.WINDOW_BLOCKS_MAX} at most",
+        )
     quota = book.quota(key.role)
     if needed_blocks > quota:
         raise FerryError(
