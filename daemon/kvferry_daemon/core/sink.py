@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.transfer import NEVER_S, Opening, Transfer
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import Progress, Want
 from kvferry_proto.states import StallReason, State
-from kvferry_proto.worker import Snapshot
 
-CLAIMS_MAX = 256  # of one transfer: bounds the pull and what a cut stream costs
 ACK_PARTS = 8  # an ack travels at least every window/8 tokens, so that the source can slide too
 
 
@@ -27,18 +26,13 @@ class SinkTransfer(Transfer):
 
     def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
         super().__init__(opening, timing, now_s)
-        self.sent_tokens = self.partial_sent_tokens = opening.start_tokens
-        self.last_resume_at = -1
         self.peer_up = opening.source is None
         self.known_at: int | None = None  # the pull number current at the first real answer
         self.done_noted = False
         self._number = 0
         self._acked = -1
         self._committed = ExtentSet()
-        self._asked = ExtentSet()  # committed or claimed
-        self._claims: dict[int, Want] = {}
-        self._streams: dict[int, ev.StreamKey] = {}
-        self._next_stream = 0
+        self._claims = Claims(opening.chunk_tokens)
         self._resend_at_s = now_s  # a pull is due at once
         self._resend_s = timing.resend_s
         self._drain_at_s = NEVER_S
@@ -69,32 +63,6 @@ class SinkTransfer(Transfer):
         told = self.done_noted or gave_up
         return self.ended and told and not self.window.blocks and not self._claims
 
-    def _visible(self) -> tuple[object, ...]:
-        own = (self.sent_tokens, self.partial_sent_tokens, self.last_resume_at)
-        return (*super()._visible(), *own)
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot.model_construct(
-            role=self.key.role,
-            transfer_id=self.key.transfer_id,
-            attempt=self.key.attempt,
-            snapshot=self.version,
-            state=self.state,
-            stall=self.stall,
-            error=self.error,
-            start_tokens=self.opening.start_tokens,
-            sent_tokens=self.sent_tokens,
-            partial_sent_tokens=self.partial_sent_tokens,
-            last_resume_at=self.last_resume_at,
-            total_tokens=self.total_tokens,
-            available_tokens=self.available_tokens,
-            base_tokens=self.window.base_tokens,
-            allocated_tokens=self.window.allocated_tokens,
-            target_tokens=self.target_tokens,
-            runs=self.window.runs(),
-            aux=self.aux,
-        )
-
     # --- settling: what follows from the counters alone ---
 
     def _settle(self) -> None:
@@ -113,7 +81,7 @@ class SinkTransfer(Transfer):
             pulled = self._claim()
         if not pulled and (self.now_s >= self._resend_at_s or self._ack_is_due()):
             again = self.now_s >= self._resend_at_s
-            self._pull(tuple(self._claims.values()) if again else ())
+            self._pull(self._claims.wants if again else ())
             if again:
                 self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
         self.stall = self._why_waiting()
@@ -154,31 +122,17 @@ class SinkTransfer(Transfer):
 
     def _claim(self) -> bool:
         """Claim what the window has room for and the source has; say whether it was pulled."""
-        if not self.peer_up or not self._streams:
+        if not self.peer_up or not self._claims.has_stream:
             return False
         limit = min(self.window.edge_tokens, self._edge_to_fetch())
         fresh = []
-        for first, end in list(self._asked.gaps(self.sent_tokens, limit)):
-            while first < end and len(self._claims) < CLAIMS_MAX:
-                chunk = self.opening.chunk_tokens
-                stop = min(end, (first // chunk + 1) * chunk)
-                fresh.append(self._claim_one(first, stop - first))
-                first = stop
+        for key, want in self._claims.make(self.sent_tokens, limit):
+            place = self.window.cover(want.first_token, want.tokens)
+            self._emit(ev.Claim(key, want.first_token, want.tokens, place))
+            fresh.append(want)
         if fresh:
             self._pull(tuple(fresh))
         return bool(fresh)
-
-    def _claim_one(self, first: int, tokens: int) -> Want:
-        keys = list(self._streams.values())
-        key = keys[self._next_stream % len(keys)]
-        self._next_stream += 1
-        want = Want.model_construct(
-            first_token=first, tokens=tokens, stream=key.stream, connection=key.connection
-        )
-        self._claims[first] = want
-        self._asked.add(first, first + tokens)
-        self._emit(ev.Claim(key, first, tokens, self.window.cover(first, tokens)))
-        return want
 
     def _ack_is_due(self) -> bool:
         news = self.sent_tokens - max(self._acked, self.opening.start_tokens)
@@ -202,7 +156,7 @@ class SinkTransfer(Transfer):
             return StallReason.WAITING_FOR_INPUT
         if self.window.edge_tokens <= self.sent_tokens and not self._promised_blocks:
             return StallReason.WAITING_FOR_BLOCKS
-        if not self._streams and self.opening.source is not None:
+        if not self._claims.has_stream and self.opening.source is not None:
             return StallReason.WAITING_FOR_PEER
         return None
 
@@ -224,29 +178,19 @@ class SinkTransfer(Transfer):
         self.peer_up = False
 
     def _on_stream_up(self, event: ev.StreamUp) -> None:
-        self._streams[event.key.stream] = event.key
+        self._claims.stream_up(event.key)
 
     def _on_stream_down(self, event: ev.StreamDown) -> None:
         """A claim is bound to its connection, so it ends here and may be made anew elsewhere."""
-        key = event.key
-        if self._streams.get(key.stream) == key:
-            del self._streams[key.stream]
-        for first, want in list(self._claims.items()):
-            if (want.stream, want.connection) == (key.stream, key.connection):
-                self._unclaim(first)
-
-    def _unclaim(self, first: int) -> None:
-        want = self._claims.pop(first)
-        self._asked.remove(first, first + want.tokens)
+        self._claims.stream_down(event.key)
 
     def _on_missed(self, event: ev.Missed) -> None:
-        if event.first_token in self._claims:
-            self._unclaim(event.first_token)
+        self._claims.drop(event.first_token)
 
     def _on_received(self, event: ev.Received) -> None:
-        want = self._claims.pop(event.first_token, None)
-        assert want is not None, event  # I4: the transport posts only what it found claimed
-        self._commit(event.first_token, want.tokens)
+        tokens = self._claims.fulfil(event.first_token)
+        assert tokens is not None, event  # I4: the transport posts only what it found claimed
+        self._commit(event.first_token, tokens)
 
     def _on_took_over(self, event: ev.TookOver) -> None:
         first = self.window.edge_tokens
@@ -349,23 +293,19 @@ class SinkTransfer(Transfer):
             self.stall = StallReason.DRAINING
         if self.now_s >= self._drain_at_s:
             self._drain_at_s = self.now_s + self.timing.drain_s
-            for key in self._claimed_streams():
+            for key in self._claims.streams_claimed:
                 self._emit(ev.CloseStream(key))
         if not self.done_noted and self.now_s >= self._resend_at_s:
             self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
             self._resend_at_s = self.now_s + self._resend_s
             self._emit(ev.SendDone())
 
-    def _claimed_streams(self) -> list[ev.StreamKey]:
-        peer = self.opening.source or ""
-        return sorted({ev.StreamKey(peer, w.stream, w.connection) for w in self._claims.values()})
-
     def _on_release(self, _event: ev.Release) -> None:
         self.released = True
         self._fail(Code.RELEASED_EARLY, f"released by its worker at token {self.sent_tokens}")
 
     def _on_late_received(self, event: ev.Received) -> None:
-        self._claims.pop(event.first_token, None)  # not committed: the transfer has ended
+        self._claims.fulfil(event.first_token)  # not committed: the transfer has ended
 
     def _on_done_noted(self, _event: ev.DoneNoted) -> None:
         self.done_noted = True

@@ -15,18 +15,21 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.peer import Pull, Want
 from kvferry_proto.states import StallReason, State
-from kvferry_proto.worker import Snapshot
 
 
 class SourceTransfer(Transfer):
-    """See the module's first lines. ``available_tokens`` is what the worker marked ready."""
+    """See the module's first lines.
+
+    ``available_tokens`` is what the worker marked ready, ``sent_tokens`` what the sink has
+    acknowledged: it will never ask for anything below again.
+    """
 
     LIVE: ClassVar[dict[type, Callable[[Any, Any], None]]]
     ENDED: ClassVar[dict[type, Callable[[Any, Any], None]]]
 
     def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
         super().__init__(opening, timing, now_s)
-        self.available_tokens = self.acked_tokens = opening.start_tokens
+        self.available_tokens = opening.start_tokens
         self.sink: str | None = None  # boot id of the daemon that pulls
         self._number = 0
         self._lease_until_s = NEVER_S
@@ -61,31 +64,6 @@ class SourceTransfer(Transfer):
     def forgettable(self) -> bool:
         return self.ended and not self.window.blocks and not self._reading
 
-    def _visible(self) -> tuple[object, ...]:
-        return (*super()._visible(), self.acked_tokens)
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot.model_construct(
-            role=self.key.role,
-            transfer_id=self.key.transfer_id,
-            attempt=self.key.attempt,
-            snapshot=self.version,
-            state=self.state,
-            stall=self.stall,
-            error=self.error,
-            start_tokens=self.opening.start_tokens,
-            sent_tokens=self.acked_tokens,
-            partial_sent_tokens=self.acked_tokens,
-            last_resume_at=-1,
-            total_tokens=self.total_tokens,
-            available_tokens=self.available_tokens,
-            base_tokens=self.window.base_tokens,
-            allocated_tokens=self.window.allocated_tokens,
-            target_tokens=self.target_tokens,
-            runs=self.window.runs(),
-            aux=self.aux,
-        )
-
     # --- settling ---
 
     def _is_complete(self) -> bool:
@@ -110,7 +88,7 @@ class SourceTransfer(Transfer):
         """Free what is acknowledged, no longer written by the worker, and no longer read."""
         size = self.opening.block_size_tokens
         firsts = [first for _, first in self._reading]
-        floor = min([self.acked_tokens, self.available_tokens, *firsts])
+        floor = min([self.sent_tokens, self.available_tokens, *firsts])
         base = floor // size * size
         if base > self.window.base_tokens:
             fronts = self.window.drop_to(base)
@@ -122,7 +100,7 @@ class SourceTransfer(Transfer):
         size = self.opening.block_size_tokens
         edge = self.window.edge_tokens
         blocks = max(0, -(-(self.target_tokens - edge) // size)) if not self.released else 0
-        self._want(blocks, urgent=not self.window.blocks and self.acked_tokens > 0)
+        self._want(blocks, urgent=not self.window.blocks and self.sent_tokens > 0)
 
     def _tell_news(self) -> None:
         """Tell the sink at once; if that gets lost, its next pull asks again."""
@@ -136,7 +114,7 @@ class SourceTransfer(Transfer):
             return StallReason.WAITING_FOR_PEER
         if self._reading:
             return None
-        if self.servable_tokens > self.acked_tokens:
+        if self.servable_tokens > self.sent_tokens:
             return StallReason.WAITING_FOR_RESUME  # the sink asks for no more yet
         if self.window.edge_tokens <= self.available_tokens and not self._is_complete():
             return StallReason.WAITING_FOR_BLOCKS
@@ -225,13 +203,13 @@ class SourceTransfer(Transfer):
         return None
 
     def _ack(self, acked_tokens: int) -> None:
-        if acked_tokens > self.acked_tokens:
-            self.acked_tokens = acked_tokens
+        if acked_tokens > self.sent_tokens:
+            self.sent_tokens = self.partial_sent_tokens = acked_tokens
             self._progressed()
 
     def _serve(self, sink: str, pull: Pull, want: Want) -> None:
         first, end = want.first_token, want.first_token + want.tokens
-        if first < max(self.window.base_tokens, self.acked_tokens) or end > self.servable_tokens:
+        if first < max(self.window.base_tokens, self.sent_tokens) or end > self.servable_tokens:
             return  # an old pull, or one that asks beyond what was told
         key = ev.StreamKey(sink, want.stream, want.connection)
         served = self._served.setdefault(key, ExtentSet())

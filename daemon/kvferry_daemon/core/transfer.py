@@ -63,6 +63,8 @@ class Transfer:
         self.error: ErrorInfo | None = None
         self.version = 0  # the snapshot number
         self.window = Window(opening.start_tokens, opening.block_size_tokens)
+        self.sent_tokens = self.partial_sent_tokens = opening.start_tokens
+        self.last_resume_at = -1
         self.total_tokens: int | None = None
         self.available_tokens = 0
         self.aux: dict[str, int | float | str | bytes] | None = None
@@ -79,6 +81,11 @@ class Transfer:
     def ended(self) -> bool:
         """Whether the state is terminal."""
         return self.state in TERMINAL
+
+    @property
+    def target_tokens(self) -> int:
+        """The edge up to which the window may be topped up."""
+        raise NotImplementedError
 
     @property
     def wake_at_s(self) -> float:
@@ -114,7 +121,26 @@ class Transfer:
         return self._shown
 
     def _snapshot(self) -> Snapshot:
-        raise NotImplementedError
+        return Snapshot.model_construct(
+            role=self.key.role,
+            transfer_id=self.key.transfer_id,
+            attempt=self.key.attempt,
+            snapshot=self.version,
+            state=self.state,
+            stall=self.stall,
+            error=self.error,
+            start_tokens=self.opening.start_tokens,
+            sent_tokens=self.sent_tokens,
+            partial_sent_tokens=self.partial_sent_tokens,
+            last_resume_at=self.last_resume_at,
+            total_tokens=self.total_tokens,
+            available_tokens=self.available_tokens,
+            base_tokens=self.window.base_tokens,
+            allocated_tokens=self.window.allocated_tokens,
+            target_tokens=self.target_tokens,
+            runs=self.window.runs(),
+            aux=self.aux,
+        )
 
     def _visible(self) -> tuple[object, ...]:
         """What a snapshot shows, as far as it can change; runs change with base or blocks."""
@@ -122,6 +148,9 @@ class Transfer:
         return (
             self.state,
             self.stall,
+            self.sent_tokens,
+            self.partial_sent_tokens,
+            self.last_resume_at,
             self.total_tokens,
             self.available_tokens,
             window.base_tokens,

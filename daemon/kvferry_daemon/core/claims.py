@@ -1,0 +1,83 @@
+"""What a sink has asked for: extents, each claimed by one connection of one stream.
+
+One writer an extent: a claim ends when its bytes are in place, when it is taken back, or when its
+connection has ended; only then may the same tokens be claimed again.
+"""
+
+from collections.abc import Iterator
+
+from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.extents import ExtentSet
+from kvferry_proto.peer import Want
+
+CLAIMS_MAX = 256  # of one transfer: bounds the pull and what a cut stream costs
+
+
+class Claims:
+    """The claims of one transfer, and the connections that new ones may be made on."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._asked = ExtentSet()  # claimed now, or in place
+        self._made: dict[int, tuple[StreamKey, Want]] = {}
+        self._streams: dict[int, StreamKey] = {}
+        self._next_stream = 0
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @property
+    def wants(self) -> tuple[Want, ...]:
+        """Every claim as a pull names it."""
+        return tuple(want for _, want in self._made.values())
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether there is a connection to ask on."""
+        return bool(self._streams)
+
+    @property
+    def streams_claimed(self) -> list[StreamKey]:
+        """Connections through which somebody may still write."""
+        return sorted({key for key, _ in self._made.values()})
+
+    def stream_up(self, key: StreamKey) -> None:
+        """New claims may be made on this connection."""
+        self._streams[key.stream] = key
+
+    def stream_down(self, key: StreamKey) -> None:
+        """Nobody writes through this connection any more: its claims end."""
+        if self._streams.get(key.stream) == key:
+            del self._streams[key.stream]
+        for first in [first for first, (one, _) in self._made.items() if one == key]:
+            self.drop(first)
+
+    def make(self, first: int, edge: int) -> Iterator[tuple[StreamKey, Want]]:
+        """Claim what is neither claimed nor in place of [first, edge), in chunks, in turn."""
+        keys = list(self._streams.values())
+        for start, end in list(self._asked.gaps(first, edge)):
+            while start < end and len(self._made) < CLAIMS_MAX:
+                stop = min(end, (start // self._chunk_tokens + 1) * self._chunk_tokens)
+                key = keys[self._next_stream % len(keys)]
+                self._next_stream += 1
+                want = Want.model_construct(
+                    first_token=start,
+                    tokens=stop - start,
+                    stream=key.stream,
+                    connection=key.connection,
+                )
+                self._made[start] = key, want
+                self._asked.add(start, stop)
+                yield key, want
+                start = stop
+
+    def drop(self, first_token: int) -> None:
+        """A claim ended without bytes; the tokens may be claimed again."""
+        if first_token in self._made:
+            _, want = self._made.pop(first_token)
+            self._asked.remove(first_token, first_token + want.tokens)
+
+    def fulfil(self, first_token: int) -> int | None:
+        """A claim ended with its bytes in place; return how many tokens (None: no such claim)."""
+        made = self._made.pop(first_token, None)
+        return None if made is None else made[1].tokens
