@@ -1,11 +1,9 @@
 """A plain reading of the rule, kept to show what it breaks. Nothing uses it but test_holes.py.
 
 ``sent = previous + what I can count in the buffer; skip if sent == last_resume_at and sent > 0``.
-The source pushes a window's tokens into the blocks that a resume named; a token slot that is not
-None counts as arrived.
+The source pushes the next window each time it is asked; a token slot that is not None counts as
+arrived; the total stands in a window's first slot, beside its token.
 """
-
-from collections.abc import Callable
 
 Slot = tuple[int, int] | None  # (attempt, token)
 
@@ -13,18 +11,11 @@ Slot = tuple[int, int] | None  # (attempt, token)
 class PlainSink:
     """One transfer's sink, by the plain rule."""
 
-    def __init__(self, blocks: int, block_size: int, send: Callable[[int], None]) -> None:
-        self.slots: list[Slot] = [None] * (blocks * block_size)
-        self.send = send  # asks the source for the tokens behind an offset
+    def __init__(self, window_tokens: int) -> None:
+        self.slots: list[Slot] = [None] * window_tokens
         self.sent = 0
         self.last_resume_at = 0
-        self.total: int | None = None
-        self.requests = 0
-
-    def ask(self) -> None:
-        """Ask for the next window."""
-        self.requests += 1
-        self.send(self.sent)
+        self.asked = 1  # requests under way: the first window is asked for at once
 
     def poll(self) -> int:
         """Count what is in the buffer; that is the progress."""
@@ -36,19 +27,78 @@ class PlainSink:
         if at == self.last_resume_at and at > 0:
             return
         self.sent = self.last_resume_at = at
-        self.ask()
-
-    def retry(self) -> None:
-        """Start again."""
-        self.ask()
-
-    def receive(self, first: int, slots: list[Slot]) -> None:
-        """The source's push, wherever the window begins now."""
-        for index, slot in enumerate(slots):
-            place = first - self.sent + index
-            if 0 <= place < len(self.slots):
-                self.slots[place] = slot
+        self.asked += 1
 
     def read_total(self) -> int | None:
-        """The total is in the first slot of the window, beside its token."""
+        """What stands where the total should."""
         return None if self.slots[0] is None else self.slots[0][1]
+
+
+class PlainRig:
+    """A plain sink, the source that pushes to it, and the network between."""
+
+    def __init__(self, window_tokens: int, total: int, *, reuses_blocks: bool) -> None:
+        self.window_tokens = window_tokens
+        self.total = total
+        self.reuses_blocks = reuses_blocks  # else each window gets clean ones: to see other holes
+        self.attempt = 0
+        self.next_token = 0  # of the source
+        self.sink = PlainSink(window_tokens)
+        self.read: list[Slot] = []
+
+    @property
+    def sent_tokens(self) -> int:
+        return self.sink.poll()
+
+    @property
+    def total_told(self) -> int | None:
+        return self.sink.read_total()
+
+    @property
+    def ended(self) -> bool:
+        return self.total_told is not None and self.sent_tokens == self.total_told
+
+    @property
+    def requests(self) -> int:
+        return self.sink.asked
+
+    @property
+    def landed(self) -> object:
+        """All that a block-minded worker can tell a landed window by."""
+        return [index for index, slot in enumerate(self.sink.slots) if slot is not None]
+
+    def land(self) -> None:
+        """Every request under way is served, each with the tokens that come next."""
+        while self.sink.asked:
+            self.sink.asked -= 1
+            end = min(self.next_token + self.window_tokens, self.total)
+            for index, token in enumerate(range(self.next_token, end)):
+                self.sink.slots[index] = (self.attempt, token)
+            self.next_token = end
+
+    def take(self) -> None:
+        self.read += [slot for slot in self.sink.slots if slot is not None]
+        self.sink.resume()
+        if not self.reuses_blocks:
+            self.sink.slots = [None] * self.window_tokens
+
+    def resume(self) -> None:
+        self.sink.resume()
+
+    def double(self) -> None:
+        self.sink.asked *= 2
+
+    def lose(self) -> None:
+        self.sink.asked = 0
+
+    def wait(self) -> None:
+        """Nothing in the plain rule has a timer."""
+
+    def end_payload(self) -> None:
+        """The source has no more tokens; what it pushes now is empty."""
+        self.total = self.next_token
+
+    def retry(self) -> None:
+        self.attempt += 1
+        self.next_token = self.sink.sent
+        self.sink.asked = 1
