@@ -1,9 +1,10 @@
 """Messages: every kind survives the wire exactly; WIRE.md names whatever is in them."""
 
 import inspect
+import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -137,6 +138,35 @@ def test_wire_page_names_every_field(model: type[BaseModel]) -> None:
     if model is peer.PeerWelcome:
         fields.add("sink_boot_id")
     assert fields <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+
+
+def shown_default(field: Any) -> str:
+    """What the page's default column says of a field."""
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    if default is None:
+        return "absent"
+    if isinstance(default, versions.Versions):
+        return f"{default.low} to {default.high}"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, int | float):
+        return str(default)
+    return f"`{json.dumps(default)}`"
+
+
+@pytest.mark.parametrize("model", wire_models(), ids=lambda model: model.__name__)
+def test_wire_page_has_every_default_and_what_may_be_nil(model: type[BaseModel]) -> None:
+    kind = model.model_fields.get("kind")
+    text = section(f"`{kind.default}`" if kind else model.__name__)
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", text, re.MULTILINE)
+    fields = model.model_fields
+    for name, wire_type, default in (row for row in rows if row[0] in fields):
+        field = fields[name]
+        assert default == shown_default(field), name
+        optional = type(None) in get_args(field.annotation)
+        assert ("?" in wire_type) == optional, name
 
 
 def test_wire_page_has_no_field_that_is_gone() -> None:
