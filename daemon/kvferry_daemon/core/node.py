@@ -233,11 +233,13 @@ class Node:
     # --- time ---
 
     def _run_timers(self) -> None:
+        due = []
         while self._timers and self._timers[0][0] <= self.now_s:
             at_s, _, thing = heapq.heappop(self._timers)
-            if self._due.get(thing) != at_s:
-                continue  # an earlier wake-up took its place
-            del self._due[thing]
+            if self._due.get(thing) == at_s:  # else an earlier wake-up took its place
+                del self._due[thing]
+                due.append(thing)
+        for thing in due:  # what is due again at once waits for the next event
             if isinstance(thing, ev.Key):
                 self._wake_transfer(thing)
             elif isinstance(thing, int):

@@ -122,8 +122,10 @@ class Peer:
     @property
     def wake_at_s(self) -> float:
         """When tick() is due at the latest."""
-        if self.state != "up":
+        if self.state == "connecting":
             return min(self._say_at_s, self._probe_at_s)
+        if self.state == "lost":
+            return self._say_at_s  # whether anybody answers there was found out once
         waiting = [s.retry_at_s for s in self._streams.values() if s.state in ("closed", "asking")]
         return min([self._say_at_s, self._silent_since_s + self.timing.lost_s, *waiting])
 
@@ -196,11 +198,14 @@ class Peer:
 
     def shut(self) -> list[PeerEffect]:
         """Close every data connection."""
+        self._close_streams()
+        return self._taken()
+
+    def _close_streams(self) -> None:
         for index, stream in self._streams.items():
             if stream.state in ("connecting", "up"):
                 stream.state = "closing"
                 self._effects.append(Disconnect(StreamKey(self.address, index, stream.connection)))
-        return self._taken()
 
     def _taken(self) -> list[PeerEffect]:
         effects, self._effects = self._effects, []
@@ -254,7 +259,7 @@ class Peer:
         self._say_at_s = self.now_s
         self._say_s = self.timing.resend_s
         self._effects.append(PeerIsDown(self.address))
-        self._effects.extend(self.shut())
+        self._close_streams()
 
     def _ask_for_streams(self) -> None:
         for index, stream in self._streams.items():

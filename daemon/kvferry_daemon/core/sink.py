@@ -244,8 +244,10 @@ class SinkTransfer(Transfer):
         limit = self.opening.max_tokens
         if limit is not None and end > limit:
             return Code.MAX_TOKENS_EXCEEDED, f"the payload has {end} tokens or more, over {limit}"
-        if total is not None and total < max(self.sent_tokens, news.available_tokens):
-            return Code.TOTAL_TOO_SMALL, f"total {total}, but {self.sent_tokens} already moved"
+        most = max(self.sent_tokens, self.available_tokens, news.available_tokens)
+        told = known if total is None else total
+        if told is not None and told < most:
+            return Code.TOTAL_TOO_SMALL, f"total {told}, but {most} tokens are there already"
         return None
 
     def _resend_soon(self) -> None:
