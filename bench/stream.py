@@ -73,7 +73,7 @@ def serve(root: str, piece_bytes: int, port: int, order: list[int], pipe: Connec
         events: queue.Queue[StreamEvent] = queue.Queue()
         sender = StreamSender(sock, "bench", events.put, way == "checksum")
         for index, group in enumerate(groups):
-            sender.put(SendJob(1, index, 1, group))
+            sender.put(SendJob(None, 1, index, 1, group))
         for _ in groups:
             events.get()
         pipe.recv()  # all has been received

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import Run
-from kvferry_daemon.core.events import StreamKey, Timing
+from kvferry_daemon.core.events import Key, StreamKey, Timing
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
 from kvferry_proto import worker
@@ -38,6 +38,7 @@ class Chunk:
     first_token: int
     tokens: int
     source_key: StreamKey
+    owner: Key
     pool_id: str
     runs: tuple[Run, ...]
     base_tokens: int
@@ -218,8 +219,8 @@ class World:
                 self.wire.append(
                     Chunk(
                         "b" if name == "a" else "a", sink_key, effect.handle, effect.first_token,
-                        effect.tokens, source_key, effect.pool_id, effect.place.runs,
-                        effect.place.base_tokens,
+                        effect.tokens, source_key, effect.owner, effect.pool_id,
+                        effect.place.runs, effect.place.base_tokens,
                     )
                 )  # fmt: skip
 
@@ -238,7 +239,7 @@ class World:
     def _deliver_chunk(self, chunk: Chunk) -> None:
         source = "a" if chunk.to == "b" else "b"
         data = self._read_extent(source, chunk)
-        sent = out.ChunkSent(chunk.source_key, chunk.handle, chunk.first_token, chunk.tokens)
+        sent = out.ChunkSent(chunk.source_key, chunk.owner, chunk.first_token, chunk.tokens)
         self.feed(source, sent)
         me = self.machines[chunk.to]
         claim = me.claims.pop((chunk.key, chunk.handle, chunk.first_token), None)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.peers import Connect
 from kvferry_daemon.probe import split_address
 from kvferry_daemon.transports.tcp import events as te
@@ -109,7 +109,7 @@ class Streams:
         sender = self._senders.get(effect.key)
         if sender is None:
             return False
-        sender.put(SendJob(effect.handle, effect.first_token, effect.tokens, views))
+        sender.put(SendJob(effect.owner, effect.handle, effect.first_token, effect.tokens, views))
         return True
 
     def expel(self, key: StreamKey) -> None:
@@ -122,19 +122,15 @@ class Streams:
         match event:
             case te.StreamOpened():
                 key = _stream_key(event.key)
+                self.listener.opened(key)
                 self._senders[key] = StreamSender(
                     event.sock, key, self._source_bridge.post, self._checksum
                 )
                 self._feed(out.SourceStreamUp(key))
             case te.Sent():
-                self._feed(
-                    out.ChunkSent(
-                        _stream_key(event.key),
-                        event.handle,
-                        event.first_token,
-                        event.payload_bytes,
-                    )
-                )
+                assert isinstance(event.owner, Key), event
+                key = _stream_key(event.key)
+                self._feed(out.ChunkSent(key, event.owner, event.first_token, event.payload_bytes))
             case te.StreamDown():
                 key = _stream_key(event.key)
                 self._senders.pop(key, None)

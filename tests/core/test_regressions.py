@@ -1,10 +1,15 @@
 """Bugs that were found, each as the shortest story that showed it."""
 
-from kvferry_proto import worker
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.source_desk import SINKS_MAX
+from kvferry_proto import peer, worker
+from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, State
-from world import World
+from world import BLOCK, World, layout
 
 SOURCE, SINK = b"source worker", b"sink worker"
+PEER = "f" * 16
 
 
 def test_a_done_of_an_unknown_attempt_does_not_hide_an_older_live_one() -> None:
@@ -19,3 +24,71 @@ def test_a_done_of_an_unknown_attempt_does_not_hide_an_older_live_one() -> None:
     world.settle()
     world.call("a", SOURCE, worker.Send(transfer_id="t", attempt=2))
     assert world.snapshot("a", SOURCE, Role.SOURCE, attempt=0).state is State.FAILED
+
+
+def test_a_send_that_was_refused_may_be_corrected() -> None:
+    """It left a tombstone behind, whose parameters the corrected call did not have."""
+    world = World()
+    world.hello("a", SOURCE, layout(aux=("rope",)))
+    world.call("a", SOURCE, worker.Send(transfer_id="t"))
+    wrong = worker.Send(transfer_id="t", attempt=1, aux={"other": 1})
+    refused = world.call("a", SOURCE, wrong)
+    assert refused.error.code == Code.AUX_MISSING
+    assert world.snapshot("a", SOURCE, Role.SOURCE).state is State.BOOTSTRAPPING  # not superseded
+    right = worker.Send(transfer_id="t", attempt=1, aux={"rope": 1})
+    [snapshot] = world.call("a", SOURCE, right).transfers
+    assert snapshot.state is State.BOOTSTRAPPING
+
+
+def test_what_left_under_a_doubled_handle_is_counted_for_its_own_transfer() -> None:
+    """The sink chooses handles: the blocks of one transfer were freed while they were read."""
+    world = World()
+    world.hello("a", SOURCE)
+    node = world.machines["a"].node
+    for name in ("one", "two"):
+        world.call("a", SOURCE, worker.Send(transfer_id=name))
+        ready = worker.Ready(transfer_id=name, ready_tokens=BLOCK, total_tokens=BLOCK)
+        world.call("a", SOURCE, ready)
+    stream = StreamKey(PEER, 0, 0)
+    world.feed("a", out.SinkSaid(b"route", peer.PeerHello(boot_id=PEER)))
+    world.feed("a", out.SourceStreamUp(stream))
+    digest = next(iter(node.books.values())).layout.digest
+    want = [peer.Want(first_token=0, tokens=BLOCK, stream=0, connection=0)]
+    asked = {"number": 1, "handle": 7, "start_tokens": 0, "acked_tokens": 0, "want": want}
+    pulls = [
+        peer.Pull.model_validate(
+            {"transfer_id": name, "attempt": 0, "layout_digest": digest, **asked}
+        )
+        for name in ("one", "two")
+    ]
+    told = peer.Pulls(source_boot_id="a" * 16, sink_boot_id=PEER, pulls=pulls)
+    effects = node.handle(out.SinkSaid(b"route", told), world.now_s)
+    first, second = (e for e in effects if isinstance(e, out.Transmit))
+    assert (first.owner.transfer_id, second.owner.transfer_id) == ("one", "two")
+    node.handle(out.ChunkSent(stream, first.owner, 0, BLOCK), world.now_s)
+    for name in ("one", "two"):
+        abort = worker.Abort(transfer_id=name, role=Role.SOURCE)
+        world.call("a", SOURCE, abort)
+    held = {name: world.snapshot("a", SOURCE, Role.SOURCE, name).runs for name in ("one", "two")}
+    assert not held["one"]
+    assert held["two"], "its last bytes are still on their way"
+
+
+def test_what_is_kept_of_sinks_is_bounded() -> None:
+    world = World()
+    node = world.machines["a"].node
+    for number in range(SINKS_MAX + 100):
+        boot = f"{number:016x}"
+        node.handle(out.SinkSaid(b"route", peer.PeerHello(boot_id=boot)), 0.0)
+        ask = peer.OpenStream(stream=0, connection=1, source_boot_id="a" * 16, sink_boot_id=boot)
+        node.handle(out.SinkSaid(b"route", ask), 0.0)
+        if number == 0:
+            node.handle(out.SourceStreamUp(StreamKey(boot, 0, 1)), 0.0)
+    assert len(node.sources._newest) <= SINKS_MAX
+
+
+def test_a_stream_of_a_sink_that_was_forgotten_is_closed() -> None:
+    world = World()
+    node = world.machines["a"].node
+    effects = node.handle(out.SourceStreamUp(StreamKey(PEER, 0, 1)), 0.0)
+    assert effects == [out.Expel(StreamKey(PEER, 0, 1))]

@@ -52,9 +52,9 @@ def test_scattered_pieces_arrive_in_their_places(checksum: bool) -> None:
     for number, cuts in enumerate([(0, 7, half), (half, half + 1, len(source))]):
         views = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         receiver.claim(1, number, 4, [memoryview(target)[view] for view in views])
-        sender.put(SendJob(1, number, 4, [memoryview(source)[view] for view in views]))
+        sender.put(SendJob("owner", 1, number, 4, [memoryview(source)[view] for view in views]))
     for number in (0, 1):
-        assert sent.get(timeout=WAIT_S) == te.Sent("key", 1, number, half)
+        assert sent.get(timeout=WAIT_S) == te.Sent("key", "owner", number, half)
         assert received.get(timeout=WAIT_S) == te.Received("key", 1, number, half)
     assert target == source
     sender.close()

@@ -189,6 +189,7 @@ class EffectDesk:
         node.effects.append(
             out.Transmit(
                 effect.key,
+                transfer.key,
                 transfer.opening.pool_id,
                 effect.handle,
                 effect.first_token,
@@ -206,3 +207,4 @@ class EffectDesk:
         book.on_the_way(sink_key, blocks)
         node.counters["blocks_handed_over"] += blocks
         node.post(sink_key, ev.TookOver(lease, effect.tokens))
+        self._hand_out(book)  # the source's quota has room for others now

@@ -225,7 +225,6 @@ class Node:
         self.tombstones.add(key, transfer.snapshot(), session, self.now_s)
         self._book(transfer).forget(key)
         self.sinks.forget(key)
-        self.sources.forget(key)
         del self.transfers[key]
         if session in self.sessions:
             self.sessions[session].keys.discard(key)

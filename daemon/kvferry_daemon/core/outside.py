@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvferry_daemon.core.allocator import Run
-from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
 from kvferry_daemon.core.window import Place
 from kvferry_proto import peer, worker
@@ -141,7 +141,7 @@ class ChunkSent:
     """A served extent has left; its blocks are not read for it any more."""
 
     key: StreamKey
-    handle: int
+    owner: Key
     first_token: int
     payload_bytes: int
 
@@ -232,9 +232,10 @@ class CancelExpected:
 
 @dataclass(frozen=True, slots=True)
 class Transmit:
-    """Send this extent out of these blocks."""
+    """Send this extent out of the owner's blocks, under the sink's handle."""
 
     key: StreamKey
+    owner: Key
     pool_id: str
     handle: int
     first_token: int

@@ -131,8 +131,8 @@ class SourceTransfer(Transfer):
         self._emit(ev.Free(event.leases))
 
     def _on_ready(self, event: ev.ReadyTo) -> None:
+        self.check_ready(event)
         total = self.total_tokens if event.total_tokens is None else event.total_tokens
-        self._refuse_bad_ready(event, total)
         if event.aux is not None:
             self.aux = event.aux
         grew = event.ready_tokens > self.available_tokens or total != self.total_tokens
@@ -141,7 +141,9 @@ class SourceTransfer(Transfer):
         if grew:
             self._progressed()
 
-    def _refuse_bad_ready(self, event: ev.ReadyTo, total: int | None) -> None:
+    def check_ready(self, event: ev.ReadyTo) -> None:
+        """Raise FerryError for a ReadyTo that would be refused."""
+        total = self.total_tokens if event.total_tokens is None else event.total_tokens
         ready = max(event.ready_tokens, self.available_tokens)
         if self.total_tokens is not None and total != self.total_tokens:
             raise FerryError(

@@ -29,9 +29,7 @@ class SourceDesk:
         self._node = node
         self._routes: OrderedDict[str, bytes] = OrderedDict()  # sink's boot id -> route
         self._open: set[ev.StreamKey] = set()
-        self._newest: dict[tuple[str, int], int] = {}
-        self._keys: dict[tuple[str, int], ev.Key] = {}  # (sink's boot id, handle)
-        self._handles: dict[ev.Key, set[tuple[str, int]]] = {}
+        self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self._progresses: dict[str, list[wire.Progress]] = {}
 
@@ -81,7 +79,13 @@ class SourceDesk:
         self._routes[sink] = route
         self._routes.move_to_end(sink)
         if len(self._routes) > SINKS_MAX:
-            self._routes.popitem(last=False)
+            self._forget_sink(self._routes.popitem(last=False)[0])
+
+    def _forget_sink(self, sink: str) -> None:
+        for stream in range(STREAMS_MAX_PER_SINK):
+            self._newest.pop((sink, stream), None)
+        for key in sorted(key for key in self._open if key.peer == sink):
+            self._node.effects.append(out.Expel(key))
 
     def _on_hello(self, route: bytes, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
@@ -130,8 +134,6 @@ class SourceDesk:
             progress = self.answer_without_transfer(key, pull.number)
             self.say_progress(sink, progress.model_copy(update={"layout": layout, "known": True}))
             return
-        self._keys[sink, pull.handle] = key
-        self._handles.setdefault(key, set()).add((sink, pull.handle))
         node.post(key, ev.Pulled(sink, pull))
 
     def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
@@ -195,8 +197,14 @@ class SourceDesk:
         return key in self._open
 
     def on_stream_up(self, event: out.SourceStreamUp) -> None:
-        """A sink's daemon has connected."""
-        self._open.add(event.key)
+        """A sink's daemon has connected; no ticket admits another one under the same number."""
+        key = event.key
+        self._open.add(key)
+        if key.peer in self._routes:
+            slot = (key.peer, key.stream)
+            self._newest[slot] = max(self._newest.get(slot, 0), key.connection + 1)
+        else:
+            self._node.effects.append(out.Expel(key))  # forgotten meanwhile
 
     def on_stream_down(self, event: out.SourceStreamDown) -> None:
         """No thread reads a block for it any more."""
@@ -209,9 +217,7 @@ class SourceDesk:
         """An extent has left."""
         self._node.counters["chunks_sent"] += 1
         self._node.counters["bytes_sent"] += event.payload_bytes
-        key = self._keys.get((event.key.peer, event.handle))
-        if key is not None:
-            self._node.post(key, ev.Sent(event.key, event.first_token))
+        self._node.post(event.owner, ev.Sent(event.key, event.first_token))
 
     # --- saying ---
 
@@ -239,11 +245,6 @@ class SourceDesk:
             self._node.effects.append(out.ToSink(route, message))
 
     # --- housekeeping ---
-
-    def forget(self, key: ev.Key) -> None:
-        """The transfer is gone."""
-        for handle in self._handles.pop(key, ()):
-            self._keys.pop(handle, None)
 
     def expire(self) -> None:
         """Forget pulls that no source has come for."""

@@ -142,28 +142,28 @@ class WorkerDesk:
             raise FerryError(
                 Code.RESOURCE_EXHAUSTED, f"{len(node.transfers)} transfers are open already"
             )
-        old = key._replace(attempt=newest)
-        if old in node.transfers:
-            message = f"attempt {call.attempt} took over"
-            node.run_now(old, ev.Fail(Code.SUPERSEDED, message))
-        self._opened_by[key] = call.model_copy(update={"call": 0})
-        if role is Role.SINK:
-            node.open(SinkTransfer(opening, node.settings.timing, node.now_s))
+        timing, now_s = node.settings.timing, node.now_s
+        if isinstance(call, worker.Receive):
+            self._supersede(key, newest)
+            self._opened_by[key] = call.model_copy(update={"call": 0})
+            node.open(SinkTransfer(opening, timing, now_s))
             node.sinks.attach(key)
             return
-        node.open(SourceTransfer(opening, node.settings.timing, node.now_s))
-        assert isinstance(call, worker.Send)
-        if call.total_tokens is not None or call.aux is not None:
-            self._tell_at_open(key, call)
+        source = SourceTransfer(opening, timing, now_s)
+        told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux)
+        source.check_ready(told)
+        self._supersede(key, newest)
+        self._opened_by[key] = call.model_copy(update={"call": 0})
+        node.open(source)
+        node.run_now(key, told)
         node.sources.replay_unmet(key)
 
-    def _tell_at_open(self, key: ev.Key, call: worker.Send) -> None:
-        """A total or aux known at once; if it is refused, so is the opening."""
-        try:
-            self._node.run_now(key, ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux))
-        except FerryError:
-            self._node.run_now(key, ev.Release())
-            raise
+    def _supersede(self, key: ev.Key, newest: int) -> None:
+        """A higher attempt has come: the one before it ends."""
+        old = key._replace(attempt=newest)
+        if old in self._node.transfers:
+            message = f"attempt {key.attempt} took over"
+            self._node.run_now(old, ev.Fail(Code.SUPERSEDED, message))
 
     def _is_repeated(
         self, session: Session, key: ev.Key, call: worker.Send | worker.Receive

@@ -42,7 +42,7 @@ class Sent:
     """An extent has been read out of the pool for the last time."""
 
     key: Hashable
-    handle: int
+    owner: Hashable
     first_token: int
     payload_bytes: int
 

@@ -1,5 +1,6 @@
 """Data connections come in here: each shows a single-use ticket, or is turned away."""
 
+import contextlib
 import errno
 import socket
 import threading
@@ -50,11 +51,18 @@ def connect(host: str, port: int, ticket: bytes, timeout_s: float) -> socket.soc
 
 
 class Listener:
-    """Accepts on a thread of its own; a bounded number of handshakes at a time."""
+    """Accepts on a thread of its own; a bounded number of handshakes at a time.
+
+    A key names one connection: a newer ticket ends the earlier one, and there is none any more
+    once one was shown. Else the end of one connection would pass for the end of another.
+    """
 
     def __init__(self, host: str, port: int, post: Post) -> None:
         self._post = post
-        self._tickets: dict[bytes, tuple[Hashable, float]] = {}
+        self._lock = threading.Lock()  # held for a few dict look-ups at a time
+        self._tickets: dict[bytes, tuple[Hashable, float]] = {}  # the first to expire comes first
+        self._ticket_of: dict[Hashable, bytes] = {}
+        self._shown: set[Hashable] = set()  # their connections are on their way to the loop
         self._handshakes = threading.Semaphore(HANDSHAKES_MAX)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._sock = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
@@ -64,9 +72,25 @@ class Listener:
     def admit(self, ticket: bytes, key: Hashable, expires_in_s: float) -> None:
         """Let one connection in that shows this ticket within the time."""
         now_s = time.monotonic()
-        for old in [t for t, (_, until_s) in self._tickets.items() if until_s < now_s]:
-            self._tickets.pop(old, None)
-        self._tickets[ticket] = (key, now_s + expires_in_s)
+        with self._lock:
+            self._drop_expired(now_s)
+            if key in self._shown:
+                return
+            self._tickets.pop(self._ticket_of.get(key, b""), None)
+            self._tickets[ticket] = (key, now_s + expires_in_s)
+            self._ticket_of[key] = ticket
+
+    def opened(self, key: Hashable) -> None:
+        """The loop has got this connection: whoever admits keys knows of it from now on."""
+        with self._lock:
+            self._shown.discard(key)
+
+    def _drop_expired(self, now_s: float) -> None:
+        while self._tickets:
+            ticket, (key, until_s) = next(iter(self._tickets.items()))
+            if now_s < until_s:
+                return
+            del self._tickets[ticket], self._ticket_of[key]
 
     def close(self) -> None:
         """Stop listening."""
@@ -93,23 +117,32 @@ class Listener:
 
     def _greet(self, sock: socket.socket) -> None:
         try:
-            sock.settimeout(HANDSHAKE_S)
+            _tune(sock)
             key = self._check(read_greeting(_receive(sock, GREETING_BYTES)))
             if key is None:
                 sock.sendall(pack_accept(False))
-                sock.close()
-                return
-            _tune(sock)
-            self._post(StreamOpened(key, sock))  # before the accept: pulls may follow at once
-            sock.sendall(pack_accept(True))
         except (OSError, BadChunk):
-            sock.close()
+            key = None
         finally:
             self._handshakes.release()
+        if key is None:
+            sock.close()
+            return
+        self._post(StreamOpened(key, sock))  # before the accept: pulls may follow at once
+        with contextlib.suppress(OSError):  # it is the sender's now, which notices the end itself
+            sock.sendall(pack_accept(True))
 
     def _check(self, ticket: bytes) -> Hashable | None:
-        key, until_s = self._tickets.pop(ticket, (None, 0.0))
-        return key if time.monotonic() < until_s else None
+        """The key of a ticket that is good; from here on StreamOpened follows."""
+        with self._lock:
+            key, until_s = self._tickets.pop(ticket, (None, 0.0))
+            if key is None:
+                return None
+            del self._ticket_of[key]
+            if time.monotonic() >= until_s:
+                return None
+            self._shown.add(key)
+            return key
 
 
 def _tune(sock: socket.socket) -> None:

@@ -20,8 +20,12 @@ BUFFERS_MAX = 512  # of one sendmsg; the kernel's limit is 1024
 
 @dataclass(frozen=True, slots=True)
 class SendJob:
-    """An extent to send: its bytes are read from ``views`` until Sent or StreamDown."""
+    """An extent to send: its bytes are read from ``views`` until Sent or StreamDown.
 
+    ``owner`` comes back with Sent; ``handle`` is the other side's and goes out in the header.
+    """
+
+    owner: Hashable
     handle: int
     first_token: int
     tokens: int
@@ -38,7 +42,9 @@ class StreamSender:
         self._checksum = checksum
         self._jobs: deque[SendJob] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_lock = threading.Lock()  # who writes to it must know that it is still open
         self._asleep = False
+        self._over = False
         sock.settimeout(None)
         threading.Thread(target=self._run, name="kvferry-send", daemon=True).start()
 
@@ -46,7 +52,9 @@ class StreamSender:
         """Queue an extent."""
         self._jobs.append(job)
         if self._asleep:
-            os.eventfd_write(self._wake, 1)
+            with self._wake_lock:
+                if not self._over:
+                    os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """End the connection; a blocked send ends too."""
@@ -61,6 +69,9 @@ class StreamSender:
         except OSError as error:
             reason = error.strerror or str(error)
         finally:
+            with self._wake_lock:
+                self._over = True
+                os.close(self._wake)
             self._jobs.clear()
             self._sock.close()
             self._post(StreamDown(self._key, reason))
@@ -103,7 +114,7 @@ class StreamSender:
                     buffers, size = [], 0
             if digest is not None:
                 buffers.append(pack_trailer(digest.intdigest()))
-            sent.append(Sent(self._key, job.handle, job.first_token, payload_bytes))
+            sent.append(Sent(self._key, job.owner, job.first_token, payload_bytes))
             if not buffers or size >= STEP_BYTES // 2:
                 break
         if buffers:

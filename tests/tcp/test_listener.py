@@ -1,0 +1,296 @@
+"""Who may open a data connection, and that nobody can keep others from it."""
+
+import queue
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvferry_daemon.transports.tcp import events as te
+from kvferry_daemon.transports.tcp import listener as module
+from kvferry_daemon.transports.tcp.listener import (
+    HANDSHAKES_MAX,
+    ConnectError,
+    Listener,
+    connect,
+)
+from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
+from kvferry_proto.chunk import (
+    ACCEPT_BYTES,
+    GREETING_BYTES,
+    HEADER_BYTES,
+    pack_greeting,
+    read_accept,
+    read_header,
+)
+
+WAIT_S = 10.0
+SHORT_S = 0.4
+HOST = "127.0.0.1"
+TICKET, OTHER = b"t" * 32, b"o" * 32
+Events = queue.Queue[te.StreamEvent]
+
+
+class Door:
+    """A listener, and the connections that came through it."""
+
+    def __init__(self, post: Callable[[te.StreamEvent], None] | None = None) -> None:
+        self.events: Events = queue.Queue()
+        self.listener = Listener(HOST, 0, post or self.events.put)
+        self.clients: list[socket.socket] = []
+
+    def dial(self) -> socket.socket:
+        """A connection that has said nothing yet."""
+        client = socket.create_connection((HOST, self.listener.port), WAIT_S)
+        self.clients.append(client)
+        return client
+
+    def connect(self, ticket: bytes) -> socket.socket:
+        """What a sink's daemon does."""
+        client = connect(HOST, self.listener.port, ticket, WAIT_S)
+        self.clients.append(client)
+        return client
+
+    def opened(self) -> te.StreamOpened:
+        """The next connection that was let in."""
+        event = self.events.get(timeout=WAIT_S)
+        assert isinstance(event, te.StreamOpened)
+        self.clients.append(event.sock)
+        return event
+
+    def close(self) -> None:
+        self.listener.close()
+        while not self.events.empty():
+            self.opened()
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture
+def door() -> Iterator[Door]:
+    one = Door()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greetings have little time."""
+    monkeypatch.setattr(module, "HANDSHAKE_S", SHORT_S)
+
+
+def ended(sock: socket.socket, within_s: float) -> bool:
+    """Whether the other side closes within the time."""
+    sock.settimeout(within_s)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def greeters() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "_greet" in thread.name]
+
+
+def reset(sock: socket.socket) -> None:
+    """Close without a good-bye: whoever sends to it gets an error."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+# --- tickets ---
+
+
+def test_a_good_ticket_opens_a_connection_under_its_key(door: Door) -> None:
+    door.listener.admit(TICKET, "mine", WAIT_S)
+    door.listener.admit(OTHER, "other", WAIT_S)
+    client = door.connect(TICKET)
+    event = door.opened()
+    assert event.key == "mine"
+    payload = b"x" * 1000
+    sender = StreamSender(event.sock, "mine", door.events.put, checksum=False)
+    sender.put(SendJob("owner", 1, 0, 4, [memoryview(payload)]))
+    client.settimeout(WAIT_S)
+    got = b""
+    while len(got) < HEADER_BYTES + len(payload):
+        got += client.recv(1 << 16)
+    assert read_header(got[:HEADER_BYTES]).payload_bytes == len(payload)
+    assert got[HEADER_BYTES:] == payload  # nothing was left of the handshake in front of it
+    assert door.events.get(timeout=WAIT_S) == te.Sent("mine", "owner", 0, len(payload))
+    sender.close()
+    assert isinstance(door.events.get(timeout=WAIT_S), te.StreamDown)
+
+
+@pytest.mark.parametrize("ticket", [OTHER, bytes(32)])
+def test_a_wrong_ticket_is_refused_and_does_not_use_up_the_right_one(
+    door: Door, ticket: bytes
+) -> None:
+    door.listener.admit(TICKET, "key", WAIT_S)
+    with pytest.raises(ConnectError, match="refused the ticket"):
+        door.connect(ticket)
+    assert door.events.empty()
+    door.connect(TICKET)
+    assert door.opened().key == "key"
+
+
+def test_an_expired_ticket_is_refused_and_says_so_at_once(door: Door) -> None:
+    door.listener.admit(TICKET, "key", 0.0)
+    with pytest.raises(ConnectError, match="refused the ticket"):
+        door.connect(TICKET)
+    door.listener.admit(TICKET, "key", -1.0)
+    door.listener.admit(OTHER, "other", WAIT_S)  # expired ones are forgotten, this one is not
+    with pytest.raises(ConnectError, match="refused the ticket"):
+        door.connect(TICKET)
+    door.connect(OTHER)
+    assert door.opened().key == "other"
+    assert door.events.empty()
+
+
+def test_a_ticket_admits_one_connection(door: Door) -> None:
+    door.listener.admit(TICKET, "key", WAIT_S)
+    first = door.connect(TICKET)
+    with pytest.raises(ConnectError, match="refused the ticket"):
+        door.connect(TICKET)
+    event = door.opened()
+    assert door.events.empty()
+    event.sock.sendall(b"!")
+    assert first.recv(1) == b"!"  # and the second one did not disturb it
+
+
+def test_of_many_that_show_one_ticket_at_once_one_comes_in(door: Door) -> None:
+    door.listener.admit(TICKET, "key", WAIT_S)
+    clients = [door.dial() for _ in range(HANDSHAKES_MAX // 2)]
+    for client in clients:
+        client.sendall(pack_greeting(TICKET))
+    answers = [client.recv(ACCEPT_BYTES, socket.MSG_WAITALL) for client in clients]
+    assert sum(map(read_accept, answers)) == 1
+    door.opened()
+    assert door.events.empty()
+
+
+def test_tickets_are_admitted_while_others_are_shown(door: Door) -> None:
+    """Thousands of sinks reconnect at once; threads take turns as often as they can."""
+    tickets = [bytes([high, low]) * 16 for high in range(8) for low in range(250)]
+    for ticket in tickets:
+        door.listener.admit(ticket, ticket, WAIT_S)
+
+    def show() -> None:
+        for ticket in tickets:
+            connect(HOST, door.listener.port, ticket, WAIT_S).close()
+
+    client = threading.Thread(target=show)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        client.start()
+        while client.is_alive():
+            door.listener.admit(OTHER, "other", WAIT_S)
+    finally:
+        sys.setswitchinterval(interval_s)
+        client.join()
+
+
+# --- greetings ---
+
+
+@pytest.mark.usefixtures("short")
+def test_a_silent_connection_is_cut(door: Door) -> None:
+    began_s = time.monotonic()
+    assert ended(door.dial(), WAIT_S)
+    assert SHORT_S * 0.9 <= time.monotonic() - began_s < WAIT_S / 2
+
+
+@pytest.mark.usefixtures("short")
+def test_a_greeting_in_drops_is_cut_by_one_deadline_for_all_of_it(door: Door) -> None:
+    """Every byte comes well within the deadline; all of them together would not."""
+    door.listener.admit(TICKET, "key", WAIT_S)
+    client = door.dial()
+    began_s = time.monotonic()
+    for byte in pack_greeting(TICKET):
+        try:
+            client.send(bytes([byte]))
+        except ConnectionError:
+            break
+        if select.select([client], [], [], SHORT_S / 8)[0]:  # its end: it says nothing else
+            break
+    else:
+        raise AssertionError("it was let through")
+    assert time.monotonic() - began_s < SHORT_S * 4
+    assert door.events.empty()
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"GET / HTTP/1.1\r\n".ljust(GREETING_BYTES, b"\n"),
+        pack_greeting(TICKET)[:-1] + b"\x00",
+        pack_greeting(TICKET)[: GREETING_BYTES // 2],
+    ],
+    ids=["http", "damaged", "cut"],
+)
+def test_what_is_no_greeting_is_closed_without_an_answer(door: Door, greeting: bytes) -> None:
+    door.listener.admit(TICKET, "key", WAIT_S)
+    client = door.dial()
+    client.sendall(greeting)
+    client.shutdown(socket.SHUT_WR)
+    assert ended(client, WAIT_S)
+    door.connect(TICKET)  # the ticket still stands
+    assert door.opened().key == "key"
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("how", ["they time out", "they hang up"])
+def test_half_open_connections_do_not_stop_a_good_one_later(door: Door, how: str) -> None:
+    idle = [door.dial() for _ in range(HANDSHAKES_MAX + 8)]
+    over = idle[HANDSHAKES_MAX:]  # accepted in order, so these found no room
+    assert all(ended(sock, WAIT_S) for sock in over)
+    if how == "they time out":
+        assert all(ended(sock, WAIT_S) for sock in idle)
+    for sock in idle:
+        sock.close()
+    for thread in greeters():
+        thread.join(WAIT_S)
+    door.listener.admit(TICKET, "key", WAIT_S)
+    door.connect(TICKET)
+    assert door.opened().key == "key"
+
+
+# --- the end ---
+
+
+def test_a_closed_listener_takes_nobody_in(door: Door) -> None:
+    door.listener.close()
+    door.listener.close()  # twice is once
+    with pytest.raises(ConnectError, match="refused"):
+        connect(HOST, door.listener.port, TICKET, WAIT_S)
+
+
+def test_a_connection_that_was_handed_over_belongs_to_who_got_it() -> None:
+    """The sink vanishes between its greeting and the answer; StreamDown must tell the node."""
+    clients: list[socket.socket] = []
+    handed: Events = queue.Queue()
+
+    def post(event: te.StreamEvent) -> None:
+        reset(clients[0])  # now, so that the answer to the greeting fails
+        handed.put(event)
+
+    door = Door(post)
+    door.listener.admit(TICKET, "key", WAIT_S)
+    clients.append(door.dial())
+    clients[0].sendall(pack_greeting(TICKET))
+    event = handed.get(timeout=WAIT_S)
+    assert isinstance(event, te.StreamOpened)
+    for thread in greeters():
+        thread.join(WAIT_S)
+    try:
+        StreamSender(event.sock, "key", handed.put, checksum=True)
+        assert isinstance(handed.get(timeout=WAIT_S), te.StreamDown)
+    finally:
+        door.close()

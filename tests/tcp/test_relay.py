@@ -1,0 +1,293 @@
+"""Two daemons over a line that we damage, cut and hold up: a TCP relay in front of the source's.
+
+The source's daemon listens on 127.0.0.1 and tells its peers 127.0.0.2, where the relay listens on
+the same two port numbers.
+"""
+
+import random
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from kvferry_daemon.transports.tcp.listener import ConnectError, connect
+from kvferry_proto import peer, worker
+from kvferry_proto.chunk import ACCEPT_BYTES, HEADER_BYTES, pack_greeting
+from kvferry_proto.states import Role, State
+from live import BLOCK, BOOT_ID, LAYOUT, WINDOW, LiveDaemon, RawPeer, RawWorker
+
+RELAY_HOST = "127.0.0.2"
+WAIT_S = 10.0
+PAYLOAD = ACCEPT_BYTES + HEADER_BYTES  # where the first chunk's bytes begin in a connection
+PAYLOAD_BYTES = WINDOW // BLOCK * LAYOUT.block_bytes
+Pass = Callable[[int, bytes], Iterator[bytes]]
+
+
+def straight(_place: int, data: bytes) -> Iterator[bytes]:
+    yield data
+
+
+def server_beside() -> socket.socket:
+    """Listen on a port that is free on both addresses, below those that the kernel gives out."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return socket.create_server((RELAY_HOST, port))
+    raise AssertionError("no port is free on both addresses")
+
+
+class Relay:
+    """A line to one port. ``to_sink`` gets each piece and its place in the connection."""
+
+    def __init__(self) -> None:
+        self.server = server_beside()
+        self.port = int(self.server.getsockname()[1])
+        self.to_sink: Pass = straight
+        self.connections = 0
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def _start(self, work: Callable[..., None], *args: object) -> None:
+        self._threads.append(threading.Thread(target=work, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                near, _ = self.server.accept()
+                self.connections += 1
+                far = socket.create_connection(("127.0.0.1", self.port))
+                self._sockets += [near, far]
+                self._start(self._pump, near, far, straight)
+                self._start(self._pump, far, near, self.to_sink)
+
+    def _pump(self, one: socket.socket, two: socket.socket, passed: Pass) -> None:
+        place = 0
+        with suppress(OSError):
+            while data := one.recv(1 << 16):
+                for piece in passed(place, data):
+                    two.sendall(piece)
+                place += len(data)
+        for sock in (one, two):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.server.shutdown(socket.SHUT_RDWR)
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(WAIT_S)
+        for sock in (self.server, *self._sockets):
+            sock.close()
+
+
+class Once:
+    """Does something to the piece that holds byte ``at`` of a connection, the first time only."""
+
+    def __init__(self, at: int, act: Callable[[bytes, int], Iterator[bytes]]) -> None:
+        self.at, self.act, self.done = at, act, False
+
+    def __call__(self, place: int, data: bytes) -> Iterator[bytes]:
+        if self.done or not place <= self.at < place + len(data):
+            yield data
+            return
+        self.done = True
+        yield from self.act(data, self.at - place)
+
+
+def flip(data: bytes, at: int) -> Iterator[bytes]:
+    yield data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def cut(data: bytes, at: int) -> Iterator[bytes]:
+    yield data[:at]
+    raise ConnectionError
+
+
+class Scene:
+    """Two daemons, the line between them, and a worker at each."""
+
+    def __init__(self, stack: ExitStack, directory: Path) -> None:
+        self.messages, self.line = Relay(), Relay()
+        stack.callback(self.messages.close)
+        stack.callback(self.line.close)
+        self.daemon = LiveDaemon(
+            directory / "a",
+            peer_port=self.messages.port,
+            data_port=self.line.port,
+            advertise_host=RELAY_HOST,
+        )
+        stack.enter_context(self.daemon)
+        self.sink = LiveDaemon(directory / "b", drain_s=0.3)
+        stack.enter_context(self.sink)
+        self.source = RawWorker(self.daemon.directory)
+        stack.enter_context(self.source)
+        self.consumer = RawWorker(self.sink.directory)
+
+    def send(self, transfer_id: str = "t") -> None:
+        """A window full, all of it ready before the sink asks."""
+        self.source.snapshot(worker.Send(transfer_id=transfer_id))
+        fits = lambda seen: seen.allocated_tokens == WINDOW
+        self.source.fill(self.source.wait_for(Role.SOURCE, fits, transfer_id), WINDOW)
+        self.source.snapshot(
+            worker.Ready(transfer_id=transfer_id, ready_tokens=WINDOW, total_tokens=WINDOW)
+        )
+        self.consumer.snapshot(worker.Receive(transfer_id=transfer_id, source=self.daemon.address))
+
+    def check_arrived(self, transfer_id: str = "t") -> None:
+        """Both sides ended well, with every byte."""
+        end = self.consumer.wait_end(Role.SINK, transfer_id)
+        assert (end.state, end.sent_tokens, end.base_tokens) == (State.SUCCESS, WINDOW, 0)
+        self.consumer.check(end)
+        assert self.source.wait_end(Role.SOURCE, transfer_id).state is State.SUCCESS
+        self.consumer.snapshot(worker.Release(transfer_id=transfer_id, role=Role.SINK))
+
+    def check_clean(self) -> None:
+        for daemon in (self.daemon, self.sink):
+            assert daemon.process.poll() is None
+            daemon.wait_until_free()
+            assert "Traceback" not in daemon.log(), daemon.log()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with ExitStack() as stack:
+        one = Scene(stack, tmp_path)
+        yield one
+        if not one.consumer.context.closed:
+            one.consumer.close()
+        one.check_clean()
+
+
+@pytest.mark.parametrize(
+    ("at", "act", "says"),
+    [
+        (PAYLOAD, flip, "chunk refused: the checksum of the payload is wrong"),
+        (PAYLOAD + PAYLOAD_BYTES // 2 + 1, flip, "chunk refused: the checksum of the payload"),
+        (PAYLOAD + PAYLOAD_BYTES, flip, "chunk refused: the checksum of the payload is wrong"),
+        (PAYLOAD - 30, flip, None),
+        (1, flip, "is no kvferry data port"),
+        (ACCEPT_BYTES // 2, cut, "is no kvferry data port"),
+        (ACCEPT_BYTES + HEADER_BYTES // 2, cut, None),
+        (PAYLOAD, cut, None),
+        (PAYLOAD + PAYLOAD_BYTES // 2, cut, None),
+        (PAYLOAD + PAYLOAD_BYTES + 3, cut, None),
+    ],
+)
+def test_a_bad_moment_of_the_line_costs_a_connection_and_no_byte(
+    scene: Scene, at: int, act: Callable[[bytes, int], Iterator[bytes]], says: str | None
+) -> None:
+    scene.line.to_sink = once = Once(at, act)
+    scene.send()
+    scene.check_arrived()
+    assert once.done
+    assert scene.line.connections == 2
+    counters = scene.sink.status().counters
+    assert counters["streams_closed"] == 1
+    assert counters["bytes_received"] == PAYLOAD_BYTES  # damaged ones do not count
+    assert says is None or says in scene.sink.log()
+
+
+def test_a_line_that_is_bad_again_and_again_is_opened_again_and_again(scene: Scene) -> None:
+    def worse(place: int, data: bytes) -> Iterator[bytes]:
+        bad = scene.line.connections <= 3 and place + len(data) > PAYLOAD
+        yield from flip(data, len(data) - 1) if bad else straight(place, data)
+
+    scene.line.to_sink = worse
+    scene.send()
+    scene.check_arrived()
+    assert scene.line.connections == 4
+
+
+def until_shown(consumer: RawWorker, first_block: bytes) -> None:
+    """Look until the first block of the window has these bytes."""
+    end_s = time.monotonic() + WAIT_S
+    while time.monotonic() < end_s:
+        runs = consumer.poll(Role.SINK).runs
+        if runs and consumer.block(runs[0][0]) == first_block:
+            return
+    raise AssertionError("they never came")
+
+
+@pytest.mark.parametrize("end", ["abort", "death"])
+def test_blocks_that_a_held_up_chunk_is_written_to_are_free_once_its_line_is_closed(
+    scene: Scene, end: str
+) -> None:
+    """Half a chunk came; nothing proves that the other half does not, but the closed stream."""
+    halfway, gate = threading.Event(), threading.Event()
+
+    def hold(data: bytes, at: int) -> Iterator[bytes]:
+        yield data[:at]
+        halfway.set()
+        gate.wait(WAIT_S)
+        yield data[at:]
+
+    scene.line.to_sink = Once(PAYLOAD + PAYLOAD_BYTES // 2, hold)
+    scene.send()
+    assert halfway.wait(WAIT_S)
+    until_shown(scene.consumer, scene.consumer.content(0))
+    if end == "abort":
+        scene.consumer.snapshot(worker.Abort(transfer_id="t", role=Role.SINK))
+        scene.consumer.snapshot(worker.Release(transfer_id="t", role=Role.SINK))
+    else:
+        scene.consumer.close()
+    counters = scene.sink.wait_until_free().counters  # as they were when that was first seen
+    assert counters["streams_closed"] == 1
+    assert "chunks_received" not in counters
+    gate.set()
+    if end == "death":
+        scene.consumer = RawWorker(scene.sink.directory)
+    scene.send("next")
+    scene.check_arrived("next")
+
+
+# --- a sink's daemon that we play ---
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[tuple[LiveDaemon, RawPeer]]:
+    """A source's daemon, and a peer that has said hello."""
+    with LiveDaemon(tmp_path / "a") as live:
+        one = RawPeer(live.address)
+        one.source = one.say(peer.PeerHello(boot_id=BOOT_ID)).boot_id
+        yield live, one
+        one.close()
+
+
+def test_a_connection_number_is_one_connection(raw: tuple[LiveDaemon, RawPeer]) -> None:
+    _, sink = raw
+    ask = peer.OpenStream(stream=0, connection=1, **sink.boots())
+    tickets = [sink.say(ask) for _ in range(2)]
+    admitted = []
+    with ExitStack() as stack:
+        for ticket in tickets:
+            with suppress(ConnectError):
+                sock = connect("127.0.0.1", ticket.port, ticket.ticket, WAIT_S)
+                admitted.append(stack.enter_context(sock))
+        assert admitted
+        ended = select.select(admitted, [], [], 0.5)[0]  # nothing is asked for, nothing else comes
+        assert len(admitted) - len(ended) == 1
+
+
+def test_sinks_that_vanish_in_their_greeting_cost_nothing(
+    raw: tuple[LiveDaemon, RawPeer],
+) -> None:
+    live, sink = raw
+    descriptors = Path(f"/proc/{live.process.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    for number in range(60):
+        ticket = sink.say(peer.OpenStream(stream=0, connection=number, **sink.boots()))
+        with socket.create_connection(("127.0.0.1", ticket.port)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(pack_greeting(ticket.ticket))
+    sink.say(peer.Ping(**sink.boots()))
+    assert "Traceback" not in live.log()
+    assert len(list(descriptors.iterdir())) < before + 30
