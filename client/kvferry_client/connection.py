@@ -64,9 +64,9 @@ class Session:
         """The daemon's worker socket."""
         return self.runtime_dir / "worker.sock"
 
-    def number(self, call: Any) -> Any:
-        """The same call with the next call number."""
-        return call.model_copy(update={"call": next(self._numbers)})
+    def next_number(self) -> int:
+        """A call's number, which its answer echoes."""
+        return next(self._numbers)
 
     def hello(self) -> worker.Hello:
         """The first call of a connection; it takes the session up if there is one."""
@@ -159,14 +159,14 @@ class Connection:
         return reply
 
     def _exchange(self, call: Any, wait_s: float) -> Any:
-        call = self._session.number(call)
-        frame = worker.CALLS.encode(call)
+        number = self._session.next_number()
+        frame = worker.CALLS.encode(call, number)
         held_s = getattr(call, "wait_s", 0.0)  # the daemon itself lets a poll wait
         until_s = time.monotonic() + wait_s + held_s
         while time.monotonic() < until_s:
             self._send(frame)
             again_s = min(until_s, time.monotonic() + REPEAT_S + held_s)
-            reply = self._await(call.call, again_s)
+            reply = self._await(number, again_s)
             if reply is not None:
                 return reply
         raise self._session.unreachable(wait_s)

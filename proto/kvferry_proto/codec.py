@@ -37,13 +37,16 @@ class Codec(Generic[T]):
         reader: TypeAdapter[T] = TypeAdapter(family)
         self._read: Callable[[Map], T] = reader.validator.validate_python
 
-    def encode(self, message: T) -> bytes:
+    def encode(self, message: T, call: int | None = None) -> bytes:
         """Turn a message into its one frame: one that ``decode`` takes.
 
+        ``call`` numbers it anew: a repeated call is the same message, and a copy of it costs more.
         Raises FerryError: resource_exhausted if it is over a limit, internal if it holds a value
         that the wire has no place for.
         """
         fields = message.__pydantic_serializer__.to_python(message, exclude_none=True)
+        if call is not None:
+            fields["call"] = call
         try:
             frame: bytes = msgpack.packb(fields)
         except (ValueError, OverflowError) as error:

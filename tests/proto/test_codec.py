@@ -196,3 +196,9 @@ def test_a_memoryview_is_read_like_bytes() -> None:
     frame = worker.CALLS.encode(BEAT)
     assert worker.CALLS.decode(memoryview(frame)) == BEAT
     refusal(memoryview(frame + b"\x00"))
+
+
+def test_a_call_is_numbered_as_it_is_encoded() -> None:
+    call = worker.Heartbeat(call=3)
+    assert worker.CALLS.decode(worker.CALLS.encode(call, 9)) == worker.Heartbeat(call=9)
+    assert call.call == 3
