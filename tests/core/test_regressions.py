@@ -1,5 +1,6 @@
 """Bugs that were found, each as the shortest story that showed it."""
 
+from core.stories import Story
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.source_desk import SINKS_MAX
@@ -92,3 +93,44 @@ def test_a_stream_of_a_sink_that_was_forgotten_is_closed() -> None:
     node = world.machines["a"].node
     effects = node.handle(out.SourceStreamUp(StreamKey(PEER, 0, 1)), 0.0)
     assert effects == [out.Expel(StreamKey(PEER, 0, 1))]
+
+
+def test_a_hello_that_is_repeated_while_its_pool_is_made_is_one_session() -> None:
+    """The second session beat with nobody's heart: its transfers failed as of a lost worker."""
+    node = World().machines["a"].node
+    for number in (1, 2):
+        hello = worker.Hello(call=number, lock="lock", layout=layout())
+        effects = node.handle(out.WorkerCalled(SOURCE, hello, lock_held=True), 0.0)
+    assert effects == []  # the second one waits with the first
+    pool_id = layout().digest.hex()
+    effects = node.handle(out.PoolMade(pool_id, "/a"), 5.0)
+    welcomes = [e.reply for e in effects if isinstance(e, out.ToWorker)]
+    assert [w.call for w in welcomes] == [2]
+    again = worker.Hello(call=3, lock="lock", layout=layout())
+    effects = node.handle(out.WorkerCalled(SOURCE, again, lock_held=True), 5.0)
+    assert len(effects) == 1
+    assert len(node.sessions) == 1
+
+
+def test_hellos_of_one_worker_do_not_fill_the_queue_for_a_pool() -> None:
+    node = World().machines["a"].node
+    for number in range(node.settings.workers_max + 1):
+        hello = worker.Hello(call=number, lock="lock", layout=layout())
+        effects = node.handle(out.WorkerCalled(SOURCE, hello, lock_held=True), 0.0)
+        assert [e for e in effects if isinstance(e, out.ToWorker)] == []  # no refusal
+
+
+def test_an_empty_payload_may_tell_its_aux_after_it_was_opened() -> None:
+    """Its total is its start: there is no last token to tell the aux with."""
+    story = Story(0, late=False)
+    story.world = World()
+    story.world.hello("a", SOURCE, layout(aux=("rope",)))
+    story.world.hello("b", SINK, layout(aux=("rope",)))
+    story.open()
+    story.world.settle()
+    assert story.sink().state is not State.SUCCESS
+    told = worker.Ready(transfer_id="t", ready_tokens=0, aux={"rope": 1})
+    story.world.call("a", SOURCE, told)
+    story.world.settle()
+    assert story.sink().state is State.SUCCESS
+    assert story.sink().aux == {"rope": 1}

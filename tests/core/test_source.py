@@ -67,9 +67,9 @@ def test_a_ready_that_was_said_before_changes_nothing(again: ev.ReadyTo) -> None
     assert (source.available_tokens, source.total_tokens) == (8, 16)
 
 
-def test_aux_alone_is_news_for_who_polls() -> None:
+def test_aux_alone_is_news() -> None:
     source = source_in(State.WAITING_FOR_INPUT, aux_names=("rope",))
-    assert outcome(source, ready(0, None, rope=1)) == "stays"
+    assert outcome(source, ready(0, None, rope=1)) == "stays SendProgress"
     assert source.snapshot().aux == {"rope": 1}
 
 
@@ -210,3 +210,14 @@ def test_a_local_sink_gets_no_more_blocks_than_it_has_room_for() -> None:
     after(source, ready(8))
     [one] = of(after(source, ev.GiveOver(0, 1)), ev.HandOver)
     assert (one.lease.run.blocks, one.tokens, source.window.base_tokens) == (1, 4, 4)
+
+
+def test_a_source_keeps_its_last_block_for_its_own_next_tokens() -> None:
+    """It went to one whose sink waited for room that this one's sink held: neither could go on."""
+    source = source_in(State.WAITING_FOR_INPUT)
+    after(source, ready(8, 12))
+    assert of(after(source, pulled(2, 4)), ev.WantBlocks) == [ev.WantBlocks(1)]
+    effects = after(source, pulled(3, 8))
+    assert of(effects, ev.WantBlocks) == [ev.WantBlocks(1, urgent=True)]
+    kinds = [type(e) for e in effects]
+    assert kinds.index(ev.WantBlocks) < kinds.index(ev.Free)

@@ -67,7 +67,8 @@ class SourceTransfer(Transfer):
     # --- settling ---
 
     def _is_complete(self) -> bool:
-        return self.total_tokens is not None and self.available_tokens == self.total_tokens
+        aux_told = not self.opening.aux_names or self.aux is not None
+        return aux_told and self.available_tokens == self.total_tokens
 
     def _settle(self) -> None:
         self._fail_if_stalled()
@@ -104,10 +105,13 @@ class SourceTransfer(Transfer):
 
     def _tell_news(self) -> None:
         """Tell the sink at once; if that gets lost, its next pull asks again."""
-        news = (self.servable_tokens, self.total_tokens, self.state is State.FAILED)
-        if self.sink is not None and news != self._told:
+        if self.sink is not None and self._told != (news := self._news()):
             self._told = news
             self._emit(ev.SendProgress(self._number, self.sink))
+
+    def _news(self) -> tuple[object, ...]:
+        failed = self.state is State.FAILED
+        return (self.servable_tokens, self.total_tokens, self.aux is None, failed)
 
     def _why_waiting(self) -> StallReason | None:
         if self.sink is None:
@@ -159,7 +163,8 @@ class SourceTransfer(Transfer):
                 f"ready_tokens {event.ready_tokens}, but the window ends at "
                 f"{self.window.edge_tokens}",
             )
-        self._refuse_bad_aux(event, is_last=ready == total)
+        last = ready == total and ready > self.opening.start_tokens
+        self._refuse_bad_aux(event, is_last=last)
 
     def _refuse_bad_aux(self, event: ev.ReadyTo, *, is_last: bool) -> None:
         aux, names = event.aux, self.opening.aux_names
@@ -188,7 +193,7 @@ class SourceTransfer(Transfer):
         self._ack(pull.acked_tokens)
         for want in pull.want:
             self._serve(event.sink, pull, want)
-        self._told = (self.servable_tokens, self.total_tokens, False)
+        self._told = self._news()
         self._emit(ev.SendProgress(pull.number, event.sink))
 
     def _what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:

@@ -72,6 +72,7 @@ class Transfer:
         self.quarantined = False
         self._ended_s = NEVER_S
         self._wanted = 0
+        self._urgent = False
         self._promised_blocks = 0
         self._effects: list[Effect] = []
         self._seen: tuple[object, ...] = ()
@@ -111,7 +112,10 @@ class Transfer:
         if seen != self._seen:
             self._seen = seen
             self.version += 1
-        effects, self._effects = self._effects, []
+        # Who gives blocks back and wants others asks first. A source would else lose its last
+        # block to one whose sink waits for room that this one's sink holds: neither could go on.
+        effects = sorted(self._effects, key=lambda effect: type(effect) is not WantBlocks)
+        self._effects = []
         return effects
 
     def snapshot(self) -> Snapshot:
@@ -177,8 +181,8 @@ class Transfer:
         self.progress_s = self.now_s
 
     def _want(self, blocks: int, *, whole: bool = False, urgent: bool = False) -> None:
-        if blocks != self._wanted:
-            self._wanted = blocks
+        if (blocks, urgent) != (self._wanted, self._urgent):
+            self._wanted, self._urgent = blocks, urgent
             self._emit(WantBlocks(blocks, whole, urgent))
 
     def _got(self, blocks: int) -> None:

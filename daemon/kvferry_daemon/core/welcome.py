@@ -23,7 +23,7 @@ class Welcomer:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._being_made: dict[str, tuple[Layout, int, list[tuple[bytes, worker.Hello]]]] = {}
+        self._being_made: dict[str, tuple[Layout, int, dict[bytes, worker.Hello]]] = {}
 
     def on_hello(self, route: bytes, hello: worker.Hello, lock_held: bool) -> None:
         """Refuse, welcome, or wait for the pool."""
@@ -36,12 +36,12 @@ class Welcomer:
             self._welcome(route, hello)
         elif pool_id in self._being_made:
             waiting = self._being_made[pool_id][2]
-            if len(waiting) >= self._node.settings.workers_max:
+            if route not in waiting and len(waiting) >= self._node.settings.workers_max:
                 raise FerryError(Code.RESOURCE_EXHAUSTED, "too many workers wait for this pool")
-            waiting.append((route, hello))
+            waiting[route] = hello
         else:
             blocks = self._blocks_for(hello.layout)
-            self._being_made[pool_id] = (hello.layout, blocks, [(route, hello)])
+            self._being_made[pool_id] = (hello.layout, blocks, {route: hello})
             self._node.effects.append(out.MakePool(pool_id, hello.layout, blocks))
 
     def _check_session(self, hello: worker.Hello) -> None:
@@ -96,13 +96,13 @@ class Welcomer:
             source,
             sink,
         )
-        for route, hello in waiting:
+        for route, hello in waiting.items():
             self._node.workers.on_call(out.WorkerCalled(route, hello, lock_held=True))
 
     def on_pool_not_made(self, event: out.PoolNotMade) -> None:
         """Tell all who waited why there is no pool."""
         _, _, waiting = self._being_made.pop(event.pool_id)
-        for route, hello in waiting:
+        for route, hello in waiting.items():
             self._node.workers.refuse(
                 route, hello.call, FerryError(Code.POOL_REFUSED, event.message)
             )
@@ -110,7 +110,8 @@ class Welcomer:
     def _welcome(self, route: bytes, hello: worker.Hello) -> None:
         node = self._node
         book = node.books[hello.layout.digest.hex()]
-        session = node.sessions.get(hello.session or "") or self._new_session(hello, book)
+        session = node.sessions.get(hello.session or "") or self._repeated(route, hello)
+        session = session or self._new_session(hello, book)
         session.heard_s, session.lost = node.now_s, False
         node.workers.bind(route, session)
         node.effects.append(
@@ -132,6 +133,13 @@ class Welcomer:
                 ),
             )
         )
+
+    def _repeated(self, route: bytes, hello: worker.Hello) -> Session | None:
+        """A first hello that was said again, on the same connection, is the same session."""
+        session = self._node.workers.session_at(route)
+        if session is None or session.lock != hello.lock:
+            return None
+        return session if session.pool_id == hello.layout.digest.hex() else None
 
     def _new_session(self, hello: worker.Hello, book: PoolBook) -> Session:
         node = self._node

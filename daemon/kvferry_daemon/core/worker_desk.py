@@ -78,9 +78,13 @@ class WorkerDesk:
         self._node.counters[f"refused_{error.code.value}"] += 1
         return worker.Failure(call=call, error=ErrorInfo.of(error.code, error.message))
 
-    def _session_of(self, route: bytes) -> Session:
+    def session_at(self, route: bytes) -> Session | None:
+        """The session that this connection belongs to."""
         secret = self._routes.get(route)
-        session = self._node.sessions.get(secret) if secret else None
+        return None if secret is None else self._node.sessions.get(secret)
+
+    def _session_of(self, route: bytes) -> Session:
+        session = self.session_at(route)
         if session is None:
             raise FerryError(Code.HELLO_FIRST, "this connection belongs to no session")
         return session
