@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sim clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -17,6 +17,17 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# One seed with its story: make sim SEED=7. Many fresh ones: make sim SEEDS=100000 FIRST=1000000
+SEEDS ?= 2000
+FIRST ?= 0
+sim: export PYTHONPATH = tests
+sim: $(INSTALLED)
+ifdef SEED
+	$(BIN)/python -m sim.run --seed $(SEED) --shrink
+else
+	$(BIN)/python -m sim.run --seeds $(SEEDS) --first $(FIRST) --jobs 2
+endif
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

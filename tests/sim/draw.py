@@ -1,0 +1,129 @@
+"""A plan from a seed: how large, how many, how slow, and what goes wrong."""
+
+from __future__ import annotations
+
+from random import Random
+
+from kvferry_proto.states import Role
+from sim import faults
+from sim.jobs import JobPlan
+from sim.memory import BLOCK
+from sim.world import Plan
+
+FAULTS_MAX = 6
+LONGEST_S = 4.0  # of one fault of the network: all together stay below the shortest deadline
+
+
+def draw(seed: int) -> Plan:
+    """The same seed, the same plan."""
+    dice = Random(seed)
+    machines = ("a", "b", "c")[: dice.choice((2, 2, 2, 3))]
+    window = dice.randint(1, 8)
+    quota = window + dice.choice((0, 0, 1, 3, 8))
+    jobs = tuple(_job(dice, n, machines, quota) for n in range(dice.choice((1, 1, 2, 2, 3, 4))))
+    troubles = tuple(
+        sorted(
+            (_fault(dice, machines, jobs) for _ in range(dice.randint(0, FAULTS_MAX))),
+            key=lambda fault: fault.at_s,
+        )
+    )
+    ends_s = [fault.at_s + getattr(fault, "for_s", 0.0) for fault in troubles]
+    return Plan(
+        seed=seed,
+        machines=machines,
+        blocks=2 * quota,
+        window_tokens=window * BLOCK,
+        source_share=0.5,
+        streams=dice.choice((1, 1, 2, 3)),
+        chunk_blocks=dice.choice((1, 1, 2)),
+        aux=dice.random() < 0.2,
+        calm_at_s=max(ends_s, default=0.0) + 0.5,
+        jobs=jobs,
+        faults=troubles,
+    )
+
+
+def _job(dice: Random, number: int, machines: tuple[str, ...], quota: int) -> JobPlan:
+    sink = dice.choice(machines)
+    others = [machine for machine in machines if machine != sink]
+    source = sink if dice.random() < 0.2 else dice.choice(others)
+    tokens = dice.choice((dice.randint(0, 12), dice.randint(0, 40)))
+    start_sink = BLOCK * dice.randint(0, 3) if dice.random() < 0.2 else 0
+    slack = dice.choice((0, 1, BLOCK))
+    fits = -(-(tokens + slack) // BLOCK) <= quota and tokens + slack > 0
+    started_s = _moment(dice, 0.5)
+    return JobPlan(
+        name=f"t{number}",
+        source=source,
+        sink=sink,
+        source_process=f"{source}_prefill{dice.choice((0, 0, 1))}",
+        sink_process=f"{sink}_decode{dice.choice((0, 0, 1))}",
+        tokens=tokens,
+        start_source=BLOCK * dice.randint(0, start_sink // BLOCK),
+        start_sink=start_sink,
+        window_source=dice.randint(1, quota * BLOCK),
+        window_sink=dice.randint(1, quota * BLOCK),
+        whole=fits and dice.random() < 0.3,
+        max_tokens=start_sink + tokens + slack,
+        late=dice.random() < 0.6,
+        early_aux=dice.random() < 0.3,
+        eager=dice.random() < 0.6,
+        goodbye=dice.random() < 0.2,
+        think_s=dice.choice((0.001, 0.005, 0.03)),
+        source_at_s=started_s + _moment(dice, 0.3),
+        sink_at_s=started_s + _moment(dice, 0.3),
+    )
+
+
+def _moment(dice: Random, most_s: float) -> float:
+    """Small ones are as likely as large ones: much happens within a few milliseconds."""
+    return most_s * 10 ** dice.uniform(-2.5, 0.0)
+
+
+def _fault(dice: Random, machines: tuple[str, ...], jobs: tuple[JobPlan, ...]) -> faults.Fault:
+    at_s = _moment(dice, 1.5)
+    for_s = _moment(dice, LONGEST_S)
+    machine = dice.choice(machines)
+    job = dice.choice(jobs)
+    process = dice.choice((job.source_process, job.sink_process))
+    kind = dice.choices(range(len(_WEIGHTS)), _WEIGHTS)[0]
+    match kind:
+        case 0:
+            slow_s = dice.choice((0.0, 0.05, 1.0))
+            return faults.Weather(
+                at_s, for_s, dice.choice((0.0, 0.3, 0.7)), dice.choice((0.0, 0.5)), slow_s
+            )
+        case 1:
+            other = dice.choice([one for one in machines if one != machine])
+            return faults.Partition(at_s, for_s, machine, other)
+        case 2:
+            return faults.Cut(at_s, dice.randrange(8))
+        case 3:
+            return faults.Damage(at_s, dice.randint(1, 3))
+        case 4:
+            return faults.Freeze(at_s, for_s)
+        case 5:
+            return faults.KillWorker(at_s, process, for_s)
+        case 6:
+            return faults.StopWorker(at_s, process, 2 * for_s)
+        case 7:
+            return faults.IpcWeather(at_s, for_s / 4, dice.choice((0.0, 0.5)), 0.5)
+        case 8:
+            return faults.Reconnect(at_s, process)
+        case 9:
+            return faults.Cancel(at_s, dice.randrange(4), dice.choice(tuple(Role)))
+        case 10:
+            return faults.Retry(at_s, dice.randrange(4))
+        case 11:
+            return faults.Jump(at_s, machine, dice.choice((0.2, 1.0, 5.0, 40.0)))
+        case 12:
+            return faults.PauseDaemon(at_s, machine, dice.choice((for_s / 4, 2 * for_s)))
+        case 13:
+            return faults.KillDaemon(at_s, machine, for_s)
+        case 14:
+            return faults.NoPool(0.0, machine, dice.randint(1, 3))
+        case _:
+            return faults.SlowZero(at_s, machine, dice.choice((0.1, 1.0)))
+
+
+_WEIGHTS = (4, 2, 4, 2, 2, 2, 2, 2, 1, 2, 3, 1, 1, 2, 1, 1)

@@ -1,0 +1,145 @@
+"""One request, as the router sees it: two sides, an attempt, and a new one when it failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvferry_proto.states import Role
+from sim.memory import Broken, name_of
+from sim.sides import Side, SinkSide, SourceSide
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+SIDES: dict[Role, type[SourceSide | SinkSide]] = {
+    Role.SOURCE: SourceSide,
+    Role.SINK: SinkSide,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """Everything about a request that is decided before it starts."""
+
+    name: str
+    source: str  # machine
+    sink: str
+    source_process: str
+    sink_process: str
+    tokens: int  # the total is so much above the sink's start
+    start_source: int
+    start_sink: int
+    window_source: int
+    window_sink: int
+    whole: bool
+    max_tokens: int
+    late: bool  # the total is told with the last tokens or after
+    early_aux: bool
+    eager: bool  # take over whatever is there, not only what must be taken
+    goodbye: bool  # the prefill worker does not wait for the end
+    think_s: float
+    source_at_s: float
+    sink_at_s: float
+
+
+class Job:
+    """The router's book of one request."""
+
+    def __init__(self, world: World, number: int, plan: JobPlan) -> None:
+        self.world = world
+        self.number = number
+        self.plan = plan
+        self.total = plan.start_sink + plan.tokens
+        self.aux: dict[str, int | float | str | bytes] | None = None
+        if world.layout.aux:
+            self.aux = {"first": number}
+        self.source_address = f"tcp://{plan.source}:1"
+        self.attempt = 0
+        self.sides: dict[Role, Side] = {}
+        self.done = False  # consumed to the end
+        self.cancelled = False
+        self.finished = False
+        self.source_succeeded = False
+        self.excuse: str | None = None  # why an attempt of it may fail
+        self.story: list[str] = []
+        clock = world.clock
+        clock.at(plan.source_at_s, self.switch, Role.SOURCE, 0)
+        clock.at(plan.sink_at_s, self.switch, Role.SINK, 0)
+
+    def name(self, attempt: int) -> int:
+        """What the memory model calls token 0 of an attempt."""
+        return name_of(self.number, attempt)
+
+    def process_name(self, role: Role) -> str:
+        """Which process of which machine does this side."""
+        return self.plan.source_process if role is Role.SOURCE else self.plan.sink_process
+
+    def switch(self, role: Role, attempt: int) -> None:
+        """A worker is told of an attempt."""
+        if attempt != self.attempt or self.cancelled or self.done:
+            return
+        old = self.sides.get(role)
+        if old is not None and old.key.attempt == attempt:
+            return
+        if old is not None:
+            old.give_up(abort=self.world.dice.random() < 0.3)
+        process = self.world.processes[self.process_name(role)]
+        if process.alive:  # else it hears of it when it is started again
+            side = self.sides[role] = SIDES[role](self, attempt, process)
+            side.start()
+
+    def attempt_failed(self, attempt: int, why: str) -> None:
+        """A side says that an attempt has failed."""
+        if attempt != self.attempt or self.done or self.cancelled:
+            return
+        self.story.append(f"{self.world.clock.now_s:.3f} attempt {attempt}: {why}")
+        self.world.say(self.plan.name, "FAILED", f"attempt {attempt}: {why}")
+        if self.excuse is None:
+            raise Broken(f"{self.plan.name} failed for no good reason: {self.story}")
+        self.world.clock.after(0.3 * self.world.dice.random(), self.retry, attempt)
+
+    def retry(self, attempt: int) -> None:
+        """Both sides are told of the next attempt, each in its own time."""
+        if attempt != self.attempt or self.done or self.cancelled:
+            return
+        self.attempt += 1
+        for role in Role:
+            wait_s = 0.4 * self.world.dice.random()
+            self.world.clock.after(wait_s, self.switch, role, self.attempt)
+
+    def cancel(self, first: Role) -> None:
+        """The user has gone away: one side aborts, the other hears of it, or is told."""
+        if self.done or self.cancelled:
+            return
+        self.excuse = self.excuse or "cancelled"
+        self.cancelled = True
+        for role, wait_s in ((first, 0.0), (_other(first), self.world.dice.random())):
+            side = self.sides.get(role)
+            if side is not None:
+                self.world.clock.after(wait_s, self._give_up, side, role is first)
+        self.look()
+
+    def _give_up(self, side: Side, abort: bool) -> None:
+        if side.process.alive:
+            side.process.later(0.0, lambda: side.give_up(abort=abort))
+
+    def consumed(self, attempt: int) -> None:
+        """The decode worker has every token of an attempt."""
+        self.world.say(self.plan.name, "CONSUMED", f"attempt {attempt}")
+        if attempt == self.attempt:
+            self.done = True
+
+    def look(self) -> None:
+        """Has everything ended?"""
+        if self.finished or not (self.done or self.cancelled):
+            return
+        if all(side.over for side in self.sides.values()):
+            self.finished = True
+            self.world.unfinished -= 1
+            if self.excuse is None and not (self.source_succeeded or self.plan.goodbye):
+                raise Broken(f"{self.plan.name} was consumed, but its source did not succeed")
+
+
+def _other(role: Role) -> Role:
+    return Role.SINK if role is Role.SOURCE else Role.SOURCE

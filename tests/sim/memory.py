@@ -1,0 +1,160 @@
+"""One pool's memory in the model: a slot a token, and who may touch which block right now.
+
+A slot holds the name of the token that was written there, and keeps it when its block is freed: so
+what a consumer sees can be checked exactly, and what is left over from another owner shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvferry_daemon.core.pool import BlockPool, Grant, Lease
+from kvferry_daemon.core.window import Place
+from kvferry_proto.states import Role
+
+if TYPE_CHECKING:
+    from sim.machine import Life
+
+BLOCK = 4
+EMPTY = 0
+GARBAGE = 1 << 60  # bytes that were damaged on their way
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def name_of(transfer: int, attempt: int) -> int:
+    """The name of an attempt's token 0; the others follow, so that an extent is a range."""
+    return (transfer + 1) << 40 | attempt << 24
+
+
+def owner_part(name: int) -> int:
+    """What two tokens of one attempt have in common."""
+    return (name & ~GARBAGE) >> 24
+
+
+class Piece(NamedTuple):
+    """Tokens that lie in one block."""
+
+    block: int
+    slot: int
+    tokens: int
+    first_token: int
+
+
+def pieces(place: Place, first_token: int, tokens: int) -> Iterator[Piece]:
+    """Where an extent lies, block by block."""
+    end = first_token + tokens
+    at = place.base_tokens
+    for first_block, blocks in place.runs:
+        for block in range(first_block, first_block + blocks):
+            low, high = max(at, first_token), min(at + BLOCK, end)
+            if low < high:
+                yield Piece(block, block * BLOCK + low - at, high - low, low)
+            at += BLOCK
+
+
+class Memory:
+    """The slots, and for each block its owner in the books, its writer, and how many read it."""
+
+    __slots__ = ("blocks", "owner", "readers", "slots", "writer")
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.slots = [EMPTY] * (blocks * BLOCK)
+        self.owner = [0] * blocks
+        self.readers = [0] * blocks
+        self.writer: dict[int, object] = {}
+
+    def read(self, place: Place, first_token: int, tokens: int) -> list[int]:
+        """The names in an extent."""
+        slots = self.slots
+        names: list[int] = []
+        for _, slot, count, _ in pieces(place, first_token, tokens):
+            names += slots[slot : slot + count]
+        return names
+
+    def write(self, place: Place, first_token: int, names: list[int]) -> None:
+        """Put names into an extent."""
+        slots = self.slots
+        for _, slot, count, first in pieces(place, first_token, len(names)):
+            at = first - first_token
+            slots[slot : slot + count] = names[at : at + count]
+
+    def wipe(self, block: int) -> None:
+        """Leave nothing in a block."""
+        self.slots[block * BLOCK : (block + 1) * BLOCK] = [EMPTY] * BLOCK
+
+
+class WatchedPool(BlockPool):
+    """The real pool, with somebody looking on: I1, I7 and I8 at every grant and every freeing."""
+
+    __slots__ = ("_last_seen", "_life", "_memory", "_owned")
+
+    def __init__(
+        self, life: Life, memory: Memory, blocks: int, source_blocks: int, sink_blocks: int
+    ) -> None:
+        super().__init__(blocks, source_blocks, sink_blocks)
+        self._life = life
+        self._memory = memory
+        self._last_seen = 0
+        self._owned = 0
+
+    def grant(self, owner: int, role: Role, blocks: int) -> Grant:
+        grant = super().grant(owner, role, blocks)
+        for lease in grant.leases:
+            self._begin(lease)
+        self._count()
+        return grant
+
+    def free(self, lease: Lease) -> None:
+        super().free(lease)
+        self._end(lease, lease.run.blocks, freed=True)
+        self._count()
+
+    def free_front(self, lease: Lease, blocks: int) -> Lease | None:
+        rest = super().free_front(lease, blocks)
+        self._end(lease, blocks, freed=True)
+        self._count()
+        return rest
+
+    def regrant(self, lease: Lease, blocks: int, owner: int, role: Role) -> Lease:
+        new = super().regrant(lease, blocks, owner, role)
+        self._end(lease, blocks, freed=False)
+        self._begin(new)
+        self._count()
+        return new
+
+    def _begin(self, lease: Lease) -> None:
+        if lease.lease_id <= self._last_seen:
+            raise Broken(f"I1: lease {lease.lease_id} after {self._last_seen}")
+        self._last_seen = lease.lease_id
+        owner = self._memory.owner
+        first, blocks = lease.run
+        for block in range(first, first + blocks):
+            if owner[block]:
+                raise Broken(f"I1: block {block} is granted twice")
+            owner[block] = lease.owner
+        self._owned += blocks
+
+    def _end(self, lease: Lease, blocks: int, *, freed: bool) -> None:
+        memory = self._memory
+        first = lease.run.first_block
+        for block in range(first, first + blocks):
+            if memory.owner[block] != lease.owner:
+                raise Broken(f"I7: block {block} is freed by {lease.owner}, who does not own it")
+            if memory.readers[block]:
+                raise Broken(f"I7: block {block} goes while a connection reads it")
+            if block in memory.writer:
+                raise Broken(f"I7: block {block} goes while {memory.writer[block]} writes it")
+            self._life.check_no_worker_touches(lease.owner, block, freed=freed)
+            memory.owner[block] = 0
+        self._owned -= blocks
+
+    def _count(self) -> None:
+        if self.free_blocks + self._owned != self.blocks:
+            raise Broken(f"I8: {self.free_blocks} free and {self._owned} owned of {self.blocks}")
+        if not 0 <= self.quarantined_blocks <= self._owned:
+            raise Broken(f"I8: {self.quarantined_blocks} quarantined of {self._owned} owned")

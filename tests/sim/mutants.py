@@ -1,0 +1,276 @@
+"""Deliberate mistakes in the core, each one that somebody could make: the simulator must see all.
+
+A mutant is a function that patches the core through pytest's MonkeyPatch. Its docstring says what
+the mistake is.
+"""
+
+from typing import Any
+
+import pytest
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.claims import Claims
+from kvferry_daemon.core.extents import ExtentSet
+from kvferry_daemon.core.pool import BlockPool, Grant
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.worker_desk import WorkerDesk
+from kvferry_proto.errors import Code
+from kvferry_proto.states import Role
+
+
+def resume_by_blocks(patch: pytest.MonkeyPatch) -> None:
+    """A resume is told apart by the blocks of the window, not by sent_tokens."""
+    right = SinkTransfer._on_resume
+    shown: dict[int, object] = {}
+
+    def wrong(self: SinkTransfer, event: ev.ResumeAt) -> None:
+        blocks = self.window.runs()
+        if event.sent_tokens <= self.sent_tokens and shown.get(id(self)) == blocks:
+            return
+        shown[id(self)] = blocks
+        right(self, event)
+
+    _move(patch, SinkTransfer, ev.ResumeAt, wrong)
+
+
+def silent_duplicate(patch: pytest.MonkeyPatch) -> None:
+    """What was asked for once is not asked for again."""
+
+    def wrong(self: Claims) -> tuple[()]:
+        return ()
+
+    patch.setattr(Claims, "wants", property(wrong))
+
+
+def free_on_send(patch: pytest.MonkeyPatch) -> None:
+    """A source's block goes when it was sent, not when it was acknowledged."""
+    right = SourceTransfer._on_sent
+
+    def wrong(self: SourceTransfer, event: ev.Sent) -> None:
+        tokens = self._reading.get((event.key, event.first_token))
+        right(self, event)
+        if tokens is not None and event.first_token <= self.sent_tokens:
+            self._ack(event.first_token + tokens)
+
+    _move(patch, SourceTransfer, ev.Sent, wrong)
+
+
+def free_without_drain(patch: pytest.MonkeyPatch) -> None:
+    """A sink's blocks go at its end, whoever still writes there."""
+    right = SinkTransfer._settle_ended
+
+    def wrong(self: SinkTransfer) -> None:
+        if self.released:
+            self._free_all()
+        right(self)
+
+    patch.setattr(SinkTransfer, "_settle_ended", wrong)
+
+
+def quarantine_by_timer(patch: pytest.MonkeyPatch) -> None:
+    """After the hold deadline nobody touches the blocks any more, surely."""
+    right = SinkTransfer._settle_ended
+
+    def wrong(self: SinkTransfer) -> None:
+        right(self)
+        if self.now_s >= self._ended_s + self.timing.hold_s:
+            self._free_all()
+
+    patch.setattr(SinkTransfer, "_settle_ended", wrong)
+
+
+def old_chunk(patch: pytest.MonkeyPatch) -> None:
+    """Attempts of one id share a handle, so a chunk of the old one is taken for the new one's."""
+    right = SinkDesk.handle_of
+    handles: dict[tuple[int, str], int] = {}
+
+    def wrong(self: SinkDesk, key: ev.Key) -> int:
+        fresh = right(self, key)
+        handle = handles.setdefault((id(self), key.transfer_id), fresh)
+        self._handles[key] = handle
+        self._keys[handle] = key
+        return handle
+
+    def forget(self: SinkDesk, key: ev.Key) -> None:
+        transfer = self._node.transfers[key]
+        self._sinks_of.get(transfer.opening.source or "", set()).discard(key)
+
+    patch.setattr(SinkDesk, "handle_of", wrong)
+    patch.setattr(SinkDesk, "forget", forget)
+
+
+def inherited_progress(patch: pytest.MonkeyPatch) -> None:
+    """A retry goes on where the attempt before it had come to."""
+    right = WorkerDesk._supersede
+
+    def wrong(self: WorkerDesk, key: ev.Key, newest: int) -> None:
+        old = self._node.transfers.get(key._replace(attempt=newest))
+        if isinstance(old, SinkTransfer):
+            reached[key] = old.sent_tokens
+        right(self, key, newest)
+
+    reached: dict[ev.Key, int] = {}
+    begin = SinkTransfer.__init__
+
+    def inherit(self: SinkTransfer, opening: Any, timing: ev.Timing, now_s: float) -> None:
+        begin(self, opening, timing, now_s)
+        self.sent_tokens = max(self.sent_tokens, reached.get(opening.key, 0))
+
+    patch.setattr(WorkerDesk, "_supersede", wrong)
+    patch.setattr(SinkTransfer, "__init__", inherit)
+
+
+def count_before_bytes(patch: pytest.MonkeyPatch) -> None:
+    """What is asked for is as good as there."""
+    right = SinkTransfer._emit
+
+    def wrong(self: SinkTransfer, effect: ev.Effect) -> None:
+        right(self, effect)
+        if isinstance(effect, ev.Claim):
+            self._commit(effect.first_token, effect.tokens)
+
+    patch.setattr(SinkTransfer, "_emit", wrong)
+
+
+def unbound_claim(patch: pytest.MonkeyPatch) -> None:
+    """What does not come soon is asked for on another connection, while the first may bring it."""
+    right = SinkTransfer._claim
+
+    def wrong(self: SinkTransfer) -> bool:
+        if self.now_s >= self._resend_at_s:
+            for first_token in list(self._claims._made):
+                self._claims.drop(first_token)
+        return right(self)
+
+    patch.setattr(SinkTransfer, "_claim", wrong)
+
+
+def highest_acked(patch: pytest.MonkeyPatch) -> None:
+    """The highest token received is acknowledged, not the gapless prefix."""
+    right = SinkTransfer._pull
+
+    def wrong(self: SinkTransfer, want: tuple[Any, ...]) -> None:
+        prefix, runs = self.sent_tokens, self._committed
+        self.sent_tokens = max([prefix, *(end for _, end in _runs(runs))])
+        right(self, want)
+        self.sent_tokens = prefix
+
+    patch.setattr(SinkTransfer, "_pull", wrong)
+
+
+def done_once(patch: pytest.MonkeyPatch) -> None:
+    """The end is told once; should it get lost, the source is left to its lease."""
+    right = SinkTransfer._on_end
+
+    def wrong(self: SinkTransfer) -> None:
+        right(self)
+        self.done_noted = True
+
+    patch.setattr(SinkTransfer, "_on_end", wrong)
+
+
+def unfloored_resume(patch: pytest.MonkeyPatch) -> None:
+    """A resume inside of a block frees that block."""
+    right = SinkTransfer._on_resume
+
+    def wrong(self: SinkTransfer, event: ev.ResumeAt) -> None:
+        before = self.last_resume_at
+        right(self, event)
+        size = self.opening.block_size_tokens
+        base = min(-(-event.sent_tokens // size) * size, self.window.edge_tokens)
+        moved = self.last_resume_at != before and self.opening.max_tokens is None
+        if moved and base > self.window.base_tokens:
+            self._emit(ev.Free(tuple(self.window.drop_to(base))))
+
+    _move(patch, SinkTransfer, ev.ResumeAt, wrong)
+
+
+def old_unknown(patch: pytest.MonkeyPatch) -> None:
+    """Any `unknown` after the first answer means that the source is lost, however old it is."""
+    right = SinkTransfer._on_heard
+
+    def wrong(self: SinkTransfer, event: ev.Heard) -> None:
+        if not event.progress.known and self.known_at is not None:
+            self._fail(Code.SOURCE_LOST, "unknown")
+            return
+        right(self, event)
+
+    _move(patch, SinkTransfer, ev.Heard, wrong)
+
+
+def writer_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A source's blocks go at its end, though its worker still fills them."""
+    right = SourceTransfer._settle_ended
+
+    def wrong(self: SourceTransfer) -> None:
+        if not self._reading:
+            self._free_all()
+        right(self)
+
+    patch.setattr(SourceTransfer, "_settle_ended", wrong)
+
+
+def reader_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A source's acknowledged block goes, though a thread still reads it for another connection."""
+    right = SourceTransfer._drop_acked
+
+    def wrong(self: SourceTransfer) -> None:
+        reading, self._reading = self._reading, {}
+        right(self)
+        self._reading = reading
+
+    patch.setattr(SourceTransfer, "_drop_acked", wrong)
+
+
+def never_again(patch: pytest.MonkeyPatch) -> None:
+    """A pull is said once; should it get lost, both sides wait."""
+    right = SinkTransfer._pull
+
+    def wrong(self: SinkTransfer, want: tuple[Any, ...]) -> None:
+        right(self, want)
+        self._resend_at_s = float("inf")
+
+    patch.setattr(SinkTransfer, "_pull", wrong)
+
+
+def not_zeroed(patch: pytest.MonkeyPatch) -> None:
+    """Blocks change owner with what is in them."""
+    right = BlockPool.grant
+
+    def wrong(self: BlockPool, owner: int, role: Role, blocks: int) -> Grant:
+        return right(self, owner, role, blocks)._replace(dirty=())
+
+    patch.setattr(BlockPool, "grant", wrong)
+
+
+def half_blocks(patch: pytest.MonkeyPatch) -> None:
+    """A block that is not full yet counts as full once it is ready to its last token but one."""
+
+    def wrong(self: SourceTransfer) -> int:
+        size = self.opening.block_size_tokens
+        return (self.available_tokens + 1) // size * size
+
+    patch.setattr(SourceTransfer, "servable_tokens", property(wrong))
+
+
+def _move(patch: pytest.MonkeyPatch, side: type[Any], event: type[Any], move: Any) -> None:
+    """Replace what a side does with an event, live and ended."""
+    name = side.LIVE[event].__name__
+    patch.setattr(side, name, move)
+    for table in (side.LIVE, side.ENDED):
+        if event in table and table[event].__name__ == name:
+            patch.setitem(table, event, move)
+
+
+def _runs(extents: ExtentSet) -> list[tuple[int, int]]:
+    return list(extents)
+
+
+MUTANTS = (
+    resume_by_blocks, silent_duplicate, free_on_send, free_without_drain, quarantine_by_timer,
+    old_chunk, inherited_progress, count_before_bytes, unbound_claim, highest_acked, done_once,
+    unfloored_resume, old_unknown, writer_forgotten, reader_forgotten, never_again, not_zeroed,
+    half_blocks,
+)  # fmt: skip

@@ -1,0 +1,33 @@
+"""Thousands of disasters, each from one seed; and mistakes that must not go unseen."""
+
+from collections.abc import Callable
+
+import pytest
+
+from sim.draw import draw
+from sim.mutants import MUTANTS
+from sim.run import failure_of, failures
+
+SEEDS = 2000
+CHUNK = 100
+# Seeds that failed once, each for another reason. They stay.
+FAILED_ONCE = (206, 242, 331, 335, 423, 507, 531, 671, 684, 3303, 3411, 3550, 5485, 5574, 12737)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_nothing_is_wrong_and_nothing_is_stuck(first: int) -> None:
+    """`python -m sim.run --seed N --shrink` tells the shortest story of a seed that fails."""
+    assert failures(first, CHUNK) == []
+
+
+@pytest.mark.parametrize("seed", FAILED_ONCE)
+def test_a_seed_that_failed_once(seed: int) -> None:
+    assert failure_of(draw(seed)) is None
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_mistake_is_found(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant(monkeypatch)
+    assert any(failure_of(draw(seed)) is not None for seed in range(SEEDS))
