@@ -197,7 +197,7 @@ class World:
                 gone = [c for c in me.claims if c[1] == effect.handle]
                 for claim in gone:
                     del me.claims[claim]
-                return [out.ChunkMissed(handle, first) for _, handle, first in gone]
+                return [out.ChunkMissed(*claim) for claim in gone]
             case out.Transmit():
                 self._transmit(name, effect)
             case out.OpenPeer() | out.ClosePeer() | out.WatchWorker() | out.ForgetWorker():
@@ -250,7 +250,9 @@ class World:
         for token, name in enumerate(data, chunk.first_token):
             block, index = divmod(token - claim.place.base_tokens, BLOCK)
             self.block(chunk.to, (claim.pool_id, blocks[block]))[index] = name
-        self.feed(chunk.to, out.ChunkReceived(chunk.handle, chunk.first_token, chunk.tokens))
+        self.feed(
+            chunk.to, out.ChunkReceived(chunk.key, chunk.handle, chunk.first_token, chunk.tokens)
+        )
 
     def _read_extent(self, source: str, chunk: Chunk) -> list[Token | None]:
         blocks = [b for run in chunk.runs for b in range(run.first_block, sum(run))]

@@ -132,12 +132,12 @@ class Effects:
         assert self._streams is not None
         views = self._views(effect.pool_id, effect.first_token, effect.tokens, effect.place)
         if not self._streams.expect(effect, views):
-            self._events.append(out.ChunkMissed(effect.handle, effect.first_token))
+            self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
         assert self._streams is not None
-        for first_token in self._streams.cancel(effect.handle):
-            self._events.append(out.ChunkMissed(effect.handle, first_token))
+        for key, first_token in self._streams.cancel(effect.handle):
+            self._events.append(out.ChunkMissed(key, effect.handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
         assert self._streams is not None

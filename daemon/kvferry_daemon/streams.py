@@ -82,17 +82,21 @@ class Streams:
         receiver.claim(effect.handle, effect.first_token, effect.tokens, views)
         return True
 
-    def cancel(self, handle: int) -> list[int]:
-        """Take back the claims that no thread has begun; return their first tokens."""
-        return [first for r in self._receivers.values() for first in r.cancel(handle)]
+    def cancel(self, handle: int) -> list[tuple[StreamKey, int]]:
+        """Take back the claims that no thread has begun; return where, and their first tokens."""
+        return [(k, first) for k, r in self._receivers.items() for first in r.cancel(handle)]
 
     def _on_sink_event(self, event: te.StreamEvent) -> None:
         match event:
             case te.Received():
-                self._feed(out.ChunkReceived(event.handle, event.first_token, event.payload_bytes))
+                self._feed(
+                    out.ChunkReceived(
+                        _stream_key(event.key), event.handle, event.first_token, event.payload_bytes
+                    )
+                )
             case te.Rejected():
                 log.warning("stream %s: chunk refused: %s", event.key, event.why)
-                self._feed(out.ChunkMissed(event.handle, event.first_token))
+                self._feed(out.ChunkMissed(_stream_key(event.key), event.handle, event.first_token))
             case te.Drained():
                 self._feed(out.ChunkDrained(event.payload_bytes))
             case te.StreamDown():

@@ -40,7 +40,7 @@ def code_of(sink: SinkTransfer) -> str | None:
 def with_a_full_window(**changes: Any) -> SinkTransfer:
     """8 tokens are in place, and the source has 32."""
     sink = sink_in(State.TRANSFERRING, **changes)
-    after(sink, ev.Received(4), heard(1, available_tokens=32))
+    after(sink, ev.Received(KEY, 4), heard(1, available_tokens=32))
     assert (sink.sent_tokens, sink.stall) == (8, StallReason.WAITING_FOR_RESUME)
     return sink
 
@@ -93,9 +93,9 @@ def test_the_window_slides_while_its_second_half_is_under_way() -> None:
     effects = after(sink, ev.ResumeAt(4), granted(0))
     assert [(c.first_token, c.place.runs[0].first_block) for c in of(effects, ev.Claim)] == [(8, 0)]
     assert [want.first_token for want in of(effects, ev.SendPull)[-1].want] == [8]
-    after(sink, ev.Received(8))
+    after(sink, ev.Received(KEY, 8))
     assert sink.sent_tokens == 4  # the claim on 4 to 8 is the gap
-    after(sink, ev.Received(4))
+    after(sink, ev.Received(KEY, 4))
     assert (sink.sent_tokens, sink.window.base_tokens) == (12, 4)
 
 
@@ -143,11 +143,13 @@ def test_a_pull_that_is_sent_again_names_every_claim_and_a_new_number() -> None:
 def test_only_the_prefix_is_acknowledged() -> None:
     """Extents come in any order; what lies behind a gap may have to be asked for again."""
     sink = sink_in(State.WAITING_FOR_INPUT)
-    after(sink, heard(1, available_tokens=8), granted(0, 2), ev.Received(4))
+    after(sink, heard(1, available_tokens=8), granted(0, 2), ev.Received(KEY, 4))
     assert sink.sent_tokens == 0
     [pull] = of(after(sink, ev.Tick(1.0)), ev.SendPull)
     assert (pull.acked_tokens, [want.first_token for want in pull.want]) == (0, [0])
-    [pull] = of(after(sink, ev.Received(0)), ev.SendPull)  # at once: the source may free blocks
+    [pull] = of(
+        after(sink, ev.Received(KEY, 0)), ev.SendPull
+    )  # at once: the source may free blocks
     assert (sink.sent_tokens, pull.acked_tokens, pull.want) == (8, 8, ())
 
 
@@ -173,13 +175,20 @@ def test_a_stream_that_ends_takes_only_its_own_claims_with_it() -> None:
     assert claims_of(effects) == [(0, OTHER), (8, OTHER)]
     [pull] = of(effects, ev.SendPull)
     assert {(w.first_token, w.stream, w.connection) for w in pull.want} == {(0, 1, 5), (8, 1, 5)}
-    after(sink, *[ev.Received(first) for first in (0, 4, 8, 12)])
+    after(sink, *[ev.Received(OTHER, first) for first in (0, 4, 8, 12)])
     assert sink.sent_tokens == 16
+
+
+def test_a_late_miss_of_one_connection_does_not_end_a_claim_that_was_made_anew() -> None:
+    sink = on_two_streams()
+    after(sink, ev.StreamDown(KEY))
+    assert claims_of(after(sink, ev.Missed(KEY, 0))) == []
+    assert claims_of(after(sink, ev.Missed(OTHER, 0))) == [(0, OTHER)]
 
 
 def test_what_came_before_its_stream_ended_is_not_claimed_again() -> None:
     sink = on_two_streams()
-    after(sink, ev.Received(8))
+    after(sink, ev.Received(KEY, 8))
     assert claims_of(after(sink, ev.StreamDown(KEY))) == [(0, OTHER)]
 
 
@@ -221,7 +230,7 @@ def test_claims_of_a_transfer_are_bounded() -> None:
     sink = sink_in(State.WAITING_FOR_INPUT, window_tokens=tokens)
     effects = after(sink, heard(1, available_tokens=tokens), granted(0, CLAIMS_MAX + 44))
     assert len(of(effects, ev.Claim)) == CLAIMS_MAX
-    assert claims_of(after(sink, ev.Received(0))) == [(CLAIMS_MAX * BLOCK, KEY)]
+    assert claims_of(after(sink, ev.Received(KEY, 0))) == [(CLAIMS_MAX * BLOCK, KEY)]
 
 
 def test_a_chunk_ends_at_a_multiple_of_its_size_and_at_the_end_of_the_payload() -> None:

@@ -77,7 +77,7 @@ def test_no_progress_fails_it_and_says_what_it_waited_for(
 
 @pytest.mark.parametrize(
     "progress",
-    [ev.Received(4), ev.ResumeAt(4), granted(2), heard(1, available_tokens=12)],
+    [ev.Received(KEY, 4), ev.ResumeAt(4), granted(2), heard(1, available_tokens=12)],
 )
 def test_progress_moves_the_deadline(progress: object) -> None:
     sink = sink_in(State.TRANSFERRING)
@@ -88,7 +88,7 @@ def test_progress_moves_the_deadline(progress: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "noise", [ev.PeerUp(), ev.PeerDown(), ev.StreamUp(KEY), heard(1), ev.Missed(4)]
+    "noise", [ev.PeerUp(), ev.PeerDown(), ev.StreamUp(KEY), heard(1), ev.Missed(KEY, 4)]
 )
 def test_noise_does_not(noise: object) -> None:
     sink = sink_in(State.TRANSFERRING)
@@ -113,7 +113,9 @@ def test_past_the_hold_deadline_blocks_are_quarantined_and_never_freed() -> None
 
 
 @pytest.mark.parametrize(
-    "proof", [ev.Missed(4), ev.Received(4), ev.StreamDown(KEY)], ids=["missed", "late", "cut"]
+    "proof",
+    [ev.Missed(KEY, 4), ev.Received(KEY, 4), ev.StreamDown(KEY)],
+    ids=["missed", "late", "cut"],
 )
 @pytest.mark.parametrize("release", [ev.Release(), ev.WorkerLost(True, "gone")])
 def test_blocks_are_freed_once_nobody_writes_and_nobody_reads(
@@ -129,7 +131,7 @@ def test_blocks_are_freed_once_nobody_writes_and_nobody_reads(
 
 def test_a_worker_that_is_lost_but_not_dead_keeps_its_blocks_from_reuse() -> None:
     sink = sink_in(State.TRANSFERRING)
-    effects = after(sink, ev.WorkerLost(False, "silent for 3 s"), ev.Missed(4))
+    effects = after(sink, ev.WorkerLost(False, "silent for 3 s"), ev.Missed(KEY, 4))
     assert (code_of(sink), quarantined(effects), freed(effects)) == (Code.WORKER_LOST, [0], [])
     assert freed(after(sink, ev.WorkerLost(False, "still silent"), ev.Tick(1e6))) == []
     assert freed(after(sink, ev.WorkerLost(True, "its lock fell"))) == [0]
@@ -137,7 +139,7 @@ def test_a_worker_that_is_lost_but_not_dead_keeps_its_blocks_from_reuse() -> Non
 
 def test_a_worker_that_is_dead_holds_nothing() -> None:
     sink = sink_in(State.TRANSFERRING)
-    assert freed(after(sink, ev.WorkerLost(True, "gone"), ev.Missed(4))) == [0]
+    assert freed(after(sink, ev.WorkerLost(True, "gone"), ev.Missed(KEY, 4))) == [0]
 
 
 def test_a_writer_that_hangs_has_its_connection_closed_again_and_again() -> None:
@@ -156,7 +158,7 @@ def test_a_release_before_the_end_gives_it_up() -> None:
     sink = sink_in(State.TRANSFERRING)
     assert freed(after(sink, ev.Release())) == []
     assert code_of(sink) == Code.RELEASED_EARLY
-    assert freed(after(sink, ev.Missed(4))) == [0]
+    assert freed(after(sink, ev.Missed(KEY, 4))) == [0]
 
 
 def test_blocks_that_cross_the_end_go_back_at_once() -> None:

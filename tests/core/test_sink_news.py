@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from core.test_sink import code_of, of, with_a_full_window
-from core.test_sink_table import after, fresh_sink, granted, heard, lease, outcome, sink_in
+from core.test_sink_table import KEY, after, fresh_sink, granted, heard, lease, outcome, sink_in
 from kvferry_daemon.core import events as ev
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
@@ -16,13 +16,13 @@ from kvferry_proto.states import StallReason, State
 
 def test_a_total_told_when_all_is_in_place_ends_it() -> None:
     sink = with_a_full_window()
-    after(sink, ev.ResumeAt(8), granted(0, 2), ev.Received(8), ev.Received(12))
+    after(sink, ev.ResumeAt(8), granted(0, 2), ev.Received(KEY, 8), ev.Received(KEY, 12))
     assert sink.state is State.TRANSFERRING
     after(sink, heard(1, available_tokens=32, total_tokens=32), ev.ResumeAt(16))
-    after(sink, granted(2, 2), ev.Received(16), ev.Received(20), ev.ResumeAt(24))
-    after(sink, granted(4, 2), ev.Received(28))
+    after(sink, granted(2, 2), ev.Received(KEY, 16), ev.Received(KEY, 20), ev.ResumeAt(24))
+    after(sink, granted(4, 2), ev.Received(KEY, 28))
     assert sink.state is State.TRANSFERRING
-    after(sink, ev.Received(24))
+    after(sink, ev.Received(KEY, 24))
     assert (sink.state, sink.sent_tokens) == (State.SUCCESS, 32)
 
 
@@ -69,7 +69,7 @@ def test_a_payload_that_needs_no_token_moved(start: int, total: int, state: Stat
 
 def test_the_end_waits_for_aux() -> None:
     sink = sink_in(State.TRANSFERRING, aux_names=("rope",))
-    after(sink, ev.Received(4), heard(1, available_tokens=8, total_tokens=8))
+    after(sink, ev.Received(KEY, 4), heard(1, available_tokens=8, total_tokens=8))
     assert (sink.state, sink.sent_tokens) == (State.TRANSFERRING, 8)
     after(sink, heard(1, available_tokens=8, total_tokens=8, aux={"rope": 3}))
     assert (sink.state, sink.snapshot().aux) == (State.SUCCESS, {"rope": 3})
@@ -117,7 +117,7 @@ def test_whole_mode_asks_for_all_of_it_once_a_token_exists() -> None:
     sink = sink_in(State.WAITING_FOR_INPUT, max_tokens=24)
     [want] = of(after(sink, heard(1, available_tokens=4)), ev.WantBlocks)
     assert want == ev.WantBlocks(6, whole=True, urgent=True)
-    after(sink, granted(0, 6), ev.Received(0))
+    after(sink, granted(0, 6), ev.Received(KEY, 0))
     assert outcome(sink, ev.ResumeAt(4)) == "stays"  # no Free: it keeps the whole until release
     assert (sink.partial_sent_tokens, sink.window.base_tokens) == (4, 0)
     assert sink.stall is StallReason.WAITING_FOR_INPUT

@@ -258,9 +258,9 @@ def sink_in(state: State, **changes: Any) -> SinkTransfer:
     if state is not State.BOOTSTRAPPING:
         after(sink, heard(1))
     if state in (State.TRANSFERRING, State.SUCCESS, State.FAILED):
-        after(sink, heard(1, available_tokens=8), granted(0, 2), ev.Received(0))
+        after(sink, heard(1, available_tokens=8), granted(0, 2), ev.Received(KEY, 0))
     if state is State.SUCCESS:
-        after(sink, ev.Received(4), heard(1, available_tokens=8, total_tokens=8))
+        after(sink, ev.Received(KEY, 4), heard(1, available_tokens=8, total_tokens=8))
     if state is State.FAILED:
         after(sink, ev.Fail(Code.ABORTED, "enough"))
     assert sink.state is state
@@ -302,8 +302,8 @@ EVENTS: dict[str, object] = {
     "Heard unknown": heard(1, known=False),
     "Heard failed": heard(1, State.FAILED),
     "Heard of no pull": heard(99, State.FAILED),
-    "Received": ev.Received(4),
-    "Missed": ev.Missed(4),
+    "Received": ev.Received(KEY, 4),
+    "Missed": ev.Missed(KEY, 4),
     "TookOver": ev.TookOver(lease(7), 4),
     "RoomAgain": ev.RoomAgain(),
     "ResumeAt 0": ev.ResumeAt(0),

@@ -64,8 +64,8 @@ class Job:
         self.excuse: str | None = None  # why an attempt of it may fail
         self.story: list[str] = []
         clock = world.clock
-        clock.at(plan.source_at_s, self.switch, Role.SOURCE, 0)
-        clock.at(plan.sink_at_s, self.switch, Role.SINK, 0)
+        clock.at(plan.source_at_s, self.begin, Role.SOURCE)
+        clock.at(plan.sink_at_s, self.begin, Role.SINK)
 
     def name(self, attempt: int) -> int:
         """What the memory model calls token 0 of an attempt."""
@@ -74,6 +74,10 @@ class Job:
     def process_name(self, role: Role) -> str:
         """Which process of which machine does this side."""
         return self.plan.source_process if role is Role.SOURCE else self.plan.sink_process
+
+    def begin(self, role: Role) -> None:
+        """A worker hears of the request, and of the attempt that is current by then."""
+        self.switch(role, self.attempt)
 
     def switch(self, role: Role, attempt: int) -> None:
         """A worker is told of an attempt."""

@@ -242,14 +242,14 @@ class Life:
         self.watcher.check_claim(effect)
         receiver = self.receivers.get(effect.key)
         if receiver is None:
-            self._events.append(out.ChunkMissed(effect.handle, effect.first_token))
+            self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
         else:
             receiver.claim(effect)
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
         for receiver in list(self.receivers.values()):
             for first_token in receiver.cancel(effect.handle):
-                self._events.append(out.ChunkMissed(effect.handle, first_token))
+                self._events.append(out.ChunkMissed(receiver.key, effect.handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
         self.watcher.check_served(effect)

@@ -140,8 +140,8 @@ def unbound_claim(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: SinkTransfer) -> bool:
         if self.now_s >= self._resend_at_s:
-            for first_token in list(self._claims._made):
-                self._claims.drop(first_token)
+            for first_token, (key, _) in list(self._claims._made.items()):
+                self._claims.drop(key, first_token)
         return right(self)
 
     patch.setattr(SinkTransfer, "_claim", wrong)

@@ -248,11 +248,11 @@ class Connection:
         self._current = None
         self._give_up(claim)
         if chunk.damaged:
-            self.sink.feed(out.ChunkMissed(chunk.handle, chunk.first_token))
+            self.sink.feed(out.ChunkMissed(self.key, chunk.handle, chunk.first_token))
             self.close()
         else:
             self.sink.watcher.received.add((chunk.handle, chunk.first_token))
-            event = out.ChunkReceived(chunk.handle, chunk.first_token, len(chunk.names))
+            event = out.ChunkReceived(self.key, chunk.handle, chunk.first_token, len(chunk.names))
             self.sink.feed(event)
             self._next()
 

@@ -50,7 +50,7 @@ class Claims:
         if self._streams.get(key.stream) == key:
             del self._streams[key.stream]
         for first in [first for first, (one, _) in self._made.items() if one == key]:
-            self.drop(first)
+            self.drop(key, first)
 
     def make(self, first: int, edge: int) -> Iterator[tuple[StreamKey, Want]]:
         """Claim what is neither claimed nor in place of [first, edge), in chunks, in turn."""
@@ -71,13 +71,21 @@ class Claims:
                 yield key, want
                 start = stop
 
-    def drop(self, first_token: int) -> None:
+    def drop(self, key: StreamKey, first_token: int) -> None:
         """A claim ended without bytes; the tokens may be claimed again."""
-        if first_token in self._made:
-            _, want = self._made.pop(first_token)
+        want = self._take(key, first_token)
+        if want is not None:
             self._asked.remove(first_token, first_token + want.tokens)
 
-    def fulfil(self, first_token: int) -> int | None:
+    def fulfil(self, key: StreamKey, first_token: int) -> int | None:
         """A claim ended with its bytes in place; return how many tokens (None: no such claim)."""
-        made = self._made.pop(first_token, None)
-        return None if made is None else made[1].tokens
+        want = self._take(key, first_token)
+        return None if want is None else want.tokens
+
+    def _take(self, key: StreamKey, first_token: int) -> Want | None:
+        """End this very connection's claim; one made anew elsewhere stays."""
+        made = self._made.get(first_token)
+        if made is None or made[0] != key:
+            return None
+        del self._made[first_token]
+        return made[1]

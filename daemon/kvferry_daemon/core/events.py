@@ -129,13 +129,15 @@ class Heard:
 class Received:
     """A claimed extent is in place, its bytes verified."""
 
+    key: StreamKey
     first_token: int
 
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """A claim ended without bytes; nobody writes there any more."""
+    """A claim ended without bytes; nobody writes there through this connection any more."""
 
+    key: StreamKey
     first_token: int
 
 

@@ -116,6 +116,7 @@ class SourceStreamDown:
 class ChunkReceived:
     """A claimed extent is in place, verified."""
 
+    key: StreamKey
     handle: int
     first_token: int
     payload_bytes: int
@@ -125,6 +126,7 @@ class ChunkReceived:
 class ChunkMissed:
     """A claim ended without bytes and nobody writes there."""
 
+    key: StreamKey
     handle: int
     first_token: int
 

@@ -185,10 +185,10 @@ class SinkTransfer(Transfer):
         self._claims.stream_down(event.key)
 
     def _on_missed(self, event: ev.Missed) -> None:
-        self._claims.drop(event.first_token)
+        self._claims.drop(event.key, event.first_token)
 
     def _on_received(self, event: ev.Received) -> None:
-        tokens = self._claims.fulfil(event.first_token)
+        tokens = self._claims.fulfil(event.key, event.first_token)
         assert tokens is not None, event  # I4: the transport posts only what it found claimed
         self._commit(event.first_token, tokens)
 
@@ -307,7 +307,7 @@ class SinkTransfer(Transfer):
         self._fail(Code.RELEASED_EARLY, f"released by its worker at token {self.sent_tokens}")
 
     def _on_late_received(self, event: ev.Received) -> None:
-        self._claims.fulfil(event.first_token)  # not committed: the transfer has ended
+        self._claims.fulfil(event.key, event.first_token)  # not committed: the transfer has ended
 
     def _on_done_noted(self, _event: ev.DoneNoted) -> None:
         self.done_noted = True

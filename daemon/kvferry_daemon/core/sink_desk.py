@@ -132,12 +132,12 @@ class SinkDesk:
         """An extent is in place."""
         self._node.counters["chunks_received"] += 1
         self._node.counters["bytes_received"] += event.payload_bytes
-        self._node.post(self._keys[event.handle], ev.Received(event.first_token))
+        self._node.post(self._keys[event.handle], ev.Received(event.key, event.first_token))
 
     def on_missed(self, event: out.ChunkMissed) -> None:
         """A claim came to nothing."""
         self._node.counters["chunks_missed"] += 1
-        self._node.post(self._keys[event.handle], ev.Missed(event.first_token))
+        self._node.post(self._keys[event.handle], ev.Missed(event.key, event.first_token))
 
     def on_drained(self, event: out.ChunkDrained) -> None:
         """Bytes that nobody had claimed."""
