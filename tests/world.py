@@ -76,6 +76,8 @@ class World:
         for name in ("a", "b"):
             settings = Settings(
                 boot_id=(name * 16),
+                daemon_id=(name * 16),
+                life=1,
                 peer_address=f"tcp://{name}:1",
                 timing=Timing(),
                 window_tokens=window_tokens,

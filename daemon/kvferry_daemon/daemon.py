@@ -207,6 +207,8 @@ def settings_of(config: Config, peer_address: str) -> Settings:
     deadlines = config.deadlines.model_dump(exclude={"stop_s"})
     return Settings(
         boot_id=secrets.token_hex(16),
+        daemon_id=secrets.token_hex(16),
+        life=1,
         peer_address=peer_address,
         timing=Timing(**deadlines),
         window_tokens=config.window_tokens,

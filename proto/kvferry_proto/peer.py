@@ -34,11 +34,16 @@ Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
 
 
 class PeerHello(Message):
-    """Sink's daemon to source's: first message, repeated until answered."""
+    """Sink's daemon to source's: first message, repeated until answered.
+
+    A daemon that goes on from its ledger keeps its ``daemon_id``, and its ``life`` grows.
+    """
 
     kind: Literal["peer_hello"] = "peer_hello"
     versions: Versions = OURS
     boot_id: BootId
+    daemon_id: BootId
+    life: Annotated[int, Field(ge=1, le=1 << 31)]
 
 
 class PeerWelcome(Message):

@@ -9,6 +9,7 @@ import pytest
 
 from core.test_peers_table import (
     BOOT,
+    HELLO,
     REBORN,
     current,
     fresh_peer,
@@ -61,7 +62,7 @@ def ticks(peer: Peer, count: int) -> list[tuple[float, list[PeerEffect]]]:
 
 
 def test_hello_is_said_at_once_and_again_after_delays_that_double() -> None:
-    peer = Peer(SOURCE, SINK, TIMING, 1, 5.0)
+    peer = Peer(SOURCE, HELLO, TIMING, 1, 5.0)
     found = ticks(peer, 7)
     assert [at_s for at_s, _ in found] == [5.0, 5.2, 5.6, 6.4, 8.0, 10.0, 12.0]
     assert all(said(effects, wire.PeerHello) for _, effects in found)

@@ -15,6 +15,7 @@ from kvferry_proto.states import State
 
 BOOT, REBORN = "a" * 16, "e" * 16
 SECRET = b"s" * 32
+HELLO = wire.PeerHello(boot_id=SINK, daemon_id=SINK, life=1)
 
 # `stays`: something changed, but neither the link's state nor the stream's. `absorbed`: nothing
 # did. The link's table has one stream, which is asked for while the link is up, and closing when
@@ -48,6 +49,8 @@ PeerRefused                 | connecting up lost | stays
 PeerRefused, no version     | connecting up lost | stays PeerFailed
 PeerRefused by another life | connecting lost    | stays
 PeerRefused by another life | up                 | link lost PeerIsDown
+PeerRefused, hello first    | connecting lost    | stays
+PeerRefused, hello first    | up                 | stays PeerHello
 Pong                        | connecting lost    | absorbed
 Pong                        | up                 | stays
 Pong of another life        | connecting up lost | absorbed
@@ -138,7 +141,7 @@ PULL = wire.Pull(**T, number=1, handle=1, layout_digest=b"x" * 16, start_tokens=
 
 def fresh_peer(streams: int = 1) -> Peer:
     """Nobody has answered yet."""
-    peer = Peer(SOURCE, SINK, TIMING, streams, 0.0)
+    peer = Peer(SOURCE, HELLO, TIMING, streams, 0.0)
     peer.tick(0.0)
     return peer
 
@@ -209,6 +212,7 @@ CALLS: dict[str, Call] = {
     "PeerWelcome of version 9": says(welcome(version=9)),
     "PeerRefused": says(refused(Code.PEER_PROTOCOL)),
     "PeerRefused, no version": says(refused(Code.NO_COMMON_VERSION)),
+    "PeerRefused, hello first": says(refused(Code.HELLO_FIRST)),
     "PeerRefused by another life": says(refused(Code.DAEMON_RESTARTED, REBORN)),
     "Pong": says(linked(wire.Pong)),
     "Pong of another life": says(linked(wire.Pong, REBORN)),
@@ -219,7 +223,7 @@ CALLS: dict[str, Call] = {
     "Ticket of no stream": says(ticket(9, 0)),
     "Ticket of another life": says(ticket(boot_id=REBORN)),
     "Ticket to another": says(ticket(to="c" * 16)),
-    "PeerHello": says(wire.PeerHello(boot_id=BOOT)),
+    "PeerHello": says(wire.PeerHello(boot_id=BOOT, daemon_id=BOOT, life=1)),
     "Ping": says(linked(wire.Ping)),
     "OpenStream": says(linked(wire.OpenStream, stream=0, connection=0)),
     "Pulls": says(linked(wire.Pulls, pulls=[PULL])),

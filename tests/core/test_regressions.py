@@ -3,7 +3,7 @@
 from core.stories import Story
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
-from kvferry_daemon.core.source_desk import SINKS_MAX
+from kvferry_daemon.core.sink_daemons import SINKS_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, State
@@ -51,7 +51,7 @@ def test_what_left_under_a_doubled_handle_is_counted_for_its_own_transfer() -> N
         ready = worker.Ready(transfer_id=name, ready_tokens=BLOCK, total_tokens=BLOCK)
         world.call("a", SOURCE, ready)
     stream = StreamKey(PEER, 0, 0)
-    world.feed("a", out.SinkSaid(b"route", peer.PeerHello(boot_id=PEER)))
+    world.feed("a", out.SinkSaid(b"route", peer.PeerHello(boot_id=PEER, daemon_id=PEER, life=1)))
     world.feed("a", out.SourceStreamUp(stream))
     digest = next(iter(node.books.values())).layout.digest
     want = [peer.Want(first_token=0, tokens=BLOCK, stream=0, connection=0)]
@@ -80,7 +80,9 @@ def test_what_is_kept_of_sinks_is_bounded() -> None:
     node = world.machines["a"].node
     for number in range(SINKS_MAX + 100):
         boot = f"{number:016x}"
-        node.handle(out.SinkSaid(b"route", peer.PeerHello(boot_id=boot)), 0.0)
+        node.handle(
+            out.SinkSaid(b"route", peer.PeerHello(boot_id=boot, daemon_id=boot, life=1)), 0.0
+        )
         ask = peer.OpenStream(stream=0, connection=1, source_boot_id="a" * 16, sink_boot_id=boot)
         node.handle(out.SinkSaid(b"route", ask), 0.0)
         if number == 0:

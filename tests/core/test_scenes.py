@@ -230,7 +230,9 @@ def test_blocks_that_are_still_read_are_not_freed() -> None:
         acked_tokens=WINDOW,
     )
     assert source.sink is not None
-    freed = [e for e in source.handle(Pulled(source.sink, pull)) if isinstance(e, Free)]
+    freed = [
+        e for e in source.handle(Pulled(source.sink, source.sink, pull)) if isinstance(e, Free)
+    ]
     assert freed == []
     assert source.window.base_tokens == 0
 

@@ -216,6 +216,7 @@ def pulled(number: int, acked: int = 0, *want: Want, sink: str = SINK, start: in
     """A sink's daemon asks."""
     return ev.Pulled(
         sink,
+        sink,
         Pull(
             transfer_id="t",
             attempt=0,

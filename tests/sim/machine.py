@@ -87,7 +87,7 @@ class Life:
         settings = machine.settings
         boot_id = f"{machine.name}{number:015x}"
         fields = {name: getattr(settings, name) for name in settings.__slots__}
-        fields["boot_id"] = boot_id
+        fields |= {"boot_id": boot_id, "daemon_id": boot_id}
         self.node = Node(Settings(**fields), self.world.new_secret, 1, machine.local_s)
         self.dead = False
         self.pools: dict[str, Memory] = {}

@@ -82,6 +82,8 @@ class World:
         plan = self.plan
         return Settings(
             boot_id=name,
+            daemon_id=name,
+            life=1,
             peer_address=f"tcp://{name}:1",
             timing=TIMING,
             window_tokens=plan.window_tokens,

@@ -257,7 +257,7 @@ def raw(tmp_path: Path) -> Iterator[tuple[LiveDaemon, RawPeer]]:
     """A source's daemon, and a peer that has said hello."""
     with LiveDaemon(tmp_path / "a") as live:
         one = RawPeer(live.address)
-        one.source = one.say(peer.PeerHello(boot_id=BOOT_ID)).boot_id
+        one.source = one.say(peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)).boot_id
         yield live, one
         one.close()
 

@@ -127,7 +127,7 @@ PULL = p.Pull(
 )  # fmt: skip
 NEWS = p.Progress(transfer_id="t", attempt=0, number=1, state=State.WAITING_FOR_INPUT)
 PEER: dict[str, Any] = {
-    "peer hello": p.PeerHello(boot_id=SINK),
+    "peer hello": p.PeerHello(boot_id=SINK, daemon_id=SOURCE, life=2),
     "peer welcome": p.PeerWelcome(version=1, boot_id=SOURCE, sink_boot_id=SINK),
     "ping": p.Ping(**LINK),
     "pong": p.Pong(**LINK),

@@ -33,7 +33,7 @@ def sink(tmp_path: Path) -> Iterator[LiveDaemon]:
 def raw(daemon: LiveDaemon) -> Iterator[RawPeer]:
     """A peer that has said hello."""
     one = RawPeer(daemon.address)
-    welcome = one.say(peer.PeerHello(boot_id=BOOT_ID))
+    welcome = one.say(peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1))
     assert isinstance(welcome, peer.PeerWelcome)
     one.source = welcome.boot_id
     yield one

@@ -36,7 +36,7 @@ def test_a_frame_that_is_no_message_is_refused(raw: RawPeer, frames: list[bytes]
 
 
 def test_versions_without_overlap_are_refused_with_both_ranges(raw: RawPeer) -> None:
-    fields = peer.PeerHello(boot_id=BOOT_ID).model_dump()
+    fields = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1).model_dump()
     answer = raw.raw(msgpack.packb({**fields, "versions": {"low": 5, "high": 6}}))
     assert answer.error.code == "no_common_version"
     assert "5 to 6" in answer.error.message
@@ -76,13 +76,18 @@ def test_a_second_sink_cannot_take_a_transfer_over(
     assert raw.pull().error is None
     thief = RawPeer(daemon.address)
     thief.source = raw.source
+    stranger = "cd" * 16
     done = peer.Done(
         transfer_id="t",
         attempt=0,
         state=State.SUCCESS,
         source_boot_id=raw.source,
-        sink_boot_id="cd" * 16,
+        sink_boot_id=stranger,
     )
+    refused = thief.say(done)
+    assert isinstance(refused, peer.PeerRefused)
+    assert refused.error.code == "hello_first"
+    thief.say(peer.PeerHello(boot_id=stranger, daemon_id=stranger, life=1))
     assert isinstance(thief.say(done), peer.DoneNoted)
     thief.close()
     assert source.poll(Role.SOURCE).state not in TERMINAL

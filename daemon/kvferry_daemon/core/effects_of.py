@@ -131,7 +131,8 @@ class EffectDesk:
             want=list(effect.want),
         )
         if opening.source is None:
-            node.post(key._replace(role=Role.SOURCE), ev.Pulled(node.settings.boot_id, pull))
+            us = node.settings
+            node.post(key._replace(role=Role.SOURCE), ev.Pulled(us.boot_id, us.daemon_id, pull))
         else:
             node.sinks.say_pull(opening.source, pull)
 

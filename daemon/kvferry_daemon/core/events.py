@@ -180,9 +180,10 @@ class ReadyTo:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A sink's daemon asks; ``sink`` is its boot id."""
+    """A sink's daemon asks; ``sink`` is the boot id of this life of it, ``daemon`` its own."""
 
     sink: str
+    daemon: str
     pull: Pull
 
 

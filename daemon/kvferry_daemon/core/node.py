@@ -34,6 +34,8 @@ class Settings:
     """What the operator decides, as far as the node has to know it."""
 
     boot_id: str
+    daemon_id: str
+    life: int
     peer_address: str
     timing: ev.Timing
     window_tokens: int

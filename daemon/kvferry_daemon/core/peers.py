@@ -84,7 +84,7 @@ class Peer:
     """One daemon that this one pulls from. Only the ``on_`` methods and ``tick`` change it."""
 
     address: str
-    our_boot_id: str
+    hello: wire.PeerHello
     timing: Timing
     streams_wanted: int
     now_s: float
@@ -104,6 +104,11 @@ class Peer:
         self._say_s = self.timing.resend_s
         self._probe_at_s = self.now_s + self.timing.connect_s
         self._streams = {index: _Stream() for index in range(self.streams_wanted)}
+
+    @property
+    def our_boot_id(self) -> str:
+        """Of this life of ours."""
+        return self.hello.boot_id
 
     @property
     def streams_open(self) -> list[StreamKey]:
@@ -218,7 +223,7 @@ class Peer:
         if self.now_s >= self._say_at_s:
             self._say_at_s = self.now_s + self._say_s
             self._say_s = min(self._say_s * 2, self.timing.resend_max_s)
-            self._say(wire.PeerHello(boot_id=self.our_boot_id))
+            self._say(self.hello)
         if self.state == "connecting" and self.now_s >= self._probe_at_s:
             self._probe_at_s = self.now_s + self.timing.connect_s
             self._effects.append(Probe(self.address))
@@ -251,6 +256,8 @@ class Peer:
             )
         elif self.state == "up" and message.boot_id != self.boot_id:
             self._lose("restarted")
+        elif self.state == "up" and message.error.code == Code.HELLO_FIRST:
+            self._say(self.hello)
 
     def _lose(self, why: str) -> None:
         """Streams are closed: only that proves that nothing more is written through them."""

@@ -204,7 +204,10 @@ class SinkDesk:
     def _open(self, address: str) -> pr.Peer:
         node = self._node
         settings = node.settings
-        peer = pr.Peer(address, settings.boot_id, settings.timing, settings.streams, node.now_s)
+        hello = wire.PeerHello(
+            boot_id=settings.boot_id, daemon_id=settings.daemon_id, life=settings.life
+        )
+        peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s)
         self.peers[address] = peer
         node.effects.append(out.OpenPeer(address))
         self._do(peer, peer.tick(node.now_s))

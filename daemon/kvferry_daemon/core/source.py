@@ -30,7 +30,8 @@ class SourceTransfer(Transfer):
     def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
         super().__init__(opening, timing, now_s)
         self.available_tokens = opening.start_tokens
-        self.sink: str | None = None  # boot id of the daemon that pulls
+        self.sink: str | None = None  # boot id of the daemon that pulls, in this life of it
+        self.sink_daemon: str | None = None
         self._number = 0
         self._lease_until_s = NEVER_S
         self._reading: dict[tuple[ev.StreamKey, int], int] = {}  # (key, first) -> tokens
@@ -185,9 +186,12 @@ class SourceTransfer(Transfer):
         if wrong is not None:
             self._emit(ev.SendProgress(pull.number, event.sink, ErrorInfo.of(*wrong)))
             return
-        if self.sink is None:
-            self.sink = event.sink
+        if self.sink_daemon is None:
+            self.sink_daemon = event.daemon
             self._progressed()
+        if self.sink != event.sink:
+            self.sink = event.sink  # its numbers begin anew
+            self._number = 0
         self._lease_until_s = self.now_s + self.timing.lease_s
         self._number = max(self._number, pull.number)
         self._ack(pull.acked_tokens)
@@ -198,7 +202,7 @@ class SourceTransfer(Transfer):
 
     def _what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
         pull, start = event.pull, self.opening.start_tokens
-        if self.sink is not None and event.sink != self.sink:
+        if self.sink_daemon not in (None, event.daemon):
             return Code.NOT_YOUR_TRANSFER, "another sink daemon receives this attempt"
         if pull.start_tokens < start:
             return (

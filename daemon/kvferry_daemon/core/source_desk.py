@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -16,7 +17,6 @@ from kvferry_proto.versions import agree
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node
 
-SINKS_MAX = 4096
 UNMET_MAX = 4096
 STREAMS_MAX_PER_SINK = wire.STREAMS_MAX
 TICKET_S = 10.0
@@ -27,7 +27,7 @@ class SourceDesk:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._routes: OrderedDict[str, bytes] = OrderedDict()  # sink's boot id -> route
+        self._daemons = SinkDaemons()
         self._open: set[ev.StreamKey] = set()
         self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
@@ -42,7 +42,8 @@ class SourceDesk:
             if isinstance(message, wire.PeerHello):
                 self._on_hello(route, message)
                 return
-            sink = self._checked(route, message)
+            daemon = self._checked(route, message)
+            sink = daemon.boot_id
             match message:
                 case wire.Ping():
                     self._say(
@@ -53,9 +54,9 @@ class SourceDesk:
                     self._on_open_stream(sink, message)
                 case wire.Pulls():
                     for pull in message.pulls:
-                        self._on_pull(sink, pull)
+                        self._on_pull(ev.Pulled(sink, daemon.daemon_id, pull))
                 case wire.Done():
-                    self._on_done(sink, message)
+                    self._on_done(daemon, message)
                 case _:
                     raise FerryError(Code.PEER_PROTOCOL, f"a sink does not send {message.kind}")
         except FerryError as error:
@@ -67,33 +68,26 @@ class SourceDesk:
         refusal = wire.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
         self._node.effects.append(out.ToSink(route, refusal))
 
-    def _checked(self, route: bytes, message: wire.PeerMessage) -> str:
+    def _checked(self, route: bytes, message: wire.PeerMessage) -> SinkDaemon:
         ours = self._node.settings.boot_id
         if getattr(message, "source_boot_id", None) != ours:
             raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
-        sink = str(getattr(message, "sink_boot_id", ""))
-        self._know(sink, route)
-        return sink
-
-    def _know(self, sink: str, route: bytes) -> None:
-        self._routes[sink] = route
-        self._routes.move_to_end(sink)
-        if len(self._routes) > SINKS_MAX:
-            self._forget_sink(self._routes.popitem(last=False)[0])
-
-    def _forget_sink(self, sink: str) -> None:
-        for stream in range(STREAMS_MAX_PER_SINK):
-            self._newest.pop((sink, stream), None)
-        for key in sorted(key for key in self._open if key.peer == sink):
-            self._node.effects.append(out.Expel(key))
+        return self._daemons.seen(str(getattr(message, "sink_boot_id", "")), route)
 
     def _on_hello(self, route: bytes, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
-        self._know(hello.boot_id, route)
+        for boot_id in self._daemons.hello(route, hello):
+            self._forget_sink(boot_id)
         welcome = wire.PeerWelcome(
             version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
         )
         self._node.effects.append(out.ToSink(route, welcome))
+
+    def _forget_sink(self, boot_id: str) -> None:
+        for stream in range(STREAMS_MAX_PER_SINK):
+            self._newest.pop((boot_id, stream), None)
+        for key in sorted(key for key in self._open if key.peer == boot_id):
+            self._node.effects.append(out.Expel(key))
 
     def _on_open_stream(self, sink: str, message: wire.OpenStream) -> None:
         """A new connection of a stream ends the earlier ones: one writer an extent."""
@@ -117,15 +111,15 @@ class SourceDesk:
         )
         self._say(sink, answer)
 
-    def _on_pull(self, sink: str, pull: wire.Pull) -> None:
-        node = self._node
+    def _on_pull(self, event: ev.Pulled) -> None:
+        node, sink, pull = self._node, event.sink, event.pull
         key = ev.Key(Role.SOURCE, pull.transfer_id, pull.attempt)
         node.counters["pulls_received"] += 1
         transfer = node.transfers.get(key)
         if transfer is None:
             self.say_progress(sink, self.answer_without_transfer(key, pull.number))
             if node.tombstones.get(key) is None:
-                self._unmet[key] = (ev.Pulled(sink, pull), node.now_s)
+                self._unmet[key] = (event, node.now_s)
                 if len(self._unmet) > UNMET_MAX:
                     self._unmet.popitem(last=False)
             return
@@ -134,7 +128,7 @@ class SourceDesk:
             progress = self.answer_without_transfer(key, pull.number)
             self.say_progress(sink, progress.model_copy(update={"layout": layout, "known": True}))
             return
-        node.post(key, ev.Pulled(sink, pull))
+        node.post(key, event)
 
     def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
         """What a pull gets when no such attempt is open here."""
@@ -164,23 +158,23 @@ class SourceDesk:
         """A pull came before the source was opened: answer it now, not at its next repeat."""
         unmet = self._unmet.pop(key, None)
         if unmet is not None:
-            self._on_pull(unmet[0].sink, unmet[0].pull)
+            self._on_pull(unmet[0])
 
-    def _on_done(self, sink: str, message: wire.Done) -> None:
+    def _on_done(self, sink: SinkDaemon, message: wire.Done) -> None:
         key = ev.Key(Role.SOURCE, message.transfer_id, message.attempt)
         transfer = self._node.transfers.get(key)
         done = ev.Done(message.state, message.error)
         if transfer is None:
             self.done_without_transfer(key, done)
-        elif getattr(transfer, "sink", None) in (None, sink):
+        elif getattr(transfer, "sink_daemon", None) in (None, sink.daemon_id):
             self._node.run_now(key, done)
         noted = wire.DoneNoted(
             transfer_id=message.transfer_id,
             attempt=message.attempt,
             source_boot_id=self._node.settings.boot_id,
-            sink_boot_id=sink,
+            sink_boot_id=sink.boot_id,
         )
-        self._say(sink, noted)
+        self._say(sink.boot_id, noted)
 
     def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
         """A late done, or one for an attempt that is still to be opened here."""
@@ -200,7 +194,7 @@ class SourceDesk:
         """A sink's daemon has connected; no ticket admits another one under the same number."""
         key = event.key
         self._open.add(key)
-        if key.peer in self._routes:
+        if key.peer in self._daemons:
             slot = (key.peer, key.stream)
             self._newest[slot] = max(self._newest.get(slot, 0), key.connection + 1)
         else:
@@ -240,7 +234,7 @@ class SourceDesk:
                 self._say(sink, message)
 
     def _say(self, sink: str, message: wire.PeerMessage) -> None:
-        route = self._routes.get(sink)
+        route = self._daemons.route_of(sink)
         if route is not None:
             self._node.effects.append(out.ToSink(route, message))
 

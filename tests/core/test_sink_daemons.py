@@ -1,0 +1,63 @@
+"""Which life of which daemon speaks: a later one ends the one before, never the other way."""
+
+import pytest
+
+from core.test_sink_table import after, pulled
+from core.test_source_table import source_in
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.sink_daemons import SINKS_MAX, SinkDaemons
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.peer import PeerHello
+from kvferry_proto.states import State
+
+DAEMON = "d" * 16
+FIRST, SECOND = "1" * 16, "2" * 16
+
+
+def hello(boot_id: str, life: int, daemon_id: str = DAEMON) -> PeerHello:
+    return PeerHello(boot_id=boot_id, daemon_id=daemon_id, life=life)
+
+
+def test_a_later_life_ends_the_one_before() -> None:
+    daemons = SinkDaemons()
+    assert daemons.hello(b"one", hello(FIRST, 1)) == []
+    assert daemons.hello(b"two", hello(SECOND, 2)) == [FIRST]
+    assert daemons.route_of(SECOND) == b"two"
+    with pytest.raises(FerryError) as caught:
+        daemons.seen(FIRST, b"one")  # what it said before it died, late
+    assert caught.value.code is Code.HELLO_FIRST
+
+
+def test_a_late_hello_of_an_earlier_life_changes_nothing() -> None:
+    daemons = SinkDaemons()
+    daemons.hello(b"two", hello(SECOND, 2))
+    with pytest.raises(FerryError) as caught:
+        daemons.hello(b"one", hello(FIRST, 1))
+    assert caught.value.code is Code.DAEMON_RESTARTED
+    assert daemons.seen(SECOND, b"two").daemon_id == DAEMON
+
+
+def test_the_same_hello_from_a_new_connection_moves_the_route() -> None:
+    daemons = SinkDaemons()
+    daemons.hello(b"one", hello(FIRST, 1))
+    assert daemons.hello(b"other", hello(FIRST, 1)) == []
+    assert daemons.route_of(FIRST) == b"other"
+
+
+def test_the_silent_ones_are_forgotten_first() -> None:
+    daemons = SinkDaemons()
+    for number in range(SINKS_MAX):
+        assert daemons.hello(b"r", hello(f"{number:016x}", 1, f"{number:016x}")) == []
+    daemons.seen(f"{0:016x}", b"r")
+    assert daemons.hello(b"r", hello(FIRST, 1)) == [f"{1:016x}"]
+    assert f"{0:016x}" in daemons
+    assert daemons.hello(b"r", hello(f"{1:016x}", 1, f"{1:016x}")) == [f"{2:016x}"]  # may return
+
+
+def test_a_source_goes_on_with_the_next_life_of_its_sink_and_its_new_numbers() -> None:
+    source = source_in(State.TRANSFERRING)
+    before = pulled(9)
+    after(source, ev.Pulled(FIRST, before.daemon, before.pull))
+    news = after(source, ev.Pulled(SECOND, before.daemon, pulled(1).pull))
+    [progress] = [e for e in news if isinstance(e, ev.SendProgress)]
+    assert (progress.number, progress.sink, progress.error) == (1, SECOND, None)
