@@ -62,6 +62,14 @@ class LiveDaemon:
     def __exit__(self, *_exc: object) -> None:
         self.stop()
 
+    def pause(self) -> None:
+        """Let it stand still."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """End it without ceremony."""
         if self.process.poll() is None:

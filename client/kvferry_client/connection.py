@@ -1,162 +1,110 @@
-"""One worker's way to its daemon: the lock that proves it lives, the session, calls and replies."""
+"""A blocking connection to the daemon: calls, repeats, replies. One thread uses it at a time."""
 
-import fcntl
-import itertools
 import os
-import secrets
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import zmq
 
+from kvferry_client.session import (
+    CALL_S,
+    HELLO_S,
+    JOINS_MAX,
+    REPEAT_S,
+    Member,
+    Session,
+    check_same_pool,
+    is_refused,
+)
+from kvferry_client.views import Pool
 from kvferry_proto import worker
 from kvferry_proto.codec import FRAME_BYTES_MAX
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.layout import Layout
-
-REPEAT_S = 1.0
-CALL_S = 10.0
-HELLO_S = 60.0  # the first hello with a layout allocates the pool
 
 
-class Lock:
-    """A flock on a file of the runtime directory: held exactly as long as blocks may be touched."""
-
-    def __init__(self, runtime_dir: Path) -> None:
-        """Create and lock the file; FerryError(daemon_unreachable) without a runtime directory."""
-        self.name = secrets.token_hex(16)
-        try:
-            self._descriptor = os.open(
-                runtime_dir / "workers" / self.name,
-                os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-                0o600,
-            )
-        except OSError as error:
-            raise FerryError(
-                Code.DAEMON_UNREACHABLE, f"no daemon's runtime directory at {runtime_dir}: {error}"
-            ) from error
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-
-    def release(self) -> None:
-        """Say that this process touches no block any more. The daemon removes the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-class Session:
-    """What every connection of one worker shares."""
-
-    def __init__(self, runtime_dir: Path, layout: Layout, name: str) -> None:
-        self.runtime_dir = runtime_dir
-        self.layout = layout
-        self.name = name
-        self.lock = Lock(runtime_dir)
-        self.welcome: worker.Welcome | None = None
-        self.joining = threading.Lock()  # one hello at a time, or there would be two sessions
-        self.told_boot_id: str | None = None  # the life of the daemon that the worker knows of
-        self._numbers = itertools.count(1)
-
-    @property
-    def socket_path(self) -> Path:
-        """The daemon's worker socket."""
-        return self.runtime_dir / "worker.sock"
-
-    def next_number(self) -> int:
-        """A call's number, which its answer echoes."""
-        return next(self._numbers)
-
-    def hello(self) -> worker.Hello:
-        """The first call of a connection; it takes the session up if there is one."""
-        return worker.Hello(
-            worker=self.name,
-            pid=os.getpid(),
-            lock=self.lock.name,
-            layout=self.layout,
-            session=None if self.welcome is None else self.welcome.session,
-        )
-
-    def unreachable(self, waited_s: float) -> FerryError:
-        """Nobody answered."""
-        return FerryError(
-            Code.DAEMON_UNREACHABLE, f"no answer at {self.socket_path} for {waited_s:g} s"
-        )
+def tune(socket: Any) -> None:
+    """The options of a worker's DEALER socket."""
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.MAXMSGSIZE, FRAME_BYTES_MAX),
+        (zmq.RECONNECT_IVL, 20),
+        (zmq.RECONNECT_IVL_MAX, 500),
+        (zmq.HANDSHAKE_IVL, 2000),
+    ):
+        socket.setsockopt(option, value)
 
 
 class Connection:
-    """A DEALER socket of one session. Threads may share it; each call takes it for itself."""
+    """A DEALER socket of one session."""
 
-    def __init__(self, session: Session, *, tells: bool = True) -> None:
-        """``tells``: whether this connection's calls are to tell of a daemon's restart."""
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._tells = tells
         self._pid = os.getpid()
-        self._guard = threading.Lock()
+        self._member: Member | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.MAXMSGSIZE, FRAME_BYTES_MAX),
-            (zmq.RECONNECT_IVL, 20),
-            (zmq.RECONNECT_IVL_MAX, 500),
-            (zmq.HANDSHAKE_IVL, 2000),
-        ):
-            self._socket.setsockopt(option, value)
-        self._socket.connect(f"ipc://{session.socket_path}")
+        tune(self._socket)
+        self._socket.connect(session.address)
 
     def close(self) -> None:
         """Drop the connection; the session may live on in others."""
         if os.getpid() == self._pid:
-            with self._guard:
-                self._socket.close(linger=0)
-                self._context.term()
+            self._socket.close(linger=0)
+            self._context.term()
 
-    def call(self, call: Any, wait_s: float = CALL_S) -> Any:
+    def call(self, call: Any, wait_s: float = CALL_S, pool: Pool | None = None) -> Any:
         """Make a call; repeat it until it is answered, at most ``wait_s`` long.
 
-        Every call is safe to repeat. Raises FerryError: the daemon's refusal, daemon_unreachable,
-        or daemon_restarted if the daemon no longer knows the session.
+        Every call is safe to repeat. ``pool``: the one that the call's transfer was opened on.
+        Raises FerryError: the daemon's refusal, daemon_unreachable, or daemon_restarted if the
+        transfer's session is no more.
         """
         if os.getpid() != self._pid:
             raise FerryError(
-                Code.INTERNAL, "a client does not survive a fork; connect in the child"
+                Code.CLIENT_CLOSED, "a client does not survive a fork; connect in the child"
             )
-        with self._guard:
+        for _ in range(JOINS_MAX):
+            check_same_pool(self._member, pool)
             reply = self._exchange(call, wait_s)
-            if _is_refused(reply, Code.HELLO_FIRST):
-                self._say_hello()
-                reply = self._exchange(call, wait_s)
+            if not is_refused(reply, Code.HELLO_FIRST):
+                break
+            self.join()
         if isinstance(reply, worker.Failure):
             raise reply.error.raised()
         return reply
 
-    def hello(self) -> worker.Welcome:
+    def beat(self) -> None:
+        """Say that the worker lives, in the session that its other connections have."""
+        reply = self._exchange(worker.Heartbeat(), 2 * REPEAT_S)
+        if is_refused(reply, Code.HELLO_FIRST):
+            self.follow()
+
+    @property
+    def pool(self) -> Pool:
+        """Of the session that the last call was made in."""
+        assert self._member is not None, "no call was answered yet"
+        return self._member.pool
+
+    def join(self) -> Member:
         """Join the daemon, or take the session up again on this connection."""
-        with self._guard:
-            return self._say_hello()
-
-    def _say_hello(self) -> worker.Welcome:
         with self._session.joining:
-            return self._join(self._session)
+            for _ in range(JOINS_MAX):
+                hello = self._session.hello()
+                reply = self._exchange(hello, HELLO_S if hello.session is None else CALL_S)
+                self._member = self._session.take(reply, hello)
+                if self._member is not None:
+                    return self._member
+            raise reply.error.raised()
 
-    def _join(self, session: Session) -> worker.Welcome:
-        reply = self._exchange(session.hello(), HELLO_S if session.welcome is None else CALL_S)
-        if _is_refused(reply, Code.UNKNOWN_SESSION):
-            session.welcome = None
-            reply = self._exchange(session.hello(), HELLO_S)
+    def follow(self) -> None:
+        """Take up the session that another connection has; FerryError if there is none."""
+        hello = self._session.hello()
+        if hello.session is None:
+            raise FerryError(Code.UNKNOWN_SESSION, "nobody has joined yet")
+        reply = self._exchange(hello, CALL_S)
         if isinstance(reply, worker.Failure):
             raise reply.error.raised()
-        assert isinstance(reply, worker.Welcome), reply
-        session.welcome = reply
-        if self._tells:
-            told, session.told_boot_id = session.told_boot_id, reply.boot_id
-            if told not in (None, reply.boot_id):
-                raise FerryError(
-                    Code.DAEMON_RESTARTED, "the daemon's earlier life, its pool and transfers ended"
-                )
-        return reply
 
     def _exchange(self, call: Any, wait_s: float) -> Any:
         number = self._session.next_number()
@@ -195,7 +143,7 @@ class Heart(threading.Thread):
 
     def __init__(self, session: Session, beat_s: float) -> None:
         super().__init__(name="kvferry-heartbeat", daemon=True)
-        self._connection = Connection(session, tells=False)
+        self._connection = Connection(session)
         self._beat_s = beat_s
         self._stopped = threading.Event()
 
@@ -203,7 +151,7 @@ class Heart(threading.Thread):
         """Beat until stopped; a daemon that is away is tried again at the next beat."""
         while not self._stopped.wait(self._beat_s):
             try:
-                self._connection.call(worker.Heartbeat(), wait_s=REPEAT_S)
+                self._connection.beat()
             except FerryError:
                 continue  # the worker's own calls tell it
         self._connection.close()
@@ -212,7 +160,3 @@ class Heart(threading.Thread):
         """Stop beating."""
         self._stopped.set()
         self.join()
-
-
-def _is_refused(reply: Any, code: Code) -> bool:
-    return isinstance(reply, worker.Failure) and reply.error.code == code

@@ -6,8 +6,8 @@ Both clients drive them: one blocks on each call, the other awaits it. Nothing h
 from collections.abc import Generator
 from typing import Any
 
-from numpy.typing import NDArray
-
+from kvferry_client.arrays import bits_of, checked
+from kvferry_client.calls import made, reason_of
 from kvferry_client.views import Pool, WindowView, runs_of
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -51,10 +51,11 @@ class TransferLogic:
         """Make a call and note what it answers."""
         self.note((yield call))
 
-    def change(self) -> Steps:
+    def change(self, wait_s: float = WAIT_S) -> Steps:
         """Wait for a change, or a few seconds."""
         watched = worker.Watched(role=self.role, after=self.now.snapshot, **self.name)
-        yield from self.ask(worker.Poll(transfers=[watched], wait_s=WAIT_S))
+        wait_s = min(wait_s, WAIT_S)
+        yield from self.ask(worker.Poll(transfers=[watched], wait_s=wait_s))
 
     def end(self) -> Steps:
         """Wait for a terminal state; raise its error if it failed."""
@@ -70,13 +71,14 @@ class TransferLogic:
     def release(self) -> Steps:
         """Say that no block is touched any more."""
         if not self.released:
-            self.released = True
             yield from self.ask(worker.Release(role=self.role, **self.name))
+            self.released = True  # only now: a call that was cut short is made again
 
     def abort(self, reason: str) -> Steps:
         """Give it up and let the blocks go."""
         if not self.ended:
-            yield from self.ask(worker.Abort(role=self.role, reason=reason[:1000], **self.name))
+            call = worker.Abort(role=self.role, reason=reason_of(reason), **self.name)
+            yield from self.ask(call)
         yield from self.release()
 
     def view(self, first_token: int, end_token: int) -> WindowView:
@@ -103,6 +105,10 @@ class SendLogic(TransferLogic):
         """The window reaches up to here."""
         return self.now.base_tokens + self.now.allocated_tokens
 
+    def free_window(self) -> WindowView:
+        """The room behind what is ready."""
+        return self.view(self.now.available_tokens, self.edge_tokens)
+
     def room(self) -> Steps:
         """Wait until there is room behind what is ready; raise the error if it failed."""
         while self.edge_tokens <= self.now.available_tokens and not self.ended:
@@ -111,18 +117,16 @@ class SendLogic(TransferLogic):
 
     def ready(self, ready: int, total: int | None, aux: dict[str, Any] | None) -> Steps:
         """Mark tokens ready."""
-        call = worker.Ready(ready_tokens=ready, total_tokens=total, aux=aux, **self.name)
-        yield from self.ask(call)
+        told = {"ready_tokens": ready, "total_tokens": total, "aux": aux}
+        yield from self.ask(made(worker.Ready, {**told, **self.name}))
 
-    def fill(
-        self, first: int, arrays: dict[str, NDArray[Any]], aux: dict[str, Any] | None
-    ) -> Steps:
+    def fill(self, first: int, arrays: dict[str, Any], aux: dict[str, Any] | None) -> Steps:
         """Copy (tokens, *shape) arrays in as room comes, marking each part ready."""
-        if set(arrays) != {plane.name for plane in self.pool.layout.planes}:
-            raise ValueError(f"planes of the layout are missing or unknown: {sorted(arrays)}")
+        end = first + self._tokens_of(arrays)
         if first != self.now.available_tokens:
-            raise ValueError(f"token {self.now.available_tokens} is next, not {first}")
-        end = first + len(next(iter(arrays.values())))
+            raise FerryError(
+                Code.BAD_ARRAY, f"token {self.now.available_tokens} is next, not {first}"
+            )
         at = first
         while at < end:
             yield from self.room()
@@ -132,6 +136,19 @@ class SendLogic(TransferLogic):
                 window.scatter(name, at, array[at - first : stop - first])
             at = stop
             yield from self.ready(at, None, aux if at == end else None)
+
+    def _tokens_of(self, arrays: dict[str, Any]) -> int:
+        """How many tokens every plane has; FerryError(bad_array) before a byte is written."""
+        planes = {plane.name: plane for plane in self.pool.layout.planes}
+        if set(arrays) != set(planes):
+            raise FerryError(
+                Code.BAD_ARRAY, f"arrays for {sorted(arrays)}, but the planes are {sorted(planes)}"
+            )
+        tokens = None
+        for name, plane in planes.items():
+            tokens = len(checked(bits_of(arrays[name]), plane, tokens))
+        assert tokens is not None  # a layout has a plane
+        return tokens
 
     def finish(self, aux: dict[str, Any] | None) -> Steps:
         """The payload ends with what is ready; the worker is done with it."""
@@ -145,9 +162,9 @@ class SendLogic(TransferLogic):
 class ReceiveLogic(TransferLogic):
     """The sink worker: take windows over, resume, release."""
 
-    def __init__(self, pool: Pool, transfer_id: str, attempt: int) -> None:
+    def __init__(self, pool: Pool, transfer_id: str, attempt: int, start_tokens: int) -> None:
         super().__init__(pool, Role.SINK, transfer_id, attempt)
-        self.taken_tokens = 0
+        self.taken_tokens = start_tokens
         self.window: WindowView | None = None
 
     def next_window(self, min_tokens: int | None) -> Steps:
@@ -156,10 +173,11 @@ class ReceiveLogic(TransferLogic):
         The one before it has been taken over by now, and is resumed behind.
         """
         if self.window is not None:
-            self.taken_tokens = self.window.end_token
-            self.window = None
+            end = self.window.end_token
             if not self.ended:
-                yield from self.resume(self.taken_tokens)
+                yield from self.resume(end)
+            self.taken_tokens = end  # only now: a resume that was cut short is made again
+            self.window = None
         while not self._is_due(min_tokens):
             yield from self.change()
         self.raise_if_failed()
@@ -173,7 +191,7 @@ class ReceiveLogic(TransferLogic):
 
     def resume(self, sent_tokens: int) -> Steps:
         """Tokens below are taken over."""
-        yield from self.ask(worker.Resume(sent_tokens=sent_tokens, **self.name))
+        yield from self.ask(made(worker.Resume, {"sent_tokens": sent_tokens, **self.name}))
 
     def leave(self) -> Steps:
         """Give the blocks back; a transfer that has not ended is given up."""
@@ -183,6 +201,37 @@ class ReceiveLogic(TransferLogic):
             yield from self.abort("its worker left before the end")
 
 
-def restarted(error: FerryError) -> bool:
-    """Whether the daemon lost the session, so that nothing is left to give up."""
+class Progress:
+    """What both clients show of a transfer."""
+
+    logic: SendLogic | ReceiveLogic
+
+    @property
+    def snapshot(self) -> worker.Snapshot:
+        """The newest snapshot."""
+        return self.logic.now
+
+    @property
+    def sent_tokens(self) -> int:
+        """Tokens that have arrived; on the source, those that the sink has acknowledged."""
+        return self.snapshot.sent_tokens
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Length of the payload, once known."""
+        return self.snapshot.total_tokens
+
+    @property
+    def aux(self) -> dict[str, Any] | None:
+        """The payload's aux values, once known."""
+        return self.snapshot.aux
+
+    @property
+    def ended(self) -> bool:
+        """Whether the transfer is over."""
+        return self.logic.ended
+
+
+def nothing_left(error: FerryError) -> bool:
+    """Whether an abort was refused because there is nothing to give up any more."""
     return error.code in (Code.DAEMON_RESTARTED, Code.DAEMON_UNREACHABLE, Code.UNKNOWN_TRANSFER)

@@ -1,19 +1,24 @@
 """The blocking client, for an engine's scheduler thread."""
 
-from collections.abc import Generator, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-from numpy.typing import NDArray
-
-from kvferry_client.connection import CALL_S, Connection, Heart, Session
-from kvferry_client.logic import ReceiveLogic, SendLogic, restarted
+from kvferry_client.calls import ReceiveOptions, SendOptions, made, receive_call, send_call
+from kvferry_client.connection import Connection, Heart
+from kvferry_client.logic import Progress, ReceiveLogic, SendLogic, nothing_left
+from kvferry_client.session import CALL_S, Session
 from kvferry_client.views import Pool, WindowView
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout
-from kvferry_proto.states import Mode
+
+CONNECTIONS_MAX = 32  # calls under way at once, polls that wait included; more wait their turn
 
 
 def connect(runtime_dir: Path | str, layout: Layout, name: str = "") -> "Client":
@@ -22,20 +27,22 @@ def connect(runtime_dir: Path | str, layout: Layout, name: str = "") -> "Client"
 
 
 class Client:
-    """One worker. Its process holds the pool mapped until ``close``."""
+    """One worker. Threads may share it; its process holds the pool mapped until ``close``."""
 
     def __init__(self, runtime_dir: Path, layout: Layout, name: str = "") -> None:
-        self._session = Session(runtime_dir, layout, name)
-        self._connection = Connection(self._session)
+        self._session = Session(runtime_dir, layout, name[:128])
+        self._idle: deque[Connection] = deque()
+        self._room = threading.Semaphore(CONNECTIONS_MAX)
+        self._closed = False
         try:
-            self.welcome = self._connection.hello()
-            self.pool = Pool(self.welcome.pool, layout)
-            self._heart = Heart(self._session, self.welcome.heartbeat_s)
-        except (FerryError, OSError):
-            self._connection.close()
-            self._session.lock.release()
+            with self._connection() as connection:
+                welcome = connection.join().welcome
+            self._heart = Heart(self._session, welcome.heartbeat_s)
+            self._heart.start()
+        except BaseException:  # an interrupt's, too: the lock must not outlive this object
+            self._close_connections()
+            self._session.close()
             raise
-        self._heart.start()
 
     def __enter__(self) -> Self:
         return self
@@ -45,99 +52,98 @@ class Client:
 
     def close(self) -> None:
         """Leave. The daemon takes it as proof that this worker touches no block any more."""
-        self._heart.stop()
-        self._connection.close()
-        self._session.lock.release()
+        if not self._closed:
+            self._heart.stop()
+            self._close_connections()
+            self._session.close()
 
-    def another_connection(self) -> Connection:
-        """One more connection of the same session; whoever asks for it closes it."""
-        return Connection(self._session)
+    @property
+    def welcome(self) -> worker.Welcome:
+        """What the daemon said to the newest hello."""
+        assert self._session.member is not None
+        return self._session.member.welcome
 
-    def call(self, call: Any, wait_s: float = CALL_S) -> Any:
-        """Make any call of the worker socket; FerryError if it is refused or unanswered."""
-        try:
-            return self._connection.call(call, wait_s)
-        except FerryError as error:
-            self.note(error)
-            raise
+    @property
+    def pool(self) -> Pool:
+        """The daemon's pool, as new transfers will have it."""
+        assert self._session.member is not None
+        return self._session.member.pool
 
-    def note(self, error: FerryError) -> None:
-        """After a restart of the daemon, map the new pool; transfers opened before are gone."""
-        if error.code is Code.DAEMON_RESTARTED and self._session.welcome is not None:
-            self.welcome = self._session.welcome
-            self.pool = Pool(self.welcome.pool, self._session.layout)
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        """A connection of one's own: a poll that waits then holds up nobody else."""
+        with self._room:
+            if self._closed:
+                raise FerryError(Code.CLIENT_CLOSED, "the client is closed")
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = Connection(self._session)
+            try:
+                yield connection
+            finally:
+                self._idle.append(connection)
+                if self._closed:
+                    self._close_connections()
 
-    def drive(self, steps: Generator[Any, Any, None]) -> None:
+    def _close_connections(self) -> None:
+        self._closed = True
+        while self._idle:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return  # another thread closes them
+
+    def call(self, call: Any, wait_s: float = CALL_S, pool: Pool | None = None) -> Any:
+        """Make any call of the worker socket; FerryError if it is refused or unanswered.
+
+        ``pool``: the one that the call's transfer was opened on, if it is about a transfer.
+        """
+        with self._connection() as connection:
+            return connection.call(call, wait_s, pool)
+
+    def drive(self, steps: Generator[Any, Any, None], pool: Pool) -> None:
         """Run logic to its end."""
         try:
             call = next(steps)
             while True:
-                call = steps.send(self.call(call))
+                call = steps.send(self.call(call, pool=pool))
         except StopIteration:
             return
 
     def poll(self, *transfers: worker.Watched, wait_s: float = 0.0) -> worker.Snapshots:
         """Snapshots of transfers whose number is above ``after``; waits for one if told to."""
-        reply = self.call(worker.Poll(transfers=list(transfers), wait_s=wait_s))
+        reply = self.call(made(worker.Poll, {"transfers": list(transfers), "wait_s": wait_s}))
         assert isinstance(reply, worker.Snapshots), reply
         return reply
 
-    def send(
-        self,
-        transfer_id: str,
-        *,
-        attempt: int = 0,
-        start_tokens: int = 0,
-        total_tokens: int | None = None,
-        aux: dict[str, Any] | None = None,
-        window_tokens: int | None = None,
-    ) -> "Sending":
+    def _open(self, call: worker.Send | worker.Receive) -> tuple[worker.Snapshots, Pool]:
+        with self._connection() as connection:
+            return connection.call(call), connection.pool
+
+    def send(self, transfer_id: str, **options: Unpack[SendOptions]) -> "Sending":
         """Open the source side; FerryError if it is refused."""
-        call = worker.Send(
-            transfer_id=transfer_id,
-            attempt=attempt,
-            start_tokens=start_tokens,
-            total_tokens=total_tokens,
-            aux=aux,
-            window_tokens=window_tokens,
-        )
-        sending = Sending(self, SendLogic(self.pool, transfer_id, attempt))
-        self.drive(sending.logic.ask(call))
-        return sending
+        call = send_call(transfer_id, options)
+        reply, pool = self._open(call)
+        return Sending(self, SendLogic(pool, transfer_id, call.attempt), reply)
 
-    def receive(
-        self,
-        transfer_id: str,
-        *,
-        source: str | None = None,
-        attempt: int = 0,
-        mode: Mode = Mode.CONSUME,
-        start_tokens: int = 0,
-        window_tokens: int | None = None,
-        max_tokens: int | None = None,
-    ) -> "Receiving":
+    def receive(self, transfer_id: str, **options: Unpack[ReceiveOptions]) -> "Receiving":
         """Open the sink side, pulling from the daemon at ``source`` (None: from this one)."""
-        call = worker.Receive(
-            transfer_id=transfer_id,
-            attempt=attempt,
-            source=source,
-            mode=mode,
-            start_tokens=start_tokens,
-            window_tokens=window_tokens,
-            max_tokens=max_tokens,
-        )
-        receiving = Receiving(self, ReceiveLogic(self.pool, transfer_id, attempt))
-        receiving.logic.taken_tokens = start_tokens
-        self.drive(receiving.logic.ask(call))
-        return receiving
+        call = receive_call(transfer_id, options)
+        reply, pool = self._open(call)
+        logic = ReceiveLogic(pool, transfer_id, call.attempt, call.start_tokens)
+        return Receiving(self, logic, reply)
 
 
-class Sending:
-    """The source side of one attempt. Leaving its block finishes it; an exception aborts it."""
+class _Transfer(Progress):
+    """What both sides have in common."""
 
-    def __init__(self, client: Client, logic: SendLogic) -> None:
+    def __init__(
+        self, client: Client, logic: SendLogic | ReceiveLogic, reply: worker.Snapshots
+    ) -> None:
         self.logic = logic
-        self._drive = client.drive
+        self._client = client
+        logic.note(reply)
 
     def __enter__(self) -> Self:
         return self
@@ -149,15 +155,54 @@ class Sending:
         _tb: TracebackType | None,
     ) -> None:
         if kind is None:
-            if not self.logic.released:
-                self.finish()
-            return
-        _give_up(self.abort, f"{kind.__name__}: {error}")
+            self._leave()
+        else:
+            self._give_up(lambda: self.abort(f"{kind.__name__}: {error}"))
 
-    @property
-    def snapshot(self) -> worker.Snapshot:
-        """The newest snapshot."""
-        return self.logic.now
+    def _leave(self) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _give_up(abort: Callable[[], None]) -> None:
+        """Abort behind an exception; if the daemon is gone there is nothing to give up."""
+        try:
+            abort()
+        except FerryError as refused:
+            if not nothing_left(refused):
+                raise
+
+    def _drive(self, steps: Generator[Any, Any, None]) -> None:
+        self._client.drive(steps, self.logic.pool)
+
+    def wait(self, wait_s: float = 60.0) -> None:
+        """Wait for the end without doing anything; FerryError if it failed, or after ``wait_s``."""
+        until_s = monotonic() + wait_s
+        while not self.logic.ended:
+            left_s = until_s - monotonic()
+            if left_s <= 0:
+                raise FerryError(
+                    Code.STALLED, f"not ended after {wait_s:g} s: {self.logic.now.stall}"
+                )
+            self._drive(self.logic.change(left_s))
+        self.logic.raise_if_failed()
+
+    def release(self) -> None:
+        """This worker touches no block of it any more."""
+        self._drive(self.logic.release())
+
+    def abort(self, reason: str = "") -> None:
+        """Give it up."""
+        self._drive(self.logic.abort(reason))
+
+
+class Sending(_Transfer):
+    """The source side of one attempt. Leaving its block finishes it; an exception aborts it."""
+
+    logic: SendLogic
+
+    def _leave(self) -> None:
+        if not self.logic.released:
+            self.finish()
 
     def windows(self) -> Iterator[WindowView]:
         """Yield the room behind what is ready, again and again, until the payload is complete.
@@ -168,14 +213,15 @@ class Sending:
             self._drive(self.logic.room())
             if self.logic.ended:
                 return
-            yield self.logic.view(self.snapshot.available_tokens, self.logic.edge_tokens)
+            yield self.logic.free_window()
 
     def fill(
-        self, first_token: int, arrays: dict[str, NDArray[Any]], aux: dict[str, Any] | None = None
+        self, first_token: int, arrays: dict[str, Any], aux: dict[str, Any] | None = None
     ) -> None:
         """Copy the next tokens in, (tokens, *shape) a plane, waiting for room; marks them ready.
 
-        ``aux`` is told with the last of them. ValueError if planes or tokens do not fit.
+        Arrays are numpy's or torch's (CPU). ``aux`` is told with the last token. Raises
+        FerryError(bad_array) if planes, dtypes, shapes or tokens do not fit; nothing is written.
         """
         self._drive(self.logic.fill(first_token, arrays, aux))
 
@@ -192,63 +238,17 @@ class Sending:
         """The payload ends with what is ready; this worker touches its blocks no more."""
         self._drive(self.logic.finish(aux))
 
-    def wait(self, wait_s: float = 60.0) -> None:
-        """Wait until the sink has everything; FerryError if it failed, or after ``wait_s``."""
-        _wait(self._drive, self.logic, wait_s)
 
-    def abort(self, reason: str = "") -> None:
-        """Give it up."""
-        self._drive(self.logic.abort(reason))
-
-
-class Receiving:
+class Receiving(_Transfer):
     """The sink side of one attempt. Leaving its block gives the blocks back."""
 
-    def __init__(self, client: Client, logic: ReceiveLogic) -> None:
-        self.logic = logic
-        self._drive = client.drive
+    logic: ReceiveLogic
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        _tb: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._drive(self.logic.leave())
-        else:
-            _give_up(self.abort, f"{kind.__name__}: {error}")
+    def _leave(self) -> None:
+        self._drive(self.logic.leave())
 
     def __iter__(self) -> Iterator[WindowView]:
         return self.windows()
-
-    @property
-    def snapshot(self) -> worker.Snapshot:
-        """The newest snapshot."""
-        return self.logic.now
-
-    @property
-    def sent_tokens(self) -> int:
-        """Tokens that have arrived."""
-        return self.snapshot.sent_tokens
-
-    @property
-    def total_tokens(self) -> int | None:
-        """Length of the payload, once known."""
-        return self.snapshot.total_tokens
-
-    @property
-    def aux(self) -> dict[str, Any] | None:
-        """The payload's aux values, once known."""
-        return self.snapshot.aux
-
-    @property
-    def ended(self) -> bool:
-        """Whether the transfer is over."""
-        return self.logic.ended
 
     def windows(self, min_tokens: int | None = None) -> Iterator[WindowView]:
         """Yield windows to take over: full ones, or from ``min_tokens`` new tokens on.
@@ -264,35 +264,3 @@ class Receiving:
     def resume(self, sent_tokens: int) -> None:
         """Tokens below ``sent_tokens`` are taken over."""
         self._drive(self.logic.resume(sent_tokens))
-
-    def wait(self, wait_s: float = 60.0) -> None:
-        """Wait for the end without taking over; FerryError if it failed, or after ``wait_s``."""
-        _wait(self._drive, self.logic, wait_s)
-
-    def release(self) -> None:
-        """This worker touches no block of it any more."""
-        self._drive(self.logic.release())
-
-    def abort(self, reason: str = "") -> None:
-        """Give it up."""
-        self._drive(self.logic.abort(reason))
-
-
-def _wait(drive: Any, logic: SendLogic | ReceiveLogic, wait_s: float) -> None:
-    from time import monotonic
-
-    until_s = monotonic() + wait_s
-    while not logic.ended:
-        if monotonic() >= until_s:
-            raise FerryError(Code.STALLED, f"not ended after {wait_s:g} s: {logic.now.stall}")
-        drive(logic.change())
-    logic.raise_if_failed()
-
-
-def _give_up(abort: Any, reason: str) -> None:
-    """Abort behind an exception; if the daemon is gone there is nothing to give up."""
-    try:
-        abort(reason)
-    except FerryError as error:
-        if not restarted(error):
-            raise

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvferry_proto.layout import Dtype, Layout
+from kvferry_client.arrays import bits_of, checked, numpy_dtype
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.layout import Layout, Plane
 from kvferry_proto.worker import PoolInfo
-
-_NUMPY = {Dtype.BFLOAT16: "uint16", Dtype.FLOAT8_E4M3FN: "uint8", Dtype.FLOAT8_E5M2: "uint8"}
 
 
 class Run(NamedTuple):
@@ -36,9 +36,9 @@ class Pool:
 
     def plane(self, name: str, run: Run) -> NDArray[Any]:
         """A plane over a run: (blocks, block_size_tokens, *shape), strided, writable, no copy."""
-        index = next(i for i, plane in enumerate(self.layout.planes) if plane.name == name)
-        plane, place = self.layout.planes[index], self.layout.places[index]
-        dtype = np.dtype(_NUMPY.get(plane.dtype, plane.dtype.value))
+        plane = self.plane_named(name)
+        place = self.layout.places[self.layout.planes.index(plane)]
+        dtype = numpy_dtype(plane)
         inner: list[int] = []
         step = dtype.itemsize
         for extent in reversed(plane.shape):
@@ -51,6 +51,14 @@ class Pool:
             run.first_block * self.layout.block_bytes + place.offset_bytes,
             (self.layout.block_bytes, place.token_bytes, *inner),
         )
+
+    def plane_named(self, name: str) -> Plane:
+        """A plane of the layout; FerryError(bad_array) names those that there are."""
+        for plane in self.layout.planes:
+            if plane.name == name:
+                return plane
+        names = ", ".join(plane.name for plane in self.layout.planes)
+        raise FerryError(Code.BAD_ARRAY, f"no plane {name!r} in the layout; it has {names}")
 
 
 class WindowView:
@@ -81,36 +89,39 @@ class WindowView:
         """The same as torch tensors of the plane's true dtype, no copy. Imports torch."""
         import torch
 
-        true = getattr(torch, self._plane_dtype(plane).value)
+        true = getattr(torch, self._pool.plane_named(plane).dtype.value)
         return [torch.from_numpy(array).view(true) for array in self.numpy_runs(plane)]
 
-    def gather(self, plane: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def gather(self, plane: str, out: Any = None) -> Any:
         """Copy the window's tokens of a plane into one array, (tokens, *shape).
 
-        ``out``: the caller's array of that shape and dtype, filled and returned.
+        ``out``: the caller's numpy array or torch CPU tensor of that shape and the plane's dtype,
+        filled and returned. Raises FerryError(bad_array) if it is anything else.
         """
-        parts = list(self._pieces(plane, self.first_token, self.end_token))
+        found = self._pool.plane_named(plane)
         if out is None:
-            array = self._pool.plane(plane, Run(0, 0, 1))
-            out = np.empty((self.tokens, *array.shape[2:]), array.dtype)
-        for first, part in parts:
+            out = np.empty((self.tokens, *found.shape), numpy_dtype(found))
+        bits = checked(bits_of(out), found, self.tokens)
+        for first, part in self._pieces(plane, self.first_token, self.end_token):
             at = first - self.first_token
-            out[at : at + len(part)] = part
+            bits[at : at + len(part)] = part
         return out
 
-    def scatter(self, plane: str, first_token: int, array: NDArray[Any]) -> None:
-        """Copy (tokens, *shape) into the window from ``first_token`` on; ValueError if outside."""
-        end = first_token + len(array)
+    def scatter(self, plane: str, first_token: int, array: Any) -> None:
+        """Copy (tokens, *shape), a numpy array or torch CPU tensor, in from ``first_token`` on.
+
+        Raises FerryError(bad_array) if dtype or shape are not the plane's, or for tokens outside.
+        """
+        bits = checked(bits_of(array), self._pool.plane_named(plane))
+        end = first_token + len(bits)
         if first_token < self.first_token or end > self.end_token:
-            raise ValueError(
-                f"tokens [{first_token}, {end}) are not in [{self.first_token}, {self.end_token})"
+            raise FerryError(
+                Code.BAD_ARRAY,
+                f"tokens [{first_token}, {end}) are not in [{self.first_token}, {self.end_token})",
             )
         for first, part in self._pieces(plane, first_token, end):
             at = first - first_token
-            part[...] = array[at : at + len(part)]
-
-    def _plane_dtype(self, name: str) -> Dtype:
-        return next(p.dtype for p in self._pool.layout.planes if p.name == name)
+            part[...] = bits[at : at + len(part)]
 
     def _pieces(self, plane: str, first: int, end: int) -> Any:
         """Yield (token, array of neighbouring tokens) that cover [first, end) in order."""

@@ -57,6 +57,8 @@ class Code(StrEnum):
     WORKER_LOST = "worker_lost"
     DAEMON_RESTARTED = "daemon_restarted"
     DAEMON_UNREACHABLE = "daemon_unreachable"
+    BAD_ARRAY = "bad_array"
+    CLIENT_CLOSED = "client_closed"
     INTERNAL = "internal"
 
 
@@ -110,6 +112,8 @@ ADVICE: dict[Code, Advice] = {
     Code.WORKER_LOST: Advice(_C, "start the worker again and use attempt + 1"),
     Code.DAEMON_RESTARTED: Advice(_O, "open the transfer again with attempt + 1 on both sides"),
     Code.DAEMON_UNREACHABLE: Advice(_O, "start the daemon, or check the runtime directory"),
+    Code.BAD_ARRAY: Advice(_C, "give each plane's dtype and shape, the same tokens of every plane"),
+    Code.CLIENT_CLOSED: Advice(_C, "connect again, in the process that uses it"),
     Code.INTERNAL: Advice(_U, "report it with the daemon's log"),
 }
 

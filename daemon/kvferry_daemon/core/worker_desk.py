@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node, Session
 
 Named = worker.Send | worker.Ready | worker.Receive | worker.Resume | worker.Release | worker.Abort
-ROUTES_MAX = 16  # a client has two; ZeroMQ gives a reconnect a new one
+ROUTES_MAX = 64  # a client has up to 33; ZeroMQ gives a reconnect a new one
 NEWLINES = re.compile(r"[\r\n]+")
 
 

@@ -1,0 +1,140 @@
+"""What all connections of one worker share: the lock that proves it lives, the session, the pool."""
+
+import fcntl
+import itertools
+import os
+import secrets
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from kvferry_client.views import Pool
+from kvferry_proto import worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.layout import Layout
+
+REPEAT_S = 0.5
+CALL_S = 10.0
+HELLO_S = 60.0  # the first hello with a layout allocates the pool
+JOINS_MAX = 3  # of one call: the daemon may be started anew while we join
+
+
+class Lock:
+    """A flock on a file of the runtime directory: held exactly as long as blocks may be touched."""
+
+    def __init__(self, runtime_dir: Path) -> None:
+        """Create and lock the file; FerryError(daemon_unreachable) without a runtime directory."""
+        self.name = secrets.token_hex(16)
+        self._path = runtime_dir / "workers" / self.name
+        self._pid = os.getpid()
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(self._path, flags, 0o600)
+        except OSError as error:
+            raise FerryError(
+                Code.DAEMON_UNREACHABLE, f"no daemon's runtime directory at {runtime_dir}: {error}"
+            ) from error
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def release(self, *, is_known: bool) -> None:
+        """Say that this process touches no block any more.
+
+        ``is_known``: the daemon has seen the file, and removes it itself.
+        """
+        if self._descriptor < 0 or os.getpid() != self._pid:
+            return  # a child's copy of the descriptor is not its to unlock
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # at once, though a child may hold a copy
+        os.close(self._descriptor)
+        self._descriptor = -1
+        if not is_known:
+            self._path.unlink(missing_ok=True)
+
+
+class Member(NamedTuple):
+    """What a hello gave: the daemon's words, and its pool mapped here."""
+
+    welcome: worker.Welcome
+    pool: Pool
+
+
+class Session:
+    """One worker's standing with its daemon."""
+
+    def __init__(self, runtime_dir: Path, layout: Layout, name: str) -> None:
+        self.runtime_dir = runtime_dir
+        self.layout = layout
+        self.name = name
+        self.lock = Lock(runtime_dir)
+        self.member: Member | None = None
+        self.joining = threading.Lock()  # one hello at a time, or there would be two sessions
+        self._numbers = itertools.count(1)
+
+    @property
+    def address(self) -> str:
+        """The daemon's worker socket."""
+        return f"ipc://{self.runtime_dir / 'worker.sock'}"
+
+    def next_number(self) -> int:
+        """A call's number, which its answer echoes."""
+        return next(self._numbers)
+
+    def hello(self) -> worker.Hello:
+        """The first call of a connection; it takes the session up if there is one."""
+        member = self.member
+        return worker.Hello(
+            worker=self.name,
+            pid=os.getpid(),
+            lock=self.lock.name,
+            layout=self.layout,
+            session=None if member is None else member.welcome.session,
+        )
+
+    def take(self, reply: worker.Welcome | worker.Failure, hello: worker.Hello) -> Member | None:
+        """Take the answer to a hello in; None: say another one. Raises FerryError if refused."""
+        if isinstance(reply, worker.Welcome):
+            return self._join(reply)
+        code = reply.error.code
+        if code == Code.WORKER_NOT_LOCKED:
+            self.lock.release(is_known=True)  # the directory was made anew: so is the file
+            self.lock = Lock(self.runtime_dir)
+        elif code != Code.UNKNOWN_SESSION or hello.session is None:
+            raise reply.error.raised()
+        self.member = None
+        return None
+
+    def close(self) -> None:
+        """The worker is gone."""
+        self.lock.release(is_known=self.member is not None)
+
+    def unreachable(self, waited_s: float) -> FerryError:
+        """Nobody answered."""
+        return FerryError(
+            Code.DAEMON_UNREACHABLE, f"no answer at {self.address} for {waited_s:g} s"
+        )
+
+    def _join(self, welcome: worker.Welcome) -> Member:
+        old = self.member
+        if old is not None and old.welcome.session == welcome.session:
+            self.member = Member(welcome, old.pool)
+        else:
+            self.member = Member(welcome, Pool(welcome.pool, self.layout))
+        return self.member
+
+
+def check_same_pool(member: Member | None, pool: Pool | None) -> None:
+    """FerryError(daemon_restarted) for a transfer of an earlier session: its blocks are gone.
+
+    ``pool`` is the one that the transfer was opened on. Without this look a worker would go on
+    filling the file of a daemon that is no more.
+    """
+    if pool is not None and member is not None and member.pool is not pool:
+        raise FerryError(
+            Code.DAEMON_RESTARTED, "the daemon's earlier life, its pool and transfers ended"
+        )
+
+
+def is_refused(
+    reply: worker.Welcome | worker.Snapshots | worker.Failure | worker.BatchReply, code: Code
+) -> bool:
+    """Whether a reply is a refusal with this code."""
+    return isinstance(reply, worker.Failure) and reply.error.code == code
