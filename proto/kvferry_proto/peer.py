@@ -36,7 +36,8 @@ Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
 class PeerHello(Message):
     """Sink's daemon to source's: first message, repeated until answered.
 
-    A daemon that goes on from its ledger keeps its ``daemon_id``, and its ``life`` grows.
+    A daemon that goes on from its ledger keeps its ``daemon_id``, and its ``life`` grows. The
+    ``boot_id`` is of this life and this link: a source may be reached by two addresses.
     """
 
     kind: Literal["peer_hello"] = "peer_hello"

@@ -111,8 +111,8 @@ RoomAgain, local      | T     | stays TakeOver
 ResumeAt 4, local     | BW    | refused: resume_ahead
 ResumeAt 4, local     | T     | stays Free TakeOver
 ResumeAt 4, local     | SF    | stays Free
-Fail, local           | BW    | FAILED SendDone
-Fail, local           | T     | FAILED SendDone Quarantine
+Fail, local           | BW    | FAILED WantBlocks SendDone
+Fail, local           | T     | FAILED WantBlocks SendDone Quarantine
 Fail, local           | SF    | absorbed
 ReadyTo               | BWTSF | absorbed
 Pulled                | BWTSF | absorbed

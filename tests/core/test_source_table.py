@@ -52,8 +52,8 @@ ReadyTo 8 of 8        | B     | stays
 ReadyTo 8 of 8        | W     | TRANSFERRING SendProgress
 ReadyTo 8 of 8        | T     | stays SendProgress
 ReadyTo 8 of 8        | SF    | absorbed
-ReadyTo 0 of 0        | B     | stays
-ReadyTo 0 of 0        | W     | stays SendProgress
+ReadyTo 0 of 0        | B     | stays FreeTail
+ReadyTo 0 of 0        | W     | stays FreeTail SendProgress
 ReadyTo 0 of 0        | T     | refused: total_too_small
 ReadyTo 0 of 0        | SF    | absorbed
 ReadyTo with aux      | BWT   | refused: aux_missing

@@ -120,6 +120,11 @@ class WatchedPool(BlockPool):
         self._count()
         return rest
 
+    def free_tail(self, lease: Lease) -> None:
+        super().free_tail(lease)
+        self._end(lease, lease.run.blocks, freed=True)
+        self._count()
+
     def regrant(self, lease: Lease, blocks: int, owner: int, role: Role) -> Lease:
         new = super().regrant(lease, blocks, owner, role)
         self._end(lease, blocks, freed=False)

@@ -108,11 +108,11 @@ class PoolBook:
 
         ``reserve_blocks`` above 0 sets so much aside at the first call, or answers 0.
         """
-        if reserve_blocks and key not in self._reserved:
-            if self._room(key) < reserve_blocks:
-                self._waiting_for_room[key] = None
-                return 0
-            self._reserved[key] = reserve_blocks
+        if reserve_blocks and key not in self._reserved and self._room(key) < reserve_blocks:
+            self._waiting_for_room[key] = None
+            return 0
+        if reserve_blocks:  # it shrinks as the total becomes known
+            self._reserved[key] = min(reserve_blocks, self._reserved.get(key, reserve_blocks))
         room = min(self._room(key), blocks)
         if room < blocks:
             self._waiting_for_room[key] = None

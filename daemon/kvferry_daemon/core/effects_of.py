@@ -9,6 +9,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook, Zeroing
 from kvferry_daemon.core.pool import Lease
+from kvferry_proto.errors import Code
 from kvferry_proto.peer import Progress, Pull
 from kvferry_proto.states import Role, State
 
@@ -28,6 +29,7 @@ class EffectDesk:
         self._moves: dict[type, Callable[[Any, Any], None]] = {
             ev.WantBlocks: self._want_blocks,
             ev.Free: self._free,
+            ev.FreeTail: self._free_tail,
             ev.Quarantine: self._quarantine,
             ev.Claim: self._claim,
             ev.CancelClaims: self._cancel_claims,
@@ -50,6 +52,8 @@ class EffectDesk:
         if isinstance(event, ev.Pulled) and event.sink == node.settings.boot_id:
             progress = node.sources.answer_without_transfer(key, event.pull.number)
             node.post(key._replace(role=Role.SINK), ev.Heard(progress))
+            if not progress.known:
+                node.sources.keep_unmet(key, event)
         elif isinstance(event, ev.Done):
             node.sources.done_without_transfer(key, event)
 
@@ -69,9 +73,21 @@ class EffectDesk:
             book.pool.free_front(lease, lease.run.blocks)
         self._hand_out(book)
 
+    def _free_tail(self, transfer: AnyTransfer, effect: ev.FreeTail) -> None:
+        book = self._book(transfer)
+        for lease in effect.leases:
+            book.pool.free_tail(lease)
+        self._hand_out(book)
+
     def _quarantine(self, transfer: AnyTransfer, effect: ev.Quarantine) -> None:
         for lease in effect.leases:
             self._book(transfer).pool.quarantine(lease)
+
+    def forget(self, transfer: AnyTransfer) -> None:
+        """A transfer is gone, and whatever was kept for it."""
+        book = self._book(transfer)
+        book.forget(transfer.key)
+        self._hand_out(book)
 
     def _hand_out(self, book: PoolBook) -> None:
         node = self._node
@@ -131,10 +147,20 @@ class EffectDesk:
             want=list(effect.want),
         )
         if opening.source is None:
-            us = node.settings
-            node.post(key._replace(role=Role.SOURCE), ev.Pulled(us.boot_id, us.daemon_id, pull))
+            self._pull_here(transfer, pull)
         else:
             node.sinks.say_pull(opening.source, pull)
+
+    def _pull_here(self, transfer: SinkTransfer, pull: Pull) -> None:
+        node, us = self._node, self._node.settings
+        key = transfer.key._replace(role=Role.SOURCE)
+        source = node.transfers.get(key)
+        if source is not None and source.opening.pool_id != transfer.opening.pool_id:
+            ours, theirs = self._book(transfer).layout, self._book(source).layout
+            message = f"sink and source differ in {ours.first_difference(theirs)}"
+            node.post(transfer.key, ev.Fail(Code.LAYOUT_MISMATCH, message))
+            return
+        node.post(key, ev.Pulled(us.boot_id, us.daemon_id, pull))
 
     def _send_done(self, transfer: SinkTransfer, _effect: ev.SendDone) -> None:
         node, key = self._node, transfer.key
@@ -157,8 +183,9 @@ class EffectDesk:
             node.apply(source_key, ev.GiveOver(effect.first_token, blocks))
 
     def _whole(self, transfer: SinkTransfer) -> int:
+        """Blocks that are still to come."""
         size = transfer.opening.block_size_tokens
-        return -(-(transfer.target_tokens - transfer.opening.start_tokens) // size)
+        return -(-(transfer.target_tokens - transfer.window.edge_tokens) // size)
 
     # --- source ---
 

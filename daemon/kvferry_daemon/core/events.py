@@ -231,6 +231,13 @@ class Free:
 
 
 @dataclass(frozen=True, slots=True)
+class FreeTail:
+    """Blocks behind the end of the payload go back; each lease is the tail of a live one."""
+
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantine:
     """The transfer is over, but somebody may still touch these."""
 
@@ -313,6 +320,7 @@ class HandOver:
 Effect = (
     WantBlocks
     | Free
+    | FreeTail
     | Quarantine
     | Claim
     | CancelClaims

@@ -225,7 +225,7 @@ class Node:
         key = transfer.key
         session = transfer.opening.session
         self.tombstones.add(key, transfer.snapshot(), session, self.now_s)
-        self._book(transfer).forget(key)
+        self._effects_of.forget(transfer)
         self.sinks.forget(key)
         del self.transfers[key]
         if session in self.sessions:

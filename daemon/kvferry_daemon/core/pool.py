@@ -126,6 +126,26 @@ class BlockPool:
         self._free.give(Run(lease.run.first_block, blocks), lease.owner)
         return rest
 
+    def free_tail(self, lease: Lease) -> None:
+        """Free the last blocks of a lease: ``lease`` ends where the live one does."""
+        lease_id, owner, role, (first, blocks) = lease
+        live = self._live.get(lease_id)
+        if (
+            live is None
+            or live[:3] != lease[:3]
+            or sum(live.run) != first + blocks
+            or not 0 < blocks <= live.run.blocks
+            or lease_id in self._quarantined
+        ):
+            raise _not_live(lease, live)
+        left = live.run.blocks - blocks
+        if left:
+            self._live[lease_id] = live._replace(run=Run(live.run.first_block, left))
+        else:
+            del self._live[lease_id]
+        self._left[role is _SINK] += blocks
+        self._free.give(lease.run, owner)
+
     def regrant(self, lease: Lease, blocks: int, owner: int, role: Role) -> Lease:
         """Hand the first blocks of a lease to another owner, bytes and all, as a new lease.
 

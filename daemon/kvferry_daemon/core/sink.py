@@ -237,6 +237,8 @@ class SinkTransfer(Transfer):
         if news.error is not None or news.state is State.FAILED:
             said = news.error
             return Code.SOURCE_FAILED, f"{said.code}: {said.message}" if said else "no reason given"
+        if news.state is State.SUCCESS:
+            return Code.SOURCE_LOST, "the source has ended, and its payload went elsewhere"
         total, known = news.total_tokens, self.total_tokens
         if total is not None and known is not None and total != known:
             return Code.TOTAL_CHANGED, f"the source said {known} tokens, then {total}"
@@ -280,6 +282,8 @@ class SinkTransfer(Transfer):
         self._resend_s = self.timing.resend_s
         self._resend_at_s = self.now_s + self._resend_s
         self._emit(ev.SendDone())
+        if self.opening.source is None:
+            self._emit(ev.WantBlocks(0))  # what was set aside for it, though it asked for none
         if self._claims:
             self._drain_at_s = self.now_s + self.timing.drain_s
             self._emit(ev.CancelClaims())

@@ -11,7 +11,7 @@ SINKS_MAX = 4096
 
 @dataclass(slots=True)
 class SinkDaemon:
-    """The newest life of a daemon that has said hello."""
+    """One link of the newest life of a daemon that has said hello."""
 
     daemon_id: str
     boot_id: str
@@ -24,7 +24,7 @@ class SinkDaemons:
 
     def __init__(self) -> None:
         self._by_boot: OrderedDict[str, SinkDaemon] = OrderedDict()
-        self._boots: dict[str, str] = {}  # daemon's id -> its newest boot id
+        self._links: dict[str, set[str]] = {}  # daemon's id -> boot ids of its newest life
 
     def __contains__(self, boot_id: str) -> bool:
         return boot_id in self._by_boot
@@ -34,23 +34,26 @@ class SinkDaemons:
 
         Raises FerryError(daemon_restarted) for a hello of an earlier life that came late.
         """
-        over = []
-        before = self._boots.get(hello.daemon_id)
-        if before is not None and before != hello.boot_id:
-            if hello.life <= self._by_boot[before].life:
-                raise FerryError(Code.DAEMON_RESTARTED, "a later life of yours has said hello")
-            over.append(before)
-            del self._by_boot[before]
-        self._boots[hello.daemon_id] = hello.boot_id
-        daemon = SinkDaemon(hello.daemon_id, hello.boot_id, hello.life, route)
-        self._by_boot[hello.boot_id] = daemon
+        links = self._links.get(hello.daemon_id, set())
+        life = self._by_boot[next(iter(links))].life if links else 0
+        if hello.life < life:
+            raise FerryError(Code.DAEMON_RESTARTED, "a later life of yours has said hello")
+        over = sorted(links) if hello.life > life else []
+        self._by_boot[hello.boot_id] = SinkDaemon(hello.daemon_id, hello.boot_id, hello.life, route)
         self._by_boot.move_to_end(hello.boot_id)
-        if len(self._by_boot) > SINKS_MAX:
-            boot_id, gone = self._by_boot.popitem(last=False)
-            if self._boots.get(gone.daemon_id) == boot_id:
-                del self._boots[gone.daemon_id]
-            over.append(boot_id)
+        self._links.setdefault(hello.daemon_id, set()).add(hello.boot_id)
+        if len(self._by_boot) - len(over) > SINKS_MAX:
+            over.append(next(iter(self._by_boot)))
+        for boot_id in over:
+            self._forget(boot_id)
         return over
+
+    def _forget(self, boot_id: str) -> None:
+        daemon_id = self._by_boot.pop(boot_id).daemon_id
+        links = self._links[daemon_id]
+        links.discard(boot_id)
+        if not links:
+            del self._links[daemon_id]
 
     def seen(self, boot_id: str, route: bytes) -> SinkDaemon:
         """A message has come from this life; FerryError(hello_first) if we do not know it."""

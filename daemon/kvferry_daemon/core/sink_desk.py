@@ -29,6 +29,7 @@ class SinkDesk:
         self._handles: dict[ev.Key, int] = {}
         self._keys: dict[int, ev.Key] = {}
         self._next_handle = 0
+        self._links = 0
         self._pulls: dict[str, list[wire.Pull]] = {}
 
     # --- transfers ---
@@ -204,8 +205,11 @@ class SinkDesk:
     def _open(self, address: str) -> pr.Peer:
         node = self._node
         settings = node.settings
+        self._links += 1  # a link's id: one source may be reached by two addresses, or again later
         hello = wire.PeerHello(
-            boot_id=settings.boot_id, daemon_id=settings.daemon_id, life=settings.life
+            boot_id=f"{settings.boot_id[:16]}{self._links:016x}",
+            daemon_id=settings.daemon_id,
+            life=settings.life,
         )
         peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s)
         self.peers[address] = peer

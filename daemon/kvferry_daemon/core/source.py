@@ -82,6 +82,7 @@ class SourceTransfer(Transfer):
             moving = self.servable_tokens > self.opening.start_tokens
             self.state = State.TRANSFERRING if moving else State.WAITING_FOR_INPUT
         self._drop_acked()
+        self._cut_tail()
         self._ask_for_blocks()
         self._tell_news()
         self.stall = self._why_waiting()
@@ -96,6 +97,16 @@ class SourceTransfer(Transfer):
             fronts = self.window.drop_to(base)
             if fronts:
                 self._emit(ev.Free(tuple(fronts)))
+
+    def _cut_tail(self) -> None:
+        """Free what lies behind the end: by its total the worker says that it writes there no more.
+
+        A sink keeps such blocks: its worker may have plans for them.
+        """
+        if self.total_tokens is not None and self.window.edge_tokens > self.total_tokens:
+            tails = self.window.cut_to(self.total_tokens)
+            if tails:
+                self._emit(ev.FreeTail(tails))
 
     def _ask_for_blocks(self) -> None:
         """Room to write in. One that holds nothing goes first: see `No hold-and-wait`."""
@@ -220,6 +231,9 @@ class SourceTransfer(Transfer):
 
     def _serve(self, sink: str, pull: Pull, want: Want) -> None:
         first, end = want.first_token, want.first_token + want.tokens
+        size = self.opening.block_size_tokens
+        if first % size or (end % size and end != self.total_tokens):
+            return  # asked for token by token, a window would be a million pieces
         if first < max(self.window.base_tokens, self.sent_tokens) or end > self.servable_tokens:
             return  # an old pull, or one that asks beyond what was told
         key = ev.StreamKey(sink, want.stream, want.connection)

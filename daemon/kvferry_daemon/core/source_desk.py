@@ -119,9 +119,7 @@ class SourceDesk:
         if transfer is None:
             self.say_progress(sink, self.answer_without_transfer(key, pull.number))
             if node.tombstones.get(key) is None:
-                self._unmet[key] = (event, node.now_s)
-                if len(self._unmet) > UNMET_MAX:
-                    self._unmet.popitem(last=False)
+                self.keep_unmet(key, event)
             return
         layout = node.books[transfer.opening.pool_id].layout
         if pull.layout_digest != layout.digest:
@@ -154,10 +152,21 @@ class SourceDesk:
             error=error,
         )
 
+    def keep_unmet(self, key: ev.Key, event: ev.Pulled) -> None:
+        """A pull came before its source: keep who asked, not what for."""
+        pull = event.pull.model_copy(update={"want": []})
+        self._unmet[key] = (ev.Pulled(event.sink, event.daemon, pull), self._node.now_s)
+        if len(self._unmet) > UNMET_MAX:
+            self._unmet.popitem(last=False)
+
     def replay_unmet(self, key: ev.Key) -> None:
         """A pull came before the source was opened: answer it now, not at its next repeat."""
         unmet = self._unmet.pop(key, None)
-        if unmet is not None:
+        if unmet is None:
+            return
+        if unmet[0].sink == self._node.settings.boot_id:
+            self._node.post(key, unmet[0])
+        else:
             self._on_pull(unmet[0])
 
     def _on_done(self, sink: SinkDaemon, message: wire.Done) -> None:

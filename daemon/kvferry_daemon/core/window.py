@@ -67,6 +67,22 @@ class Window:
             fronts.append(lease)
         return fronts
 
+    def cut_to(self, edge_tokens: int) -> tuple[Lease, ...]:
+        """Give up the blocks at and behind ``edge_tokens``, rounded up to a block; return them."""
+        size = self._block_size_tokens
+        keep = max(0, -(-(edge_tokens - self.base_tokens) // size))
+        tails = []
+        while self.blocks > keep:
+            lease = self._leases.pop()
+            first, blocks = lease.run
+            left = max(0, blocks - (self.blocks - keep))
+            if left:
+                self._leases.append(lease._replace(run=Run(first, left)))
+                lease = lease._replace(run=Run(first + left, blocks - left))
+            self.blocks -= lease.run.blocks
+            tails.append(lease)
+        return tuple(tails)
+
     def clear(self) -> tuple[Lease, ...]:
         """Give every lease up and return them all."""
         leases = self.leases
