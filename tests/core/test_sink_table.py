@@ -34,6 +34,8 @@ Tick, a minute on     | BW    | FAILED SendDone
 Tick, a minute on     | T     | FAILED SendDone CancelClaims Quarantine
 Tick, a minute on     | S     | stays Quarantine SendDone
 Tick, a minute on     | F     | stays CloseStream SendDone
+Slept                 | BWT   | stays
+Slept                 | SF    | absorbed
 Granted               | BWT   | stays
 Granted               | SF    | stays Free
 Promised              | BWT   | stays
@@ -287,6 +289,7 @@ def local_sink_in(state: State) -> SinkTransfer:
 EVENTS: dict[str, object] = {
     "Tick": ev.Tick(0.3),
     "Tick, 3 s on": ev.Tick(3.0),
+    "Slept": ev.Slept(2.0),
     "Tick, a minute on": ev.Tick(61.0),
     "Granted": granted(7),
     "Promised": ev.Promised(1),

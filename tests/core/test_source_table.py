@@ -39,6 +39,8 @@ Tick, a lease on      | SF    | stays CloseStream
 Tick, a minute on     | B     | FAILED Quarantine
 Tick, a minute on     | WT    | FAILED SendProgress Quarantine
 Tick, a minute on     | SF    | stays CloseStream
+Slept                 | BWT   | stays
+Slept                 | SF    | absorbed
 Granted               | BWT   | stays
 Granted               | SF    | stays Free
 Promised              | BWT   | stays
@@ -159,6 +161,7 @@ LOST = ErrorInfo.of(Code.WORKER_LOST, "gone")
 EVENTS: dict[str, object] = {
     "Tick": ev.Tick(0.3),
     "Tick, 3 s on": ev.Tick(3.0),
+    "Slept": ev.Slept(2.0),
     "Tick, a lease on": ev.Tick(30.0),
     "Tick, a minute on": ev.Tick(61.0),
     "Granted": granted(7, 1, Role.SOURCE),

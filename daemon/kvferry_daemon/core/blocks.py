@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kvferry_daemon.core.events import Key, WantBlocks
 from kvferry_daemon.core.pool import BlockPool, Grant, Lease
 from kvferry_proto.layout import Layout
 from kvferry_proto.states import Role
+
+Kind = Literal["whole", "urgent", "more"]  # all or none; holds none yet; could go on with more
+KINDS: tuple[Kind, ...] = ("whole", "urgent", "more")
+OVERTAKEN_MAX = 32
 
 
 class Zeroing(NamedTuple):
@@ -28,10 +32,14 @@ class PoolBook:
     pool: BlockPool
     source_blocks: int
     sink_blocks: int
-    _queues: dict[tuple[Role, bool], dict[Key, WantBlocks]] = field(
-        default_factory=lambda: {(role, urgent): {} for role in Role for urgent in (True, False)}
+    _queues: dict[tuple[Role, Kind], dict[Key, WantBlocks]] = field(
+        default_factory=lambda: {(role, kind): {} for role in Role for kind in KINDS}
     )
+    _arrived: dict[Key, int] = field(default_factory=dict)  # of those that wait, in order
+    _arrivals: int = 0
+    _overtaken: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
     _reserved: dict[Key, int] = field(default_factory=dict)  # room that only its holder may use
+    _reserved_blocks: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
     _waiting_for_room: dict[Key, None] = field(default_factory=dict)
     _on_the_way: dict[Key, int] = field(default_factory=dict)
     _owners: dict[Key, int] = field(default_factory=dict)
@@ -50,46 +58,73 @@ class PoolBook:
 
     def forget(self, key: Key) -> None:
         """The transfer is gone; it holds nothing here."""
-        for queue in self._queues.values():
-            queue.pop(key, None)
-        self._reserved.pop(key, None)
+        for kind in KINDS:
+            self._served(key, kind)
+        self._set_aside(key, 0)
         self._waiting_for_room.pop(key, None)
         self._owners.pop(key, None)
 
     def want(self, key: Key, level: WantBlocks) -> None:
         """Note how many blocks a transfer wants now."""
-        queue = self._queues[key.role, level.urgent]
-        self._queues[key.role, not level.urgent].pop(key, None)
+        kind = _kind(level)
+        for other in KINDS:
+            if other != kind:
+                self._queues[key.role, other].pop(key, None)
         blocks = level.blocks - self._on_the_way.get(key, 0)
         if blocks > 0:
-            queue[key] = WantBlocks(blocks, level.whole, level.urgent)
+            self._queues[key.role, kind][key] = WantBlocks(blocks, level.whole, level.urgent)
+            if key not in self._arrived:
+                self._arrivals += 1
+                self._arrived[key] = self._arrivals
         else:
-            queue.pop(key, None)
+            self._served(key, kind)
         if level.blocks == 0:
-            self._reserved.pop(key, None)
+            self._set_aside(key, 0)
             self._waiting_for_room.pop(key, None)
 
     def grants(self) -> Iterator[tuple[Key, Grant]]:
-        """Hand out what can be handed out now."""
-        for role in Role:
-            for urgent in (True, False):
-                yield from self._grants_of(role, self._queues[role, urgent])
+        """Hand out what can be handed out now, first come, first served.
 
-    def _grants_of(self, role: Role, queue: dict[Key, WantBlocks]) -> Iterator[tuple[Key, Grant]]:
-        while queue:
-            key, level = next(iter(queue.items()))
-            room = self._room(key)
-            if room == 0 or (level.whole and room < level.blocks):
-                return  # nobody overtakes the first in the queue
-            grant = self.pool.grant(self.owner(key), role, min(room, level.blocks))
-            left = level.blocks - sum(lease.run.blocks for lease in grant.leases)
-            if left:
-                queue[key] = WantBlocks(left, level.whole, level.urgent)
-            else:
-                del queue[key]
-            yield key, grant
-            if left:
-                return
+        One that needs all of its blocks at once may be overtaken by those that can go on with
+        fewer, but only OVERTAKEN_MAX times; then everybody waits until there is room for it.
+        """
+        for role in Role:
+            while self.pool.room(role) and (found := self._next(role)) is not None:
+                key, level = found
+                blocks = min(self._room(key), level.blocks)
+                grant = self.pool.grant(self.owner(key), role, blocks)
+                left = level.blocks - sum(lease.run.blocks for lease in grant.leases)
+                if left:
+                    queue = self._queues[role, _kind(level)]
+                    queue[key] = WantBlocks(left, level.whole, level.urgent)
+                else:
+                    self._served(key, _kind(level))
+                yield key, grant
+
+    def _next(self, role: Role) -> tuple[Key, WantBlocks] | None:
+        """Who is served next. Looks at heads of queues only: waiting costs nothing."""
+        whole = _head(self._queues[role, "whole"])
+        some = _head(self._queues[role, "urgent"]) or _head(self._queues[role, "more"])
+        fits = whole is not None and self._room(whole[0]) >= whole[1].blocks
+        if some is not None and self._room(some[0]) == 0:
+            some = None
+        if whole is None or some is None:
+            return whole if fits else some
+        if self._arrived[some[0]] < self._arrived[whole[0]]:
+            return some
+        if fits:
+            return whole
+        if self._overtaken[role] >= OVERTAKEN_MAX:
+            return None
+        self._overtaken[role] += 1
+        return some
+
+    def _served(self, key: Key, kind: Kind) -> None:
+        queue = self._queues[key.role, kind]
+        if kind == "whole" and queue and next(iter(queue)) == key:
+            self._overtaken[key.role] = 0
+        queue.pop(key, None)
+        self._arrived.pop(key, None)
 
     def on_the_way(self, key: Key, blocks: int) -> None:
         """Blocks are granted, maybe being zeroed, but not in the window yet (negative: they are)."""
@@ -112,7 +147,7 @@ class PoolBook:
             self._waiting_for_room[key] = None
             return 0
         if reserve_blocks:  # it shrinks as the total becomes known
-            self._reserved[key] = min(reserve_blocks, self._reserved.get(key, reserve_blocks))
+            self._set_aside(key, min(reserve_blocks, self._reserved.get(key, reserve_blocks)))
         room = min(self._room(key), blocks)
         if room < blocks:
             self._waiting_for_room[key] = None
@@ -121,7 +156,7 @@ class PoolBook:
     def took_over(self, key: Key, blocks: int) -> None:
         """Blocks were taken out of what was set aside."""
         if key in self._reserved:
-            self._reserved[key] = max(0, self._reserved[key] - blocks)
+            self._set_aside(key, max(0, self._reserved[key] - blocks))
 
     def ready_to_try(self) -> list[Key]:
         """Transfers that waited for room to take over, once there is some."""
@@ -130,10 +165,19 @@ class PoolBook:
             del self._waiting_for_room[key]
         return keys
 
+    def _set_aside(self, key: Key, blocks: int) -> None:
+        self._reserved_blocks[key.role] += blocks - self._reserved.pop(key, 0)
+        if blocks:
+            self._reserved[key] = blocks
+
     def _room(self, key: Key) -> int:
-        others = sum(
-            blocks
-            for other, blocks in self._reserved.items()
-            if other != key and other.role is key.role
-        )
+        others = self._reserved_blocks[key.role] - self._reserved.get(key, 0)
         return max(0, self.pool.room(key.role) - others)
+
+
+def _kind(level: WantBlocks) -> Kind:
+    return "whole" if level.whole else "urgent" if level.urgent else "more"
+
+
+def _head(queue: dict[Key, WantBlocks]) -> tuple[Key, WantBlocks] | None:
+    return next(iter(queue.items()), None)

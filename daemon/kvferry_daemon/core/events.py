@@ -57,6 +57,13 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Slept:
+    """The daemon itself stood still: for so long nobody could be heard."""
+
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Granted:
     """Blocks for the window's edge, zeroed if another owner had them."""
 

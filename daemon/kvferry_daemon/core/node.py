@@ -25,8 +25,10 @@ from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
 from kvferry_proto.states import Role
 
+TIMERS_SPARE = 256  # wake-ups that are over, before they are swept out
 STALE_CLOCK_S = 0.005  # a transfer's clock may lag so much before an event brings it a Tick
 SWEEP_S = 1.0
+SLEPT_S = 1.0  # we are woken for every sweep; who comes so much too late has not run
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Node:
 
     def handle(self, event: out.NodeEvent, now_s: float) -> list[out.NodeEffect]:
         """Apply one event at ``now_s`` (monotonic seconds); return what is to be done, in order."""
+        self._notice_sleep(now_s)
         self.now_s = max(self.now_s, now_s)
         self._run_timers()
         self._moves[type(event)](event)
@@ -134,7 +137,8 @@ class Node:
         """Only now: what workers see is where things have come to, not a step on the way."""
         changed, self._changed = self._changed, {}
         for key, version in changed.items():
-            for poll in self.polls.take_changed(key, version):
+            for number, poll in self.polls.take_changed(key, version):
+                self.unschedule(number)
                 self.workers.answer_poll(poll)
 
     @property
@@ -150,7 +154,7 @@ class Node:
     @property
     def idle(self) -> bool:
         """Whether no transfer is live or still draining."""
-        return not any(not t.ended or t.window.blocks for t in self.transfers.values())
+        return all(transfer.settled for transfer in self.transfers.values())
 
     # --- running transfers ---
 
@@ -191,6 +195,13 @@ class Node:
             self._due[thing] = at_s
             self._timer_count += 1
             heapq.heappush(self._timers, (at_s, self._timer_count, thing))
+            if len(self._timers) > TIMERS_SPARE + 2 * len(self._due):
+                self._timers = [one for one in self._timers if self._due.get(one[2]) == one[0]]
+                heapq.heapify(self._timers)
+
+    def unschedule(self, thing: object) -> None:
+        """A wake-up is needed no more."""
+        self._due.pop(thing, None)
 
     def _run_queue(self) -> None:
         while self._queue:
@@ -232,6 +243,18 @@ class Node:
             self.sessions[session].keys.discard(key)
 
     # --- time ---
+
+    def _notice_sleep(self, now_s: float) -> None:
+        """Time in which this process did not run is nobody's silence: a pause, a moved machine."""
+        slept_s = now_s - max(self.now_s, self._sweep_at_s)
+        if slept_s < SLEPT_S:
+            return
+        self.counters["slept"] += 1
+        self.workers.on_slept(slept_s)
+        self.sinks.on_slept(slept_s)
+        for key in self.transfers:
+            self.post(key, ev.Slept(slept_s))
+        self._run_queue()  # before any timer
 
     def _run_timers(self) -> None:
         due = []

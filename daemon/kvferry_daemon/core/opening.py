@@ -15,7 +15,11 @@ from kvferry_proto.states import Mode
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import Session, Settings
 
-ADDRESS = re.compile(r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9.\-]+):(\d{1,5})$")
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9\-]{0,61}[A-Za-z0-9])?"
+_SCOPE = r"(%[A-Za-z0-9]+)?"
+ADDRESS = re.compile(
+    rf"tcp://(\[[0-9A-Fa-f:.]+{_SCOPE}\]|{_LABEL}(\.{_LABEL})*\.?):(?P<port>[0-9]{{1,5}})"
+)
 
 
 def opening_of(
@@ -72,8 +76,8 @@ def checked_address(address: str | None) -> str | None:
     """Return the address if it is tcp://host:port (or None); raise FerryError(bad_address)."""
     if address is None:
         return None
-    match = ADDRESS.match(address)
-    if match is None or not 0 < int(match[2]) < 65536:
+    match = ADDRESS.fullmatch(address)
+    if match is None or not 0 < int(match["port"]) < 65536:
         raise FerryError(Code.BAD_ADDRESS, f"{address!r} is not tcp://host:port")
     return address
 

@@ -150,6 +150,11 @@ class Peer:
             self._ask_for_streams()
         return self._taken()
 
+    def forgive(self, slept_s: float) -> None:
+        """We stood still ourselves: what the peer said meanwhile is still to be read."""
+        self._silent_since_s += slept_s
+        self._probe_at_s += slept_s
+
     def on_message(self, message: wire.PeerMessage, now_s: float) -> list[PeerEffect]:
         """Handle a link-level answer; the caller routes progress and done_noted itself."""
         self.now_s = now_s

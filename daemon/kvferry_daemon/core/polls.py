@@ -39,13 +39,13 @@ class Polls:
             self._by_key.setdefault(key, set()).add(self._next)
         return self._next
 
-    def take_changed(self, key: Key, snapshot: int) -> list[WaitingPoll]:
-        """Take out the polls that a change of this key answers."""
+    def take_changed(self, key: Key, snapshot: int) -> list[tuple[int, WaitingPoll]]:
+        """Take out the polls, with their numbers, that a change of this key answers."""
         numbers = self._by_key.get(key)
         if not numbers:
             return []
         due = [n for n in sorted(numbers) if snapshot > self._polls[n].after[key]]
-        return [self._take(number) for number in due]
+        return [(number, self._take(number)) for number in due]
 
     def take_expired(self, number: int, now_s: float) -> WaitingPoll | None:
         """Take a poll out if its time is up."""

@@ -26,7 +26,7 @@ class SinkTransfer(Transfer):
 
     def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
         super().__init__(opening, timing, now_s)
-        self.peer_up = opening.source is None
+        self.peer_up = self.peer_met = opening.source is None
         self.known_at: int | None = None  # the pull number current at the first real answer
         self.done_noted = False
         self._number = 0
@@ -58,9 +58,13 @@ class SinkTransfer(Transfer):
         return due_s
 
     @property
+    def settled(self) -> bool:
+        return super().settled and (self.done_noted or not self.peer_up)
+
+    @property
     def forgettable(self) -> bool:
         gave_up = self.now_s >= self._ended_s + self.timing.tombstone_s
-        told = self.done_noted or gave_up
+        told = self.done_noted or gave_up or not self.peer_met
         return self.ended and told and not self.window.blocks and not self._claims
 
     # --- settling: what follows from the counters alone ---
@@ -171,7 +175,7 @@ class SinkTransfer(Transfer):
         self._emit(ev.Free(event.leases))  # crossed our end; nobody was shown them
 
     def _on_peer_up(self, _event: ev.PeerUp) -> None:
-        self.peer_up = True
+        self.peer_up = self.peer_met = True
         self._resend_soon()
 
     def _on_peer_down(self, _event: ev.PeerDown) -> None:
@@ -319,6 +323,7 @@ class SinkTransfer(Transfer):
 
 SinkTransfer.LIVE = {
     ev.Tick: SinkTransfer._on_tick,
+    ev.Slept: SinkTransfer._on_slept,
     ev.Promised: SinkTransfer._on_promised,
     ev.Granted: SinkTransfer._on_granted,
     ev.PeerUp: SinkTransfer._on_peer_up,

@@ -9,7 +9,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_proto import peer as wire
-from kvferry_proto.errors import Code
+from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FRAME_WANTS_MAX = 4096  # bounds a frame well below its limit
 IDLE_PEER_S = 60.0
+PEERS_MAX = 1000  # each costs a socket
 
 
 class SinkDesk:
@@ -33,6 +34,11 @@ class SinkDesk:
         self._pulls: dict[str, list[wire.Pull]] = {}
 
     # --- transfers ---
+
+    def check_room(self, address: str | None) -> None:
+        """Raise FerryError(resource_exhausted) if a link to one more source would be too much."""
+        if address is not None and address not in self.peers and len(self.peers) >= PEERS_MAX:
+            raise FerryError(Code.RESOURCE_EXHAUSTED, f"{PEERS_MAX} sources are linked already")
 
     def attach(self, key: ev.Key) -> None:
         """A sink has opened: give it its source's link and streams."""
@@ -104,6 +110,11 @@ class SinkDesk:
                 node.post(key, ev.Fail(Code.LAYOUT_MISMATCH, message))
                 return
         node.post(key, ev.Heard(progress))
+
+    def on_slept(self, for_s: float) -> None:
+        """We stood still ourselves."""
+        for peer in self.peers.values():
+            peer.forgive(for_s)
 
     def on_probed(self, event: out.Probed) -> None:
         """We know why nobody answers."""

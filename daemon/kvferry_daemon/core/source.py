@@ -138,6 +138,10 @@ class SourceTransfer(Transfer):
 
     # --- moves ---
 
+    def _on_slept(self, event: ev.Slept) -> None:
+        super()._on_slept(event)
+        self._lease_until_s += event.for_s
+
     def _on_granted(self, event: ev.Granted) -> None:
         self.window.add(event.leases)
         self._got(sum(lease.run.blocks for lease in event.leases))
@@ -324,6 +328,7 @@ class SourceTransfer(Transfer):
 
 SourceTransfer.LIVE = {
     ev.Tick: SourceTransfer._on_tick,
+    ev.Slept: SourceTransfer._on_slept,
     ev.Promised: SourceTransfer._on_promised,
     ev.Granted: SourceTransfer._on_granted,
     ev.ReadyTo: SourceTransfer._on_ready,

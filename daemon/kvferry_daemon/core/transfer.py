@@ -12,6 +12,7 @@ from kvferry_daemon.core.events import (
     Promised,
     Quarantine,
     Release,
+    Slept,
     Tick,
     Timing,
     WantBlocks,
@@ -97,6 +98,11 @@ class Transfer:
     def forgettable(self) -> bool:
         """Whether nothing is left to do, so that a tombstone can take its place."""
         raise NotImplementedError
+
+    @property
+    def settled(self) -> bool:
+        """Whether a daemon that stops now takes nothing away from anybody."""
+        return self.ended and not self.window.blocks
 
     def handle(self, event: object) -> list[Effect]:
         """Apply one event and return what must now be done, in order."""
@@ -217,6 +223,9 @@ class Transfer:
 
     def _on_tick(self, event: Tick) -> None:
         self.now_s = event.now_s
+
+    def _on_slept(self, event: Slept) -> None:
+        self.progress_s += event.for_s
 
     def _on_promised(self, event: Promised) -> None:
         self._promised_blocks += event.blocks

@@ -30,7 +30,7 @@ class Welcomer:
         agree(hello.versions)
         if not lock_held:
             raise FerryError(Code.WORKER_NOT_LOCKED, f"nobody holds a flock on {hello.lock!r}")
-        self._check_session(hello)
+        self._check_session(route, hello)
         pool_id = hello.layout.digest.hex()
         if pool_id in self._node.books:
             self._welcome(route, hello)
@@ -44,9 +44,18 @@ class Welcomer:
             self._being_made[pool_id] = (hello.layout, blocks, {route: hello})
             self._node.effects.append(out.MakePool(pool_id, hello.layout, blocks))
 
-    def _check_session(self, hello: worker.Hello) -> None:
+    def _check_lock(self, route: bytes, hello: worker.Hello) -> None:
+        """One lock, one worker: if it came back under the old name, nobody could see it was dead."""
+        known = self._repeated(route, hello)
+        if known is None and any(s.lock == hello.lock for s in self._node.sessions.values()):
+            raise FerryError(
+                Code.WORKER_NOT_LOCKED, f"{hello.lock!r} belongs to another session; take a new one"
+            )
+
+    def _check_session(self, route: bytes, hello: worker.Hello) -> None:
         sessions = self._node.sessions
         if hello.session is None:
+            self._check_lock(route, hello)
             if len(sessions) >= self._node.settings.workers_max:
                 raise FerryError(Code.RESOURCE_EXHAUSTED, f"{len(sessions)} workers are here")
             return

@@ -148,6 +148,7 @@ class WorkerDesk:
             )
         timing, now_s = node.settings.timing, node.now_s
         if isinstance(call, worker.Receive):
+            node.sinks.check_room(opening.source)
             self._supersede(key, newest)
             self._opened_by[key] = call.model_copy(update={"call": 0})
             node.open(SinkTransfer(opening, timing, now_s))
@@ -292,6 +293,11 @@ class WorkerDesk:
             if not session.lost and node.now_s - session.heard_s >= lost_s:
                 session.lost = True
                 self._lose(session, dead=False, why=f"silent for {lost_s:g} s")
+
+    def on_slept(self, for_s: float) -> None:
+        """We stood still ourselves: the beats of that time are still to be read."""
+        for session in self._node.sessions.values():
+            session.heard_s += for_s
 
     def on_lock_dropped(self, event: out.LockDropped) -> None:
         """The process is gone: nobody maps its blocks any more."""

@@ -1,0 +1,103 @@
+"""Time in which the daemon itself did not run, links that come and go, timers that are over."""
+
+from core.stories import SINK, SOURCE, Story
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.sink_desk import IDLE_PEER_S, PEERS_MAX
+from kvferry_proto import worker
+from kvferry_proto.states import TERMINAL, Role, State
+from world import World, layout
+
+WINDOW = 8
+
+
+def test_a_daemon_that_stood_still_blames_nobody() -> None:
+    """Beats and answers of that time lie unread in its sockets when its timers run."""
+    story = Story(3 * WINDOW)
+    story.open()
+    story.produce()
+    story.world.wait(0.5)
+    before = story.sink().sent_tokens
+    assert before == WINDOW
+    story.world.now_s += 90.0  # every daemon stops; all deadlines would be over
+    for name in ("a", "b"):
+        story.world.feed(name, out.TimePassed())
+        node = story.world.machines[name].node
+        assert not any(session.lost for session in node.sessions.values())
+        assert all(peer.state == "up" for peer in node.sinks.peers.values())
+        assert not any(t.state in TERMINAL for t in node.transfers.values())
+    story.world.beat()
+    end = story.run()
+    story.check(end)
+
+
+def test_time_that_passes_turn_by_turn_is_silence() -> None:
+    story = Story(3 * WINDOW)
+    story.open()
+    for _ in range(5):
+        story.world.wait(1)  # nobody beats
+    assert story.source().state is State.FAILED
+
+
+def test_a_link_that_was_dropped_for_being_idle_moves_data_again() -> None:
+    """Its connections began at number 0 again, which the source took for old messages."""
+    story = Story(WINDOW)
+    story.open()
+    story.check(story.run())
+    for _ in range(int(IDLE_PEER_S) + 5):
+        story.world.wait(1)
+        story.world.beat()
+    assert story.world.machines["b"].node.sinks.peers == {}
+    story.attempt, story.read = 1, []
+    story.open()
+    story.check(story.run())
+
+
+def test_one_source_by_two_names_is_two_links() -> None:
+    world = World()
+    world.hello("b", SINK)
+    for number, address in enumerate(("tcp://a:1", "tcp://a.:1")):
+        call = worker.Receive(transfer_id=f"t{number}", source=address)
+        assert isinstance(world.call("b", SINK, call), worker.Snapshots)
+    links = world.machines["b"].node.sinks.peers.values()
+    assert len({peer.our_boot_id for peer in links}) == 2
+
+
+def test_sources_are_bounded() -> None:
+    world = World()
+    world.hello("b", SINK)
+    for number in range(PEERS_MAX):
+        call = worker.Receive(transfer_id=f"t{number}", source=f"tcp://host{number}:1")
+        world.call("b", SINK, call)
+        world.call("b", SINK, worker.Abort(transfer_id=f"t{number}", role=Role.SINK))
+    last = worker.Receive(transfer_id="last", source="tcp://one-more:1")
+    assert world.call("b", SINK, last).error.code == "resource_exhausted"
+    again = worker.Receive(transfer_id="again", source="tcp://host7:1")
+    assert isinstance(world.call("b", SINK, again), worker.Snapshots)
+
+
+def test_timers_of_polls_that_were_answered_do_not_pile_up() -> None:
+    story = Story(WINDOW)
+    story.open()
+    node = story.world.machines["a"].node
+    for tokens in range(1, WINDOW + 1):
+        watched = worker.Watched(role=Role.SOURCE, transfer_id="t", after=story.source().snapshot)
+        for _ in range(500):
+            call = worker.Poll(transfers=[watched], wait_s=60)
+            assert story.world.call("a", SOURCE, call) is None
+        story.ready(tokens)
+        assert len(node.polls) == 0
+    assert len(node._timers) < 1000
+
+
+def test_a_lock_that_belongs_to_a_session_is_nobody_elses() -> None:
+    """A worker that came back under the name of its dead self would hide its own death."""
+    world = World()
+    world.hello("a", SOURCE)
+    call = worker.Hello(lock=f"lock{SOURCE.hex()}", layout=layout())
+    reply = None
+    for effect in world.machines["a"].node.handle(
+        out.WorkerCalled(b"another connection", call, lock_held=True), 0.0
+    ):
+        reply = getattr(effect, "reply", None)
+    assert isinstance(reply, worker.Failure)
+    assert reply.error.code == "worker_not_locked"
