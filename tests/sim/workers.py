@@ -45,7 +45,8 @@ class Process:
         self.name = name
         self.alive = True
         self.stopped_until_s = 0.0
-        self.lock = f"{name}-{number}"
+        self._locks = 0
+        self._process = number
         self.life: Life | None = None  # of the daemon, as far as the process knows
         self.session: str | None = None
         self.joined = False
@@ -55,7 +56,7 @@ class Process:
         self._last_call_s = self._last_reply_s = self._beat_s = 0.0
         self._routes = 0
         self._route = b""
-        self._kernel_lock = world.locks[self.lock] = Lock()
+        self._take_lock()
         self.reconnect()
         self._beat()
 
@@ -181,6 +182,10 @@ class Process:
                 self._hello()
             elif reply.error.code == Code.POOL_REFUSED:
                 self.later(0.3, self._hello)
+            elif reply.error.code == Code.WORKER_NOT_LOCKED:
+                self._unlock()
+                self._take_lock()
+                self._hello()
             else:
                 raise Broken(f"{self.name} is refused: {reply.error}")
             return
@@ -214,11 +219,20 @@ class Process:
         if not self.alive:
             return
         self.world.say(self.name, "CRASH", "")
-        self.alive = self._kernel_lock.alive = False
+        self.alive = False
         self.world.routes.pop(self._route, None)
         self._calls.clear()
         for side in self.sides.values():
             side.process_died()
+        self._unlock()
+
+    def _take_lock(self) -> None:
+        self._locks += 1
+        self.lock = f"{self.name}-{self._process}-{self._locks}"
+        self._kernel_lock = self.world.locks[self.lock] = Lock()
+
+    def _unlock(self) -> None:
+        self._kernel_lock.alive = False
         life = self.machine.life
         if life is not None:
             for session, lock in life.watched.items():
