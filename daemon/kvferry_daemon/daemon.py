@@ -18,6 +18,7 @@ from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.report import status, transfers
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.links.liveness import Liveness
+from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
@@ -27,6 +28,7 @@ from kvferry_proto.fields import ErrorInfo
 
 log = logging.getLogger(__name__)
 DRAIN_LOOK_S = 0.05
+SOCKETS_MAX = 4096
 
 
 class Daemon:
@@ -38,6 +40,7 @@ class Daemon:
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
         self.directory = RuntimeDir(config.runtime_dir)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)  # before the first one
         self._peer_socket = make_socket(self._context, zmq.ROUTER)
         if ":" in config.peer_host:
             self._peer_socket.setsockopt(zmq.IPV6, 1)
@@ -47,7 +50,7 @@ class Daemon:
         host = _bracketed(config.advertise_host or config.peer_host)
         self.peer_address = f"tcp://{host}:{port}"
         self._liveness = Liveness(self.directory.workers)
-        self._dealers: dict[str, ZmqLink] = {}
+        self._dealers: dict[str, PeerLink] = {}
         self.node = Node(
             settings_of(config, self.peer_address),
             lambda: secrets.token_bytes(32),
@@ -73,8 +76,10 @@ class Daemon:
     async def close(self) -> None:
         """Take everything down; blocks and transfers go with the process."""
         self._watch.cancel()
-        for link in (self._workers, self._control, self._peers, *self._dealers.values()):
+        for link in (self._workers, self._control, self._peers):
             link.close()
+        for dealer in self._dealers.values():
+            dealer.close()
         self.streams.close()
         self.effects.close()
         self._liveness.close()
@@ -94,8 +99,11 @@ class Daemon:
     async def _watch_workers(self) -> None:
         while True:
             await asyncio.sleep(self.config.deadlines.heartbeat_s)
-            for session in self._liveness.dead():
-                self.effects.feed(out.LockDropped(session))
+            try:
+                for session in self._liveness.dead():
+                    self.effects.feed(out.LockDropped(session))
+            except OSError as error:
+                log.error("cannot look at the workers' locks: %s", error)
 
     # --- messages in ---
 
@@ -106,13 +114,20 @@ class Daemon:
         except FerryError as error:
             self._refuse_worker(route, error)
             return
-        held = isinstance(call, worker.Hello) and self._liveness.is_held(call.lock)
+        held = False
+        if isinstance(call, worker.Hello):
+            try:
+                held = self._liveness.is_held(call.lock)
+            except OSError as error:
+                said = FerryError(Code.RESOURCE_EXHAUSTED, f"cannot look at {call.lock}: {error}")
+                self._refuse_worker(route, said, call.call)
+                return
         self.effects.feed(out.WorkerCalled(route, call, held))
 
-    def _refuse_worker(self, route: bytes, error: FerryError) -> None:
+    def _refuse_worker(self, route: bytes, error: FerryError, call: int = 0) -> None:
         self.node.counters["bad_messages_worker"] += 1
         info = ErrorInfo.of(error.code, error.message)
-        self.to_worker(route, worker.Failure(call=0, error=info))
+        self.to_worker(route, worker.Failure(call=call, error=info))
 
     def _on_peer(self, frames: list[bytes]) -> None:
         try:
@@ -182,16 +197,17 @@ class Daemon:
 
     def open_peer(self, address: str) -> None:
         """Connect; ZeroMQ goes on trying until close_peer."""
-        socket = make_socket(self._context, zmq.DEALER)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.SNDHWM, 1000)
-        socket.connect(address)
         on_message: Callable[[list[bytes]], None] = lambda frames: self._on_source(address, frames)
-        self._dealers[address] = ZmqLink(socket, on_message)
+        try:
+            self._dealers[address] = PeerLink(self._context, address, on_message)
+        except zmq.ZMQError as error:  # the node's own probe tells those who wait for it
+            log.error("no link to %s: %s", address, error)
 
     def close_peer(self, address: str) -> None:
         """Drop the link."""
-        self._dealers.pop(address).close()
+        link = self._dealers.pop(address, None)
+        if link is not None:
+            link.close()
 
     def watch_worker(self, session: str, lock: str) -> None:
         """From now on its flock is looked at."""

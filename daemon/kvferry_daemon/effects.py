@@ -82,10 +82,18 @@ class Effects:
         try:
             while self._events:
                 for effect in self._node.handle(self._events.popleft(), self._loop.time()):
-                    self._moves[type(effect)](effect)
+                    self._perform(effect)
         finally:
             self._feeding = False
-        self._arm()
+            self._arm()
+
+    def _perform(self, effect: out.NodeEffect) -> None:
+        """One that fails must not take those behind it along: they are other transfers'."""
+        try:
+            self._moves[type(effect)](effect)
+        except Exception:
+            self._node.counters["effects_failed"] += 1
+            log.exception("could not %s", effect)
 
     def close(self) -> None:
         """Stop timers and threads, and drop the pools."""

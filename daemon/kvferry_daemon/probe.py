@@ -20,8 +20,8 @@ async def probe(address: str) -> str:
             reader, writer = await asyncio.open_connection(host, port)
     except TimeoutError:
         return f"connecting took over {PROBE_S:g} s (unreachable, or a firewall drops it)"
-    except OSError as error:
-        return f"connecting failed: {error.strerror or error}"
+    except (OSError, UnicodeError) as error:
+        return f"connecting failed: {getattr(error, 'strerror', None) or error}"
     try:
         async with asyncio.timeout(PROBE_S):
             greeting = await reader.read(1)

@@ -17,6 +17,7 @@ from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
 
 CONNECT_S = 5.0
+CONNECTS_MAX = 256  # threads come only as they are needed: a few sick sources must not fill them
 log = logging.getLogger(__name__)
 
 Views = list[memoryview]
@@ -34,7 +35,7 @@ class Streams:
         self._receivers: dict[StreamKey, StreamReceiver] = {}
         self._senders: dict[StreamKey, StreamSender] = {}
         self._connecting: dict[StreamKey, bool] = {}  # key -> still wanted
-        self._executor = ThreadPoolExecutor(4, "kvferry-connect")
+        self._executor = ThreadPoolExecutor(CONNECTS_MAX, "kvferry-connect")
         self._sink_bridge = LoopBridge(loop, self._on_sink_event)
         self._source_bridge = LoopBridge(loop, self._on_source_event)
         self.listener = Listener(host, port, post=self._source_bridge.post)
@@ -56,7 +57,7 @@ class Streams:
         wanted = self._connecting.pop(key)
         try:
             sock = done.result()
-        except (ConnectError, OSError) as error:
+        except (ConnectError, OSError, UnicodeError) as error:
             log.warning("stream %s to %s: %s", key.stream, key.peer, error)
             self._feed(out.SinkStreamDown(key, str(error)))
             return

@@ -1,5 +1,7 @@
 """Who may open a data connection, and that nobody can keep others from it."""
 
+import contextlib
+import errno
 import queue
 import select
 import socket
@@ -8,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -294,3 +297,47 @@ def test_a_connection_that_was_handed_over_belongs_to_who_got_it() -> None:
         assert isinstance(handed.get(timeout=WAIT_S), te.StreamDown)
     finally:
         door.close()
+
+
+# --- errors of the machine ---
+
+
+def test_an_error_of_accept_is_not_the_end(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accept(2) passes the errors of a network on, and may be short of memory for a moment."""
+    real = socket.socket.accept
+    errors = [errno.ENOBUFS, errno.EHOSTUNREACH, errno.EMFILE]
+
+    def accept(self: socket.socket) -> tuple[socket.socket, Any]:
+        sock, where = real(self)
+        if errors:
+            sock.close()
+            raise OSError(errors.pop(), "not now")
+        return sock, where
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    for _ in range(len(errors) + 1):  # the one that accept waits in already is the real one
+        with contextlib.suppress(OSError):
+            door.dial().recv(1)
+    door.listener.admit(TICKET, "key", WAIT_S)
+    door.connect(TICKET)
+    assert door.opened().key == "key"
+    assert errors == []
+
+
+def test_no_thread_to_be_had_is_not_the_end(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+    refused = [HANDSHAKES_MAX + 1]
+
+    def start(self: threading.Thread) -> None:
+        if refused[0]:
+            refused[0] -= 1
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(module, "AGAIN_S", 0.001)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for _ in range(HANDSHAKES_MAX + 1):
+        assert ended(door.dial(), WAIT_S)
+    door.listener.admit(TICKET, "key", WAIT_S)
+    door.connect(TICKET)
+    assert door.opened().key == "key"

@@ -172,6 +172,23 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no address": (worker.Receive(transfer_id="u", source="ipc:///etc"), "bad_address"),
     "no port": (worker.Receive(transfer_id="u", source="tcp://host:99999"), "bad_address"),
+    **{
+        f"no host: {host!a}": (
+            worker.Receive(transfer_id="u", source=f"tcp://{host}:1{rest}"),
+            "bad_address",
+        )
+        for host, rest in (
+            ("-x", ""),
+            (".x", ""),
+            ("a..b", ""),
+            ("a" * 80, ""),
+            ("[%]", ""),
+            ("host", "\n"),
+            ("host", "\u0663"),
+            ("[x]", ""),
+            ("", ""),
+        )
+    },
     "aux that the layout lacks": (
         worker.Ready(transfer_id="t", ready_tokens=0, aux={"x": 1}),
         "aux_missing",

@@ -1,56 +1,66 @@
 """Proof of death: each worker holds a flock on a file; the kernel drops it with the process."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
 
 
 class Liveness:
-    """Watches the lock files of worker sessions."""
+    """Watches the lock files of worker sessions.
+
+    A file is opened once, when its worker says hello, and looked at through that descriptor from
+    then on: a path can vanish, and opening can fail for reasons that are no proof of anything.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._watched: dict[str, tuple[int, Path]] = {}
+        self._open: dict[str, int] = {}  # name -> descriptor
+        self._watched: dict[str, str] = {}  # session -> name
 
     def is_held(self, name: str) -> bool:
-        """Whether somebody holds the flock on this file of the directory."""
-        try:
-            descriptor = self._open(self._directory / name)
-        except OSError:
-            return False
-        try:
-            return not _take(descriptor)
-        finally:
-            os.close(descriptor)
+        """Whether somebody holds the flock on this file of the directory; OSError if unknown."""
+        descriptor = self._open.get(name)
+        if descriptor is None:
+            try:
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(self._directory / name, flags)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP):
+                    return False
+                raise
+            self._open[name] = descriptor
+        if not _take(descriptor):
+            return True
+        if name not in self._watched.values():
+            self._close(name)
+        return False
 
     def watch(self, session: str, name: str) -> None:
-        """Look at this file in every ``dead()`` from now on."""
-        path = self._directory / name
-        try:
-            self._watched[session] = (self._open(path), path)
-        except OSError:
-            self._watched[session] = (-1, path)  # it vanished: nobody can hold it
+        """Look at this file, which ``is_held`` has seen, in every ``dead()`` from now on."""
+        self._watched[session] = name
 
     def dead(self) -> list[str]:
-        """Sessions whose lock nobody holds any more."""
-        return [s for s, (fd, _) in self._watched.items() if fd < 0 or _take(fd)]
+        """Sessions whose lock nobody holds any more; nothing but a lock that was had is proof."""
+        for name in self._open.keys() - set(self._watched.values()):
+            if _take(self._open[name]):
+                self._close(name)  # its worker left before it was welcome
+        return [s for s, name in self._watched.items() if _take(self._open[name])]
 
     def forget(self, session: str) -> None:
         """The session is over; remove its file."""
-        descriptor, path = self._watched.pop(session)
-        path.unlink(missing_ok=True)
-        if descriptor >= 0:
-            os.close(descriptor)
+        name = self._watched.pop(session)
+        (self._directory / name).unlink(missing_ok=True)
+        self._close(name)
 
     def close(self) -> None:
         """Close every descriptor; the files stay, their holders may live."""
-        for descriptor, _ in self._watched.values():
-            if descriptor >= 0:
-                os.close(descriptor)
         self._watched.clear()
+        for name in list(self._open):
+            self._close(name)
 
-    def _open(self, path: Path) -> int:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    def _close(self, name: str) -> None:
+        os.close(self._open.pop(name))
 
 
 def _take(descriptor: int) -> bool:

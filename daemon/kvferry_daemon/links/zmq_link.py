@@ -59,6 +59,7 @@ class ZmqLink:
     def _drain(self) -> None:
         self._is_drain_due = False
         self._draining = True  # a send from within needs no drain of its own: we look again below
+        is_empty = False
         try:
             for _ in range(MESSAGES_A_TURN):
                 if self._closed:
@@ -66,11 +67,13 @@ class ZmqLink:
                 try:
                     frames = self._socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
+                    is_empty = True
                     return
                 self._on_message(frames)
         finally:
             self._draining = False
-        self._drain_soon()
+            if not is_empty:  # there may be more, also behind a message that raised
+                self._drain_soon()
 
 
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:

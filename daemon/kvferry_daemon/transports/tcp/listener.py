@@ -20,6 +20,7 @@ from kvferry_proto.chunk import (
 
 HANDSHAKE_S = 5.0
 HANDSHAKES_MAX = 32
+AGAIN_S = 0.1
 SOCKET_BUFFER_BYTES = 4 << 20
 
 
@@ -63,6 +64,7 @@ class Listener:
         self._tickets: dict[bytes, tuple[Hashable, float]] = {}  # the first to expire comes first
         self._ticket_of: dict[Hashable, bytes] = {}
         self._shown: set[Hashable] = set()  # their connections are on their way to the loop
+        self._closed = False
         self._handshakes = threading.Semaphore(HANDSHAKES_MAX)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._sock = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
@@ -94,6 +96,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening."""
+        self._closed = True
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -106,14 +109,20 @@ class Listener:
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
-                    time.sleep(0.1)  # out of descriptors: others will close some
-                    continue
-                return  # closed
+                if self._closed:
+                    return
+                if error.errno != errno.ECONNABORTED:  # it may also be the last error of a network
+                    time.sleep(AGAIN_S)  # or we are out of something: others will give some back
+                continue
             if not self._handshakes.acquire(blocking=False):
                 sock.close()
                 continue
-            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+            try:
+                threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+            except RuntimeError:  # no thread to be had
+                self._handshakes.release()
+                sock.close()
+                time.sleep(AGAIN_S)
 
     def _greet(self, sock: socket.socket) -> None:
         try:

@@ -15,7 +15,7 @@ from kvferry_daemon.transports.tcp.events import Post, Sent, StreamDown
 from kvferry_proto.chunk import ChunkHeader, pack_trailer
 
 STEP_BYTES = 1 << 20  # of one sendmsg, and of one hashing step: the bytes are then still in cache
-BUFFERS_MAX = 512  # of one sendmsg; the kernel's limit is 1024
+BUFFERS_MAX = 512  # of one sendmsg, and a trailer; the kernel's limit is 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,10 @@ class StreamSender:
         return True
 
     def _send_queued(self) -> None:
-        """Send what is queued, several small chunks in one call."""
+        """Send what is queued, several small chunks in one call, up to about STEP_BYTES."""
         buffers: list[bytes | memoryview] = []
         size, sent = 0, []
-        while self._jobs:
+        while self._jobs and size < STEP_BYTES // 2:
             job = self._jobs.popleft()
             payload_bytes = sum(len(view) for view in job.views)
             header = ChunkHeader(
@@ -105,21 +105,18 @@ class StreamSender:
             buffers.append(header.pack())
             digest = xxhash.xxh3_64() if self._checksum else None
             for piece in _pieces(job.views):
+                if size + len(piece) > STEP_BYTES or len(buffers) >= BUFFERS_MAX:
+                    self._send_all(buffers)
+                    buffers, size = [], 0
                 if digest is not None:
                     digest.update(piece)
                 buffers.append(piece)
                 size += len(piece)
-                if size >= STEP_BYTES or len(buffers) >= BUFFERS_MAX:
-                    self._send_all(buffers)
-                    buffers, size = [], 0
             if digest is not None:
                 buffers.append(pack_trailer(digest.intdigest()))
             sent.append(Sent(self._key, job.owner, job.first_token, payload_bytes))
-            if not buffers or size >= STEP_BYTES // 2:
-                break
-        if buffers:
-            self._send_all(buffers)
-        for event in sent:
+        self._send_all(buffers)
+        for event in sent:  # now: blocks that have left must not count as being read
             self._post(event)
 
     def _send_all(self, buffers: list[bytes | memoryview]) -> None:

@@ -1,0 +1,98 @@
+"""Proof of death is a lock that was had, and nothing else."""
+
+import contextlib
+import fcntl
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvferry_daemon.links.liveness import Liveness
+
+
+@pytest.fixture
+def liveness(tmp_path: Path) -> Iterator[Liveness]:
+    one = Liveness(tmp_path)
+    yield one
+    one.close()
+
+
+def held(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_worker_is_dead_once_its_lock_is_free(liveness: Liveness, tmp_path: Path) -> None:
+    descriptor = held(tmp_path / "w")
+    assert liveness.is_held("w")
+    liveness.watch("session", "w")
+    assert liveness.dead() == []
+    os.close(descriptor)
+    assert liveness.dead() == ["session"]
+    liveness.forget("session")
+    assert not (tmp_path / "w").exists()
+    assert liveness.dead() == []
+
+
+@pytest.mark.parametrize("what", ["no file", "a file that nobody holds", "a link"])
+def test_what_is_not_held(liveness: Liveness, tmp_path: Path, what: str) -> None:
+    before = descriptors()
+    if what == "a file that nobody holds":
+        (tmp_path / "w").touch()
+    if what == "a link":
+        (tmp_path / "w").symlink_to(tmp_path / "other")
+    assert not liveness.is_held("w")
+    assert descriptors() == before
+
+
+def test_no_descriptor_left_is_no_proof_of_death(liveness: Liveness, tmp_path: Path) -> None:
+    """A living worker's blocks were given to others while it wrote to them."""
+    descriptor = held(tmp_path / "w")
+    held_too = held(tmp_path / "v")
+    assert liveness.is_held("w")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 10, limits[1]))
+    spare = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                spare.append(os.dup(descriptor))
+        liveness.watch("session", "w")
+        assert liveness.dead() == []
+        with pytest.raises(OSError, match="Too many open files"):
+            liveness.is_held("v")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for one in spare:
+            os.close(one)
+        os.close(descriptor)
+        os.close(held_too)
+
+
+def test_a_file_that_vanished_is_no_proof_of_death(liveness: Liveness, tmp_path: Path) -> None:
+    descriptor = held(tmp_path / "w")
+    assert liveness.is_held("w")
+    liveness.watch("session", "w")
+    (tmp_path / "w").unlink()
+    assert liveness.dead() == []
+    os.close(descriptor)
+    assert liveness.dead() == ["session"]
+    liveness.forget("session")
+
+
+def test_a_worker_that_left_before_it_was_welcome_costs_nothing(
+    liveness: Liveness, tmp_path: Path
+) -> None:
+    before = descriptors()
+    descriptor = held(tmp_path / "w")
+    assert liveness.is_held("w")
+    os.close(descriptor)
+    assert liveness.dead() == []
+    assert descriptors() == before

@@ -1,0 +1,51 @@
+"""The shell: an effect that fails takes no other effect along."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from kvferry_daemon.config import Config
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.node import Node
+from kvferry_daemon.daemon import settings_of
+from kvferry_daemon.effects import Effects
+from kvferry_proto import worker
+from live import LAYOUT
+
+
+class Recorder:
+    """The links' side of a daemon: it notes answers, and can open no peer."""
+
+    def __init__(self) -> None:
+        self.replies: list[Any] = []
+        self.answered = asyncio.Event()
+
+    def to_worker(self, route: bytes, reply: out.WorkerReply) -> None:
+        self.replies.append(reply)
+        self.answered.set()
+
+    def open_peer(self, address: str) -> None:
+        raise OSError(f"no socket left for {address}")
+
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_args: None
+
+
+def test_an_effect_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
+    async def run() -> list[Any]:
+        config = Config(runtime_dir=tmp_path, pool_tokens=1024, window_tokens=64)
+        node = Node(settings_of(config, "tcp://here:1"), lambda: os.urandom(32), 1, 0.0)
+        links = Recorder()
+        effects = Effects(node, links, tmp_path)
+        hello = worker.Hello(call=1, lock="lock", layout=LAYOUT)
+        effects.feed(out.WorkerCalled(b"route", hello, lock_held=True))
+        await links.answered.wait()
+        receive = worker.Receive(call=2, transfer_id="t", source="tcp://there:1")
+        effects.feed(out.WorkerCalled(b"route", receive))
+        effects.close()
+        assert node.counters["effects_failed"] == 1
+        return links.replies
+
+    replies = asyncio.run(run())
+    assert [reply.call for reply in replies] == [1, 2]
