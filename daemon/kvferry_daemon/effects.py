@@ -63,6 +63,7 @@ class Effects:
             out.Transmit: self._transmit,
             out.Zero: self._zero,
             out.MakePool: self._make_pool,
+            out.DropPool: lambda e: self._pools.pop(e.pool_id).close(),
         }
 
     def use_streams(self, streams: Streams) -> None:

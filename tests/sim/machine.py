@@ -121,6 +121,7 @@ class Life:
             out.Transmit: self._transmit,
             out.Zero: self._zero,
             out.MakePool: self._make_pool,
+            out.DropPool: self._drop_pool,
             pr.Connect: lambda e: streams.connect(self.world, self, e),
             pr.Disconnect: self._disconnect,
             out.Admit: self._admit,
@@ -279,6 +280,9 @@ class Life:
             machine.pools_refused -= 1
             made = out.PoolNotMade(effect.pool_id, "no memory is left")
         self.world.clock.after(POOL_S * self.world.dice.random(), self._pool_made, effect, made)
+
+    def _drop_pool(self, effect: out.DropPool) -> None:
+        del self.pools[effect.pool_id]
 
     def _pool_made(self, effect: out.MakePool, made: out.NodeEvent) -> None:
         if self.machine.paused_until_s > self.world.clock.now_s:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvferry_proto import worker
 from kvferry_proto.states import Role
-from live import BLOCK, WINDOW, LiveDaemon, RawWorker
+from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
 
 
 def test_torch_is_not_loaded_for_host_pools(daemon: LiveDaemon) -> None:
@@ -74,3 +74,23 @@ def test_a_silent_worker_loses_its_transfer_but_its_blocks_wait_for_proof(tmp_pa
             assert seen.error is not None
             assert seen.error.code == "worker_lost"
         daemon.wait_until_free()
+
+
+def test_a_pool_that_nobody_uses_makes_room_for_another_layout(tmp_path: Path) -> None:
+    """The first layout took the whole budget for the daemon's life."""
+    budget = 4 * WINDOW // BLOCK * LAYOUT.block_bytes
+    other = LAYOUT.model_copy(update={"aux": ("rope",)})
+    with LiveDaemon(tmp_path / "a", budget_bytes=budget, pool_tokens=1 << 20) as daemon:
+        with RawWorker(daemon.directory) as first:
+            assert first.welcome is not None
+            old = Path(first.welcome.pool.path)
+            second = RawWorker(daemon.directory, other, hello=False)
+            hello = worker.Hello(lock=second.lock_name, layout=other)
+            assert second.call(hello).error.code == "pool_refused"  # the first one is in use
+            first.snapshot(worker.Send(transfer_id="t"))
+        daemon.wait_until_free()
+        with second:
+            welcome = second.call(hello)
+            assert isinstance(welcome, worker.Welcome)
+            assert Path(welcome.pool.path).exists()
+            assert not old.exists()

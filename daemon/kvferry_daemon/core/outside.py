@@ -246,6 +246,13 @@ class Transmit:
 
 
 @dataclass(frozen=True, slots=True)
+class DropPool:
+    """Nobody uses this pool, and another needs its room."""
+
+    pool_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Zero:
     """Wipe blocks off the loop; answer Zeroed."""
 
@@ -280,5 +287,6 @@ class WatchWorker:
 
 NodeEffect = (
     ToWorker | ToSink | Say | OpenPeer | ClosePeer | Connect | Disconnect | Probe | Admit | Expel
-    | Expect | CancelExpected | Transmit | Zero | MakePool | WatchWorker | ForgetWorker
+    | Expect | CancelExpected | Transmit | Zero | MakePool | DropPool | WatchWorker
+    | ForgetWorker
 )  # fmt: skip

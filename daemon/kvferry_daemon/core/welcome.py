@@ -70,15 +70,15 @@ class Welcomer:
     def _blocks_for(self, layout: Layout) -> int:
         """How many blocks the pool gets; FerryError(pool_refused) with the numbers if too few."""
         settings = self._node.settings
-        used = sum(b.layout.block_bytes * b.pool.blocks for b in self._node.books.values())
-        used += sum(one.block_bytes * blocks for one, blocks, _ in self._being_made.values())
-        left = settings.budget_bytes - used
-        blocks = max(0, left) // layout.block_bytes
-        if settings.pool_tokens is not None:
-            blocks = min(blocks, settings.pool_tokens // layout.block_size_tokens)
+        size = layout.block_size_tokens
+        window = -(-settings.window_tokens // size)
+        blocks = self._room_for(layout)
+        if max(self._quotas(blocks)) < window:
+            self._drop_unused()
+            blocks = self._room_for(layout)
         largest = max(self._quotas(blocks))
-        window = -(-settings.window_tokens // layout.block_size_tokens)
         if largest < window:
+            left = self._bytes_left()
             raise FerryError(
                 Code.POOL_REFUSED,
                 f"a window of {settings.window_tokens} tokens needs {window} blocks of "
@@ -87,6 +87,28 @@ class Welcomer:
                 f"blocks, at most {largest} for one role",
             )
         return blocks
+
+    def _bytes_left(self) -> int:
+        books = self._node.books.values()
+        used = sum(book.layout.block_bytes * book.pool.blocks for book in books)
+        used += sum(one.block_bytes * blocks for one, blocks, _ in self._being_made.values())
+        return self._node.settings.budget_bytes - used
+
+    def _room_for(self, layout: Layout) -> int:
+        blocks = max(0, self._bytes_left()) // layout.block_bytes
+        most_tokens = self._node.settings.pool_tokens
+        if most_tokens is not None:
+            blocks = min(blocks, most_tokens // layout.block_size_tokens)
+        return blocks
+
+    def _drop_unused(self) -> None:
+        """Pools that no worker and no transfer uses make room for others."""
+        node = self._node
+        used = {session.pool_id for session in node.sessions.values()}
+        used |= {transfer.opening.pool_id for transfer in node.transfers.values()}
+        for pool_id in [one for one in node.books if one not in used]:
+            del node.books[pool_id]
+            node.effects.append(out.DropPool(pool_id))
 
     def _quotas(self, blocks: int) -> tuple[int, int]:
         source = round(blocks * self._node.settings.source_share)
