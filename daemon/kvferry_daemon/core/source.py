@@ -32,6 +32,7 @@ class SourceTransfer(Transfer):
         self.available_tokens = opening.start_tokens
         self.sink: str | None = None  # boot id of the daemon that pulls, in this life of it
         self.sink_daemon: str | None = None
+        self._began = False  # it has had a block
         self._number = 0
         self._lease_until_s = NEVER_S
         self._reading: dict[tuple[ev.StreamKey, int], int] = {}  # (key, first) -> tokens
@@ -109,11 +110,15 @@ class SourceTransfer(Transfer):
                 self._emit(ev.FreeTail(tails))
 
     def _ask_for_blocks(self) -> None:
-        """Room to write in. One that holds nothing goes first: see `No hold-and-wait`."""
+        """Room to write in. One that has just given its last block back goes first.
+
+        So it gets that one back at least: it never waits with nothing for others, whose sinks may
+        be waiting for room that its own sink holds.
+        """
         size = self.opening.block_size_tokens
         edge = self.window.edge_tokens
         blocks = max(0, -(-(self.target_tokens - edge) // size)) if not self.released else 0
-        self._want(blocks, urgent=not self.window.blocks and self.sent_tokens > 0)
+        self._want(blocks, urgent=self._began and blocks > 0 and not self.window.blocks)
 
     def _tell_news(self) -> None:
         """Tell the sink at once; if that gets lost, its next pull asks again."""
@@ -143,6 +148,7 @@ class SourceTransfer(Transfer):
         self._lease_until_s += event.for_s
 
     def _on_granted(self, event: ev.Granted) -> None:
+        self._began = True
         self.window.add(event.leases)
         self._got(sum(lease.run.blocks for lease in event.leases))
         self._progressed()
