@@ -4,7 +4,7 @@ WORKDIR /src
 COPY . .
 RUN python -m venv /opt/kvferry \
     && /opt/kvferry/bin/pip install --no-cache-dir -c constraints.txt \
-       . click pydantic-settings rich uvloop xxhash
+       . click rich uvloop xxhash
 
 FROM python:3.11-slim
 COPY --from=build /opt/kvferry /opt/kvferry

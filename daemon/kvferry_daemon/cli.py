@@ -5,7 +5,6 @@ could not start or did not drain, 4 no daemon answers.
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +26,9 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for every field of the config."""
     from kvferry_daemon.config import Config, Deadlines
 
-    fields = {**Deadlines.model_fields, **Config.model_fields}
-    for name, field in reversed(fields.items()):
-        if name == "deadlines":
-            continue
+    names = sorted(Config.model_fields, key=lambda name: name in Deadlines.model_fields)
+    for name in reversed(names):
+        field = Config.model_fields[name]
         flag = "--" + name.replace("_", "-")
         if field.annotation is bool:
             flag += "/--no-" + name.replace("_", "-")
@@ -49,27 +47,23 @@ def _flag_type(field: Any) -> Any:
 
 @main.command()
 @click.option(
-    "--config", "config_path", type=click.Path(exists=True, dir_okay=False), help="TOML file"
+    "--config",
+    "config_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file [default: the one that KVFERRY_CONFIG names]",
 )
 @click.option("--print-config", is_flag=True, help="show the resulting config as JSON and exit")
 @_config_options
-def serve(config_path: str | None, print_config: bool, **flags: Any) -> None:
+def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
     """Run the daemon in the foreground. SIGTERM drains, then stops; a second one stops at once."""
     import zmq
-    from pydantic import ValidationError
 
-    from kvferry_daemon.config import Deadlines, load
+    from kvferry_daemon.config import ConfigError, load
 
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    deadlines = {name: given.pop(name) for name in Deadlines.model_fields if name in given}
-    if deadlines:
-        given["deadlines"] = deadlines
-    if config_path is not None:
-        os.environ["KVFERRY_CONFIG"] = config_path
     try:
-        config = load(given)
-    except (ValidationError, ValueError) as error:
-        _stop(EXIT_CONFIG, f"config: {_words(error)}")
+        config = load({k: v for k, v in flags.items() if v is not None}, config_path)
+    except ConfigError as error:
+        _stop(EXIT_CONFIG, f"config: {error}")
     if print_config:
         click.echo(config.model_dump_json(indent=2))
         return
@@ -163,13 +157,6 @@ def _asked(question: Callable[[], Any]) -> Any:
         return question()
     except FerryError as error:
         _stop(EXIT_NO_DAEMON, str(error))
-
-
-def _words(error: ValueError) -> str:
-    errors = getattr(error, "errors", None)
-    if errors is None:
-        return str(error)
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in errors())
 
 
 def _stop(code: int, message: str) -> Any:

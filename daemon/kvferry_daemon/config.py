@@ -1,23 +1,33 @@
 """Everything an operator may set: flags, environment (KVFERRY_...) and a TOML file, in one model.
 
-A flag beats the environment, which beats the file, which beats the default.
+A flag beats the environment, which beats the file, which beats the default. A name that nobody
+knows is refused wherever it stands: a misspelt limit that is ignored is found out too late.
 """
 
+import difflib
 import ipaddress
 import os
+import re
+import socket
+import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+ENV_PREFIX = "KVFERRY_"
+ENV_FILE = "KVFERRY_CONFIG"
+# Kubernetes and Docker put these into every container beside a service called kvferry.
+SERVICE_LINK = re.compile(
+    r"KVFERRY_(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
 SOCKET_PATH_MAX = 107  # sun_path of a Unix socket, without its final NUL
 Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class ConfigError(Exception):
+    """The daemon cannot be run like this; the message names the setting and what to do."""
 
 
 class Deadlines(BaseModel):
@@ -38,21 +48,19 @@ class Deadlines(BaseModel):
     stop_s: Seconds = 30.0
 
 
-class Config(BaseSettings):
-    """One daemon."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="KVFERRY_", env_nested_delimiter="__", extra="forbid", frozen=True
-    )
+class Config(Deadlines):
+    """One daemon. Flat, so that a setting has one name in flags, environment and file."""
 
     runtime_dir: Path = Field(
         default_factory=lambda: default_runtime_dir(),
         description="private directory for sockets, pools and worker locks; on tmpfs",
     )
-    peer_host: str = Field("127.0.0.1", description="address that peers connect to")
+    peer_host: str = Field("127.0.0.1", min_length=1, description="address that peers connect to")
     peer_port: int = Field(0, ge=0, le=65535, description="0 takes a free one")
     data_port: int = Field(0, ge=0, le=65535, description="0 takes a free one")
-    advertise_host: str | None = Field(None, description="what peers are told, if not peer_host")
+    advertise_host: str | None = Field(
+        None, min_length=1, description="what peers are told, if not peer_host"
+    )
     insecure: bool = Field(False, description="allow clear text off loopback")
     budget_bytes: ByteSize = Field(ByteSize(1 << 30), description="host memory for all pools")
     pool_tokens: int | None = Field(
@@ -66,7 +74,11 @@ class Config(BaseSettings):
     transfers_max: int = Field(20_000, ge=1)
     workers_max: int = Field(1024, ge=1)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
-    deadlines: Deadlines = Deadlines()
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """The delays and deadlines alone."""
+        return Deadlines(**{name: getattr(self, name) for name in Deadlines.model_fields})
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -78,30 +90,31 @@ class Config(BaseSettings):
                 f"peer_host: {self.peer_host} is not loopback and traffic would be in clear text; "
                 "set insecure=true if the network is trusted"
             )
+        told = self.advertise_host or self.peer_host
+        if _is_wildcard(told):
+            raise ValueError(
+                f"advertise_host: peers cannot connect to {told}, which stands for every address "
+                "of a machine; set advertise_host to the one that they reach this daemon at"
+            )
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then environment, then the TOML file named by KVFERRY_CONFIG."""
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config_file()))
 
+def load(flags: Mapping[str, Any], file: Path | None = None) -> Config:
+    """Build the config from the flags that were given, the environment and the TOML file.
 
-def load(flags: dict[str, Any]) -> Config:
-    """Build the config; ``flags`` holds only what was given. Raises pydantic's ValidationError."""
-    return Config(**flags)
-
-
-def config_file() -> Path | None:
-    """The TOML file, if one is named."""
-    name = os.environ.get("KVFERRY_CONFIG")
-    return Path(name) if name else None
+    ``file`` beats the one that KVFERRY_CONFIG names. Raises ConfigError.
+    """
+    env = _from_environment()
+    if file is None and os.environ.get(ENV_FILE):
+        file = Path(os.environ[ENV_FILE])
+    settings = _from_file(file) if file is not None else {}
+    said_as = {name: f"{name} in {file}" for name in settings}
+    said_as |= {name: _variable(name) for name in env}
+    said_as |= {name: "--" + name.replace("_", "-") for name in flags}
+    try:
+        return Config(**{**settings, **env, **flags})
+    except ValidationError as error:
+        raise ConfigError(_words(error, said_as)) from error
 
 
 def default_runtime_dir() -> Path:
@@ -109,10 +122,73 @@ def default_runtime_dir() -> Path:
     return Path("/dev/shm") / f"kvferry-{os.getuid()}"
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+def _from_environment() -> dict[str, str]:
+    """Settings by name. An empty variable is as good as none, as it is for a shell's ${X:-}."""
+    known = {_variable(name): name for name in Config.model_fields}
+    given = [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]
+    _refuse_unknown(
+        "environment variable",
+        [name for name in given if not _is_service_link(name)],
+        [*known, ENV_FILE],
+    )
+    return {known[name]: os.environ[name] for name in given if name in known and os.environ[name]}
+
+
+def _is_service_link(name: str) -> bool:
+    linked = name.endswith("_PORT") and "://" in os.environ[name]
+    return linked or SERVICE_LINK.fullmatch(name) is not None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+        settings = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the file {path}: {error.strerror}") from error
+    except ValueError as error:  # TOML's and UTF-8's mistakes both
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    _refuse_unknown(f"setting in {path}:", settings, Config.model_fields)
+    return settings
+
+
+def _refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            likely = difflib.get_close_matches(name.upper(), [k.upper() for k in known], 1, 0.0)
+            (near,) = [k for k in known if k.upper() in likely]
+            raise ConfigError(f"unknown {what} {name}; the nearest known is {near}")
+
+
+def _words(error: ValidationError, said_as: Mapping[str, str]) -> str:
+    words = []
+    for one in error.errors(include_url=False):
+        name = ".".join(map(str, one["loc"]))
+        message = one["msg"].removeprefix("Value error, ")  # our own, which name the setting
+        words.append(f"{said_as.get(name, name)}: {message}" if name else message)
+    return "; ".join(words)
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def _is_loopback(host: str) -> bool:
+    address = _numeric(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def _is_wildcard(host: str) -> bool:
+    address = _numeric(host)
+    return host == "*" if address is None else address.is_unspecified
+
+
+def _numeric(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is, in any way of writing one ("0" is 0.0.0.0); None for a name."""
+    try:
+        (_, _, _, _, found), *_ = socket.getaddrinfo(
+            host.strip("[]"), None, flags=socket.AI_NUMERICHOST
+        )
+    except (OSError, UnicodeError):  # a name's own look-up is left to the socket
+        return None
+    address = ipaddress.ip_address(str(found[0]).partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address

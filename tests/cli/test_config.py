@@ -1,0 +1,194 @@
+"""Where settings come from, which one wins, and that no mistake in them is passed over."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.processes import kvferry
+from kvferry_daemon.config import Config, Deadlines
+from kvferry_daemon.daemon import settings_of
+
+EXIT_CONFIG = 2
+
+
+def shown(*flags: object, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """What `--print-config` says."""
+    done = kvferry("serve", "--print-config", *flags, env=env)
+    assert done.returncode == 0, done.stderr
+    config: dict[str, Any] = json.loads(done.stdout)
+    return config
+
+
+def refused(*flags: object, env: dict[str, str] | None = None) -> str:
+    """The one line that refuses a config."""
+    done = kvferry("serve", "--print-config", *flags, env=env)
+    assert (done.returncode, done.stdout) == (EXIT_CONFIG, ""), done
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A config file with a setting and a deadline."""
+    path = tmp_path / "kvferry.toml"
+    path.write_text('window_tokens = 1024\nstall_s = 7\nbudget_bytes = "2MiB"\nchecksum = false\n')
+    return path
+
+
+def test_print_config_shows_every_setting_and_its_default() -> None:
+    config = shown()
+    assert set(config) == set(Config.model_fields)
+    assert config["runtime_dir"] == f"/dev/shm/kvferry-{os.getuid()}"
+    assert (config["window_tokens"], config["stall_s"], config["peer_port"]) == (8192, 60.0, 0)
+
+
+def test_the_file_takes_effect(file: Path) -> None:
+    for config in (shown("--config", file), shown(env={"KVFERRY_CONFIG": str(file)})):
+        assert (config["window_tokens"], config["stall_s"]) == (1024, 7.0)
+        assert (config["budget_bytes"], config["checksum"]) == (2 << 20, False)
+
+
+def test_the_environment_takes_effect() -> None:
+    config = shown(env={"KVFERRY_WINDOW_TOKENS": "512", "KVFERRY_INSECURE": "true"})
+    assert (config["window_tokens"], config["insecure"]) == (512, True)
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file(file: Path) -> None:
+    env = {"KVFERRY_CONFIG": str(file), "KVFERRY_WINDOW_TOKENS": "512", "KVFERRY_STALL_S": "8"}
+    assert (shown(env=env)["window_tokens"], shown(env=env)["stall_s"]) == (512, 8.0)
+    flags = ("--window-tokens", 256, "--stall-s", 9)
+    config = shown(*flags, env=env)
+    assert (config["window_tokens"], config["stall_s"]) == (256, 9.0)
+    assert config["budget_bytes"] == 2 << 20, "what only the file names stays"
+
+
+def test_the_flag_for_a_file_beats_the_variable_for_one(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text("window_tokens = 2048")
+    config = shown("--config", other, env={"KVFERRY_CONFIG": str(file)})
+    assert (config["window_tokens"], config["stall_s"]) == (2048, 60.0)
+
+
+@pytest.mark.parametrize("name", sorted(Config.model_fields))
+def test_every_setting_is_a_flag_and_a_variable(name: str) -> None:
+    assert f"--{name.replace('_', '-')}" in kvferry("serve", "--help").stdout
+    value = str(Config(runtime_dir=Path("/x")).model_dump()[name] or "1")
+    env = {f"KVFERRY_{name.upper()}": value, "KVFERRY_NOSUCH": "1"}
+    assert "KVFERRY_NOSUCH" in refused(env=env), "this one is known, so the other is complained of"
+
+
+def test_every_deadline_reaches_the_daemon() -> None:
+    given = {name: float(n) for n, name in enumerate(Deadlines.model_fields, 1)}
+    config = Config(runtime_dir=Path("/x"), **given)
+    assert config.deadlines.model_dump() == given
+    timing = settings_of(config, "tcp://127.0.0.1:1").timing
+    assert {name: getattr(timing, name) for name in given if name != "stop_s"} == {
+        name: value for name, value in given.items() if name != "stop_s"
+    }
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("KVFERRY_WINDW_TOKENS", "KVFERRY_WINDOW_TOKENS"),
+        ("KVFERRY_DEADLINES__STALL_S", "KVFERRY_STALL_S"),
+        ("kvferry_peer_port", "KVFERRY_PEER_PORT"),
+        ("KVFERRY_CONFG", "KVFERRY_CONFIG"),
+    ],
+)
+def test_an_unknown_variable_is_refused_with_the_nearest(variable: str, near: str) -> None:
+    line = refused(env={variable: "5"})
+    assert f" {variable};" in line
+    assert line.endswith(near)
+
+
+def test_an_unknown_name_in_the_file_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "kvferry.toml"
+    path.write_text("windw_tokens = 5")
+    line = refused("--config", path)
+    assert str(path) in line
+    assert "windw_tokens" in line
+    assert line.endswith("window_tokens")
+
+
+def test_variables_that_kubernetes_adds_for_a_service_called_kvferry_do_no_harm() -> None:
+    links = {
+        "KVFERRY_PORT": "tcp://10.0.0.1:5000",
+        "KVFERRY_SERVICE_HOST": "10.0.0.1",
+        "KVFERRY_SERVICE_PORT": "5000",
+        "KVFERRY_SERVICE_PORT_PEERS": "5000",
+        "KVFERRY_PORT_5000_TCP": "tcp://10.0.0.1:5000",
+        "KVFERRY_PORT_5000_TCP_ADDR": "10.0.0.1",
+        "KVFERRY_METRICS_SERVICE_HOST": "10.0.0.2",
+        "KVFERRY_METRICS_PORT": "tcp://10.0.0.2:9000",
+    }
+    assert shown(env=links) == shown()
+    assert "KVFERRY_PORT" in refused(env={"KVFERRY_PORT": "5000"}), "meant for us, and misspelt"
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    assert shown(env={"KVFERRY_RUNTIME_DIR": "", "KVFERRY_CONFIG": ""}) == shown()
+
+
+@pytest.mark.parametrize("way", ["variable", "flag"])
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "nope.toml"
+    if way == "variable":
+        assert str(path) in refused(env={"KVFERRY_CONFIG": str(path)})
+    else:
+        done = kvferry("serve", "--print-config", "--config", path)
+        assert done.returncode == EXIT_CONFIG
+        assert "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"= nonsense", b"\x80\x9e"])
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "kvferry.toml"
+    path.write_bytes(content)
+    assert f"{path} is not TOML" in refused("--config", path)
+
+
+def test_a_file_may_come_through_a_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    # A daemon thread: whoever does not read the pipe must not keep the tests from ending.
+    thread = threading.Thread(target=path.write_text, args=("window_tokens = 77",), daemon=True)
+    thread.start()
+    assert shown("--config", path)["window_tokens"] == 77
+    thread.join(10)
+
+
+def test_a_wrong_value_is_refused_under_the_name_that_it_was_given_by(tmp_path: Path) -> None:
+    path = tmp_path / "kvferry.toml"
+    path.write_text("streams = 99")
+    assert f"streams in {path}: " in refused("--config", path)
+    assert "KVFERRY_STALL_S: " in refused(env={"KVFERRY_STALL_S": "soon"})
+    assert "--window-tokens: " in refused("--window-tokens", 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost", "127.1"])
+def test_loopback_needs_no_permission(host: str) -> None:
+    assert shown("--peer-host", host)["peer_host"] == host
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "0.0.0.0", "::", "fe80::1", "node-7", "127.evil"])
+def test_clear_text_off_loopback_needs_permission(host: str) -> None:
+    assert "clear text" in refused("--peer-host", host, "--advertise-host", "10.0.0.1")
+    allowed = shown("--peer-host", host, "--advertise-host", "10.0.0.1", "--insecure")
+    assert allowed["insecure"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "0", "::ffff:0.0.0.0", "*"])
+def test_an_address_that_nobody_can_connect_to_is_not_announced(host: str) -> None:
+    assert "advertise_host" in refused("--peer-host", host, "--insecure")
+    both = ("--peer-host", host, "--insecure", "--advertise-host")
+    assert shown(*both, "node-7")["advertise_host"] == "node-7"
+    assert "advertise_host" in refused(*both, host)
+
+
+def test_a_runtime_directory_too_deep_for_a_socket_is_refused() -> None:
+    assert "runtime_dir" in refused("--runtime-dir", "/" + "x" * 100)
