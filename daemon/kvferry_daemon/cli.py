@@ -1,20 +1,22 @@
 """The command line. Exit codes: 0 well, 1 the demo failed, 2 wrong usage or config, 3 the daemon
 
-could not start or did not drain, 4 no daemon answers.
+could not start or did not drain, 4 no daemon answers, 5 no such transfer, 6 the answer could not
+be written.
 """
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from kvferry_proto.errors import FerryError
 
-EXIT_CONFIG, EXIT_SERVE, EXIT_NO_DAEMON = 2, 3, 4
+EXIT_CONFIG, EXIT_SERVE, EXIT_NO_DAEMON, EXIT_UNKNOWN, EXIT_OUTPUT = 2, 3, 4, 5, 6
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +67,7 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
     except ConfigError as error:
         _stop(EXIT_CONFIG, f"config: {error}")
     if print_config:
-        click.echo(config.model_dump_json(indent=2))
+        _write(config.model_dump_json(indent=2))
         return
     from kvferry_daemon.daemon import run
     from kvferry_daemon.runtime_dir import DirectoryTaken
@@ -90,14 +92,11 @@ def _runtime_dir_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--json", "as_json", is_flag=True, help="one JSON object")
 def status(runtime_dir: Path | None, as_json: bool) -> None:
     """Show the daemon: pools, peers, workers, transfers by state."""
-    from kvferry_daemon.operator import ask, show_status
+    from kvferry_daemon.operator import ask, status_for_people
     from kvferry_proto.control import GetStatus
 
     answer = _asked(lambda: ask(_directory(runtime_dir), GetStatus()))
-    if as_json:
-        click.echo(answer.model_dump_json(indent=2))
-    else:
-        show_status(answer)
+    _write(answer.model_dump_json(indent=2) if as_json else status_for_people(answer))
 
 
 @main.command()
@@ -106,14 +105,26 @@ def status(runtime_dir: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="one JSON object")
 def transfers(runtime_dir: Path | None, transfer_id: str | None, as_json: bool) -> None:
     """Show transfers, or every attempt of one."""
-    from kvferry_daemon.operator import ask, show_transfers
+    from pydantic import ValidationError
+
+    from kvferry_daemon.operator import ask, transfers_for_people
     from kvferry_proto.control import GetTransfers
 
-    answer = _asked(lambda: ask(_directory(runtime_dir), GetTransfers(transfer_id=transfer_id)))
+    try:
+        question = GetTransfers(transfer_id=transfer_id)
+    except ValidationError:
+        words = "1 to 128 printable ASCII characters without a space"
+        _stop(EXIT_CONFIG, f"{transfer_id!r} is no transfer id: {words}")
+    answer = _asked(lambda: ask(_directory(runtime_dir), question))
+    unknown = transfer_id is not None and not answer.transfers
     if as_json:
-        click.echo(answer.model_dump_json(indent=2))
-    else:
-        show_transfers(answer)
+        _write(answer.model_dump_json(indent=2))
+    elif not unknown:
+        _write(transfers_for_people(answer))
+    if unknown:
+        _stop(
+            EXIT_UNKNOWN, f"this daemon knows no transfer {transfer_id}; it may have forgotten it"
+        )
 
 
 @main.command()
@@ -141,9 +152,9 @@ def version(as_json: bool) -> None:
     from kvferry_proto.versions import OURS
 
     if as_json:
-        click.echo(json.dumps({"version": our_version(), "wire": [OURS.low, OURS.high]}))
+        _write(json.dumps({"version": our_version(), "wire": [OURS.low, OURS.high]}))
     else:
-        click.echo(f"kvferry {our_version()} (wire versions {OURS.low} to {OURS.high})")
+        _write(f"kvferry {our_version()} (wire versions {OURS.low} to {OURS.high})")
 
 
 def _directory(given: Path | None) -> Path:
@@ -159,6 +170,18 @@ def _asked(question: Callable[[], Any]) -> Any:
         _stop(EXIT_NO_DAEMON, str(error))
 
 
-def _stop(code: int, message: str) -> Any:
+def _write(text: str) -> None:
+    try:
+        click.echo(text.removesuffix("\n"))
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again at exit, and complain in words of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough: nothing to tell
+            sys.exit(EXIT_OUTPUT)
+        _stop(EXIT_OUTPUT, f"cannot write the answer: {error.strerror}")
+
+
+def _stop(code: int, message: str) -> NoReturn:
     click.echo(f"kvferry: {message}", err=True)
     sys.exit(code)

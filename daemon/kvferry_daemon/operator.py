@@ -1,15 +1,22 @@
 """What operators see: a question over the control socket, and its answer as a table."""
 
+import io
+import shutil
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import zmq
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.worker import Snapshot
 
 ANSWER_S = 3.0
+UNBOUNDED = 1 << 16  # columns: what is piped on is read by a program, and must be whole
 
 
 def ask(
@@ -21,9 +28,15 @@ def ask(
     socket = context.socket(zmq.DEALER)
     try:
         socket.setsockopt(zmq.LINGER, 0)
-        if not path.exists():
-            raise FerryError(Code.DAEMON_UNREACHABLE, f"no daemon has a socket at {path}")
-        socket.connect(f"ipc://{path}")
+        try:
+            path.stat()  # ZeroMQ would wait for it to come into being
+            socket.connect(f"ipc://{path}")
+        except FileNotFoundError:
+            raise FerryError(Code.DAEMON_UNREACHABLE, f"no daemon has a socket at {path}") from None
+        except (OSError, zmq.ZMQError) as error:
+            raise FerryError(
+                Code.DAEMON_UNREACHABLE, f"cannot connect to {path}: {error}"
+            ) from error
         socket.send(control.REQUESTS.encode(request))
         if not socket.poll(int(ANSWER_S * 1000)):
             raise FerryError(
@@ -37,21 +50,18 @@ def ask(
     return answer
 
 
-def show_status(answer: control.Status) -> None:
-    """Print a status for people."""
-    console = Console()
+def status_for_people(answer: control.Status) -> str:
+    """A status in words and tables."""
     drain = ", draining" if answer.draining else ""
-    console.print(
-        f"kvferry {answer.version}  pid {answer.pid}  up {answer.uptime_s:.0f} s{drain}\n"
-        f"peers connect to {answer.peer_address}; {answer.workers} workers",
-        highlight=False,
-    )
     states = ", ".join(f"{count} {name}" for name, count in answer.transfers.items()) or "none"
     stalls = ", ".join(f"{count} {name}" for name, count in answer.stalls.items()) or "none"
-    console.print(f"transfers: {states}; waiting: {stalls}", highlight=False)
-    pools = Table("pool", "block", "total", "free", "leased", "quarantined", "largest run")
-    for pool in answer.pools:
-        pools.add_row(
+    words = [
+        f"kvferry {answer.version}  pid {answer.pid}  up {answer.uptime_s:.0f} s{drain}",
+        f"peers connect to {answer.peer_address}; {answer.workers} workers",
+        f"transfers: {states}; waiting: {stalls}",
+    ]
+    pools = (
+        (
             f"{pool.device} {len(pool.planes)} planes",
             f"{pool.block_size_tokens} tokens, {_size(pool.block_bytes)}",
             str(pool.blocks_total),
@@ -60,45 +70,82 @@ def show_status(answer: control.Status) -> None:
             str(pool.blocks_quarantined),
             str(pool.largest_run_blocks),
         )
-    if answer.pools:
-        console.print(pools)
-    peers = Table("peer", "state", "streams", "detail")
-    for peer in answer.peers:
-        peers.add_row(peer.address, peer.state, str(peer.streams_open), peer.detail)
-    if answer.peers:
-        console.print(peers)
-
-
-def show_transfers(answer: control.Transfers) -> None:
-    """Print transfers for people."""
-    console = Console()
-    table = Table(
-        "transfer", "role", "try", "state", "waits for", "sent", "total", "window", "idle"
+        for pool in answer.pools
     )
-    for row in answer.transfers:
-        seen = row.snapshot
-        table.add_row(
-            seen.transfer_id,
-            seen.role.value,
-            str(seen.attempt),
-            seen.state.name.title().replace("_", ""),
-            seen.stall.value if seen.stall else seen.error.code if seen.error else "",
-            str(seen.sent_tokens),
-            "?" if seen.total_tokens is None else str(seen.total_tokens),
-            f"{seen.base_tokens}+{seen.allocated_tokens}",
+    peers = ((p.address, p.state, str(p.streams_open), p.detail) for p in answer.peers)
+    return _page(
+        words,
+        _table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
+        _table(("peer", "state", "streams", "detail"), peers),
+    )
+
+
+def transfers_for_people(answer: control.Transfers) -> str:
+    """A table of transfers, and below it the error of each that failed."""
+    rows = (
+        (
+            row.snapshot.transfer_id,
+            row.snapshot.role.value,
+            str(row.snapshot.attempt),
+            row.snapshot.state.name.title().replace("_", ""),
+            _why(row.snapshot),
+            str(row.snapshot.sent_tokens),
+            "?" if row.snapshot.total_tokens is None else str(row.snapshot.total_tokens),
+            f"{row.snapshot.base_tokens}+{row.snapshot.allocated_tokens}",
             "" if row.ended else f"{row.idle_s:.1f} s",
         )
-    console.print(table)
-    for row in answer.transfers:
-        if row.snapshot.error is not None:
-            error = row.snapshot.error
-            console.print(
-                f"{row.snapshot.transfer_id}: {error.code} (fault: {error.fault}): "
-                f"{error.message}. Remedy: {error.remedy}",
-                highlight=False,
-            )
-    if answer.more:
-        console.print(f"{answer.more} more not shown")
+        for row in answer.transfers
+    )
+    names = ("transfer", "role", "try", "state", "waits for", "sent", "total", "window", "idle")
+    errors = [
+        f"{seen.transfer_id}: {seen.error.code} (fault: {seen.error.fault}): "
+        f"{seen.error.message}. Remedy: {seen.error.remedy}"
+        for seen in (row.snapshot for row in answer.transfers)
+        if seen.error is not None
+    ]
+    more = [f"{answer.more} more not shown"] if answer.more else []
+    return _page([], _table(names, rows, always=True), "\n".join(map(_plain, errors + more)))
+
+
+def _why(seen: Snapshot) -> str:
+    if seen.stall is not None:
+        return seen.stall.value
+    return "" if seen.error is None else seen.error.code
+
+
+def _table(
+    names: Iterable[str], rows: Iterable[Iterable[str]], *, always: bool = False
+) -> Table | None:
+    """A table; None if it would be empty. Piped on, it is plain columns with a "-" for nothing."""
+    piped = not sys.stdout.isatty()
+    table = Table(box=None if piped else box.HEAVY_HEAD, pad_edge=not piped, show_edge=not piped)
+    for name in names:
+        table.add_column(name, overflow="fold")  # an id that is cut short helps nobody
+    for row in rows:
+        table.add_row(*(_plain(cell) or ("-" if piped else "") for cell in row))
+    return table if always or table.row_count else None
+
+
+def _page(words: Iterable[str], *parts: Table | str | None) -> str:
+    """All of it as text. Ids, reasons and addresses are nobody's markup."""
+    terminal, page = sys.stdout.isatty(), io.StringIO()
+    console = Console(
+        file=page,  # not stdout: one place writes there, and minds what may happen
+        force_terminal=terminal,
+        width=shutil.get_terminal_size().columns if terminal else UNBOUNDED,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    for part in (*map(_plain, words), *parts):
+        if part:
+            console.print(part)
+    return page.getvalue()
+
+
+def _plain(text: str) -> str:
+    """No line breaks, and nothing that a terminal would obey: some of it comes from strangers."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _size(size_bytes: int) -> str:
