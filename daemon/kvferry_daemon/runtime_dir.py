@@ -2,14 +2,23 @@
 
 import fcntl
 import os
+import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
+LOCK = "daemon.lock"
 WORKERS = "workers"
 POOLS = "pools"
+POOL_NAME = re.compile(r"[0-9a-f]{32}")  # a layout's digest, and the name of its pool's file
 
 
 class DirectoryTaken(Exception):
     """Another daemon holds the runtime directory."""
+
+
+class DirectoryRefused(PermissionError):
+    """The directory is somebody else's; nothing in it was touched."""
 
 
 class RuntimeDir:
@@ -19,14 +28,17 @@ class RuntimeDir:
     """
 
     def __init__(self, path: Path) -> None:
-        """Create or take the directory; DirectoryTaken names the holder's pid, OSError the rest."""
+        """Create or take the directory.
+
+        DirectoryTaken names the holder's pid, DirectoryRefused a directory of our own to use
+        instead, OSError the rest.
+        """
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = path.stat()
-        if facts.st_uid != os.getuid():
-            raise PermissionError(f"{path} belongs to uid {facts.st_uid}, not to us")
+        _refuse_others(path)
         path.chmod(0o700)
         self.path = path
-        self._lock = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = os.open(path / LOCK, flags, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,6 +50,7 @@ class RuntimeDir:
         for name in (WORKERS, POOLS):
             (path / name).mkdir(mode=0o700, exist_ok=True)
         self._sweep()
+        self._sweep_workers()
 
     @property
     def workers(self) -> Path:
@@ -65,6 +78,48 @@ class RuntimeDir:
         os.close(self._lock)
 
     def _sweep(self) -> None:
-        """Remove sockets and pools of a daemon that is gone; workers' lock files are theirs."""
-        for stale in (self.worker_socket, self.control_socket, *self.pools.iterdir()):
-            stale.unlink(missing_ok=True)
+        """Remove sockets and pools of a daemon that is gone, and nothing that is not ours."""
+        for socket in (self.worker_socket, self.control_socket):
+            socket.unlink(missing_ok=True)
+        for path in _files(self.pools):
+            if POOL_NAME.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _sweep_workers(self) -> None:
+        """Remove the lock files of workers that died while no daemon was there to see it.
+
+        A file that is held is a living worker's, who will say hello to us.
+        """
+        for path in _files(self.workers):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(descriptor)
+
+
+def _refuse_others(path: Path) -> None:
+    """DirectoryRefused unless the directory is ours: empty, or a daemon's before us."""
+    owner, us = path.stat().st_uid, os.getuid()
+    instead = f"name a directory inside it that the daemon makes itself, such as {path / 'kvferry'}"
+    if owner != us:
+        raise DirectoryRefused(f"{path} belongs to uid {owner}, and we are uid {us}; {instead}")
+    # First the listing, then the lock: a daemon that starts beside us makes its lock first.
+    if any(path.iterdir()) and not _is_our_file(path / LOCK):
+        raise DirectoryRefused(f"{path} holds files that are not kvferry's; {instead}")
+
+
+def _is_our_file(path: Path) -> bool:
+    try:
+        facts = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid()
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """The regular files of a directory; a link or a folder there is none of our making."""
+    return (path for path in directory.iterdir() if _is_our_file(path))
