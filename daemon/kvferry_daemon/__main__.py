@@ -1,5 +1,5 @@
 """`python -m kvferry_daemon` is the `kvferry` command."""
 
-from kvferry_daemon.cli import main
+from kvferry_daemon.command import main
 
 main()

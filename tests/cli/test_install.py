@@ -1,0 +1,42 @@
+"""The command as it is installed: its door, and what goes into an image."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kvferry_daemon.command import EXTRA
+
+TOP = Path(__file__).parent.parent.parent
+PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("missing", EXTRA)
+def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path, missing: str) -> None:
+    module, _, function = PROJECT["scripts"]["kvferry"].partition(":")
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv[0] = 'kvferry'\n"
+        f"from {module} import {function}; {function}()"
+    )
+    command = [sys.executable, "-c", code]
+    where = ["--runtime-dir", str(tmp_path / "d")]
+    args = ["serve", *where] if missing in ("uvloop", "xxhash") else ["status", *where]
+    done = subprocess.run(
+        [*command, *args], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done
+    (line,) = done.stderr.splitlines()
+    assert f"{missing} is not installed" in line
+    assert "pip install 'kvferry[daemon]'" in line
+
+
+def test_what_the_door_names_is_what_the_extra_adds() -> None:
+    added = {need.partition(">=")[0] for need in PROJECT["optional-dependencies"]["daemon"]}
+    assert added == {*EXTRA, "torch"}, "torch is loaded for device pools alone"
+
+
+def test_no_image_takes_in_what_git_or_tools_made() -> None:
+    ignored = (TOP / ".dockerignore").read_text().split()
+    assert {".git/", ".venv/", "**/__pycache__/", "**/.*_cache/"} <= set(ignored)
