@@ -3,8 +3,9 @@
 import argparse
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvferry_client import Receiving, WindowView, connect
+from kvferry_client import Client, FerryError, Receiving, WindowView, connect
+from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.states import TERMINAL, Role
 
 BLOCK_TOKENS = 128
 PIECE_TOKENS = 1024
@@ -40,6 +43,14 @@ def say(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
+def run(main: Callable[[], None]) -> None:
+    """Run a worker; a refusal is one line on stderr, which says more than where we were."""
+    try:
+        main()
+    except FerryError as error:
+        sys.exit(str(error))
+
+
 def layout_of(planes: list[tuple[str, str, tuple[int, ...]]], aux: tuple[str, ...]) -> Layout:
     """The layout of (name, dtype, shape of a token) planes."""
     return Layout(
@@ -63,6 +74,38 @@ class Digests:
     def result(self) -> dict[str, str]:
         """Hex digests by plane."""
         return {name: one.hexdigest() for name, one in self._hashes.items()}
+
+
+class MeteredClient(Client):
+    """A client that times what it sees to be on its way, and tells of progress as it comes."""
+
+    moving_s = 0.0
+    moved_tokens = 0
+    _before: worker.Snapshot | None = None
+    _before_s = 0.0
+
+    def call(self, call: Any, *args: Any) -> Any:
+        """Look at every snapshot that passes."""
+        reply = super().call(call, *args)
+        for snapshot in getattr(reply, "transfers", []):
+            if snapshot.role is Role.SINK:
+                self._see(snapshot, time.perf_counter())
+        return reply
+
+    def _see(self, now: worker.Snapshot, now_s: float) -> None:
+        before = self._before
+        if before is not None and _is_moving(before):
+            self.moving_s += now_s - self._before_s
+            self.moved_tokens += now.sent_tokens - before.sent_tokens
+        if before is None or now.sent_tokens > before.sent_tokens:
+            say("sent", sent_tokens=now.sent_tokens, base_tokens=now.base_tokens)
+        self._before, self._before_s = now, now_s
+
+
+def _is_moving(seen: worker.Snapshot) -> bool:
+    """Whether the source has tokens that are not here yet, and nothing is waited for but them."""
+    waits = seen.stall is not None or seen.state in TERMINAL
+    return not waits and seen.available_tokens > seen.sent_tokens
 
 
 def send(
@@ -92,24 +135,23 @@ def receive(args: argparse.Namespace, layout: Layout) -> tuple[Arrays, dict[str,
     parts: dict[str, list[NDArray[Any]]] = {plane.name: [] for plane in layout.planes}
     digests = Digests(parts)
     with (
-        connect(args.runtime_dir, layout, "demo sink") as client,
+        MeteredClient(args.runtime_dir, layout, "demo sink") as client,
         client.receive(args.transfer_id, source=args.source) as receiving,
     ):
-        start_s = time.perf_counter()
         for number, window in enumerate(receiving, 1):
             taken = {name: window.gather(name) for name in parts}
             digests.add(taken)
             for name, array in taken.items():
                 parts[name].append(array)
             _report(number, window, receiving)
-        seconds = time.perf_counter() - start_s
     if args.harm is not None:
         digests = _harm(args.harm, parts)
     arrays = {name: np.concatenate(found) for name, found in parts.items()}
     report = {
         "digests": digests.result(),
         "bytes": sum(array.nbytes for array in arrays.values()),
-        "seconds_transfer": seconds,
+        "seconds_transfer": client.moving_s,
+        "bytes_timed": client.moved_tokens * layout.token_bytes,
         "total_tokens": receiving.total_tokens,
     }
     return arrays, report, receiving

@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 END_S = 5.0
+PREFIX = "kvferry_daemon.demo"
 
 
 class ProcessFailed(Exception):
@@ -25,15 +27,19 @@ class Child:
         self._log = log
 
     @classmethod
-    async def start(cls, name: str, module: str, args: list[str], logs: Path) -> "Child":
-        """Run ``python -m module args``; stderr goes to a file in ``logs``."""
+    async def start(
+        cls, name: str, module: str, args: list[str], logs: Path, alive: int = -1
+    ) -> "Child":
+        """Run ``python -m module args``; stderr goes to a file in ``logs``.
+
+        It holds the descriptor ``alive`` for as long as it lives, and dies with this process.
+        """
         log = logs / f"{name}.log"
         with log.open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", module, *args,
-                stdout=asyncio.subprocess.PIPE, stderr=stderr,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                limit=1 << 24,
+                sys.executable, "-m", f"{PREFIX}.child", str(os.getpid()), module, *args,
+                stdout=asyncio.subprocess.PIPE, stderr=stderr, env=_environment(),
+                pass_fds=() if alive < 0 else (alive,), limit=1 << 24,
             )  # fmt: skip
         return cls(name, process, log)
 
@@ -56,7 +62,7 @@ class Child:
         return said
 
     def _tail(self) -> str:
-        return self._log.read_text(errors="replace")[-2000:].strip()
+        return self._log.read_text(errors="replace")[-2000:].strip() or "nothing on stderr"
 
     async def stop(self) -> None:
         """Ask it to end, then end it."""
@@ -68,3 +74,39 @@ class Child:
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+
+
+class Home:
+    """The demo's directory. It goes when the last process that holds ``alive`` has ended."""
+
+    def __init__(self) -> None:
+        """Start the keeper, in a session of its own: Ctrl-C at a terminal is not for it.
+
+        Not by way of asyncio, which kills what it started when it is told to end.
+        """
+        reader, self.alive = os.pipe()
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-m", f"{PREFIX}.keeper"],
+            stdin=reader,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            text=True,
+            start_new_session=True,
+        )
+        os.close(reader)
+        assert self._keeper.stdout is not None
+        line = self._keeper.stdout.readline().rstrip("\n")
+        if not line:
+            raise ProcessFailed("no directory could be made")
+        self.path = Path(line)
+
+    def leave(self) -> None:
+        """Let go of it, and see it gone."""
+        os.close(self.alive)
+        self._keeper.communicate()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but for settings of kvferry: they are meant for another daemon than the demo's."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVFERRY_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -3,19 +3,21 @@
 import asyncio
 import json
 import secrets
-import shutil
+import signal
 import sys
-import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvferry_daemon.demo.processes import Child, ProcessFailed
+from kvferry_daemon.demo.processes import Child, Home, ProcessFailed
 from kvferry_daemon.demo.show import Screen, show_summary
 
 WINDOW_TOKENS = 8192
 BLOCK_TOKENS = 128
+# Room for one window and half of the next: the demo has to fit where a container's /dev/shm is
+# Docker's 64 MiB. Two such pools of the larger payload, 1,568 bytes a token, take 36.8 MiB.
+ROLE_TOKENS = WINDOW_TOKENS + WINDOW_TOKENS // 2
 DEADLINE_S = 300.0
 MODULES = {
     "kv": ("prefill", "decode", "reference"),
@@ -45,15 +47,12 @@ def run_demo(
     harm: str | None,
 ) -> int:
     """Run it; return the exit code: 0 if tokens and bytes are equal, 1 if not."""
-    root = Path(tempfile.mkdtemp(prefix="kvferry-demo-", dir=_tmpfs()))
+    demo = _Demo(payload, tokens, handoff, block_reuse, total_late, harm)
     try:
-        demo = _Demo(root, payload, tokens, handoff, block_reuse, total_late, harm)
         result = asyncio.run(demo.run(quiet=as_json))
-    except (ProcessFailed, TimeoutError) as error:
-        print(f"kvferry demo: {error or 'took too long'}", file=sys.stderr)
+    except (ProcessFailed, TimeoutError, asyncio.CancelledError, ExceptionGroup) as error:
+        print(f"kvferry demo: {_why(error)}", file=sys.stderr)
         return 1
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
     if as_json:
         print(json.dumps(result))
     else:
@@ -61,13 +60,30 @@ def run_demo(
     return 0 if result["tokens_equal"] and result["bytes_equal"] else 1
 
 
-def _tmpfs() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+def _why(error: BaseException) -> str:
+    """What ended the demo, in words; a mistake of ours is raised."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, TimeoutError):
+        return f"not done within {DEADLINE_S:g} s"
+    if isinstance(error, asyncio.CancelledError):
+        return "told to end"
+    if not isinstance(error, ProcessFailed):
+        raise error
+    return str(error)
+
+
+def _end_like_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP unwind the demo as Ctrl-C does. What nohup ignores stays ignored."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 @dataclass
 class _Demo:
-    root: Path
     payload: str
     tokens: int
     handoff: bool
@@ -75,9 +91,13 @@ class _Demo:
     total_late: bool
     harm: str | None
     story: Story = field(default_factory=Story)
+    home: Home = field(init=False)
 
     async def run(self, *, quiet: bool) -> dict[str, Any]:
+        _end_like_ctrl_c()
         async with AsyncExitStack() as stack, asyncio.timeout(DEADLINE_S):
+            self.home = Home()
+            stack.callback(self.home.leave)
             screen = stack.enter_context(Screen(self.tokens, WINDOW_TOKENS, quiet))
             source_dir, sink_dir, address = await self._daemons(stack, screen)
             await self._workers(stack, screen, source_dir, sink_dir, address)
@@ -87,12 +107,12 @@ class _Demo:
         self, stack: AsyncExitStack, screen: Screen
     ) -> tuple[Path, Path, str | None]:
         share = 0.5 if self.handoff else 1.0
-        source_dir = self.root / "source"
+        source_dir = self.home.path / "source"
         source = await self._daemon(stack, "source", source_dir, share)
         screen.say(f"source daemon: pid {source['pid']}, {source['peer_address']}")
         if self.handoff:
             return source_dir, source_dir, None
-        sink_dir = self.root / "sink"
+        sink_dir = self.home.path / "sink"
         sink = await self._daemon(stack, "sink", sink_dir, 0.0)
         screen.say(f"sink daemon: pid {sink['pid']}, {sink['peer_address']}")
         return source_dir, sink_dir, source["peer_address"]
@@ -100,13 +120,16 @@ class _Demo:
     async def _daemon(
         self, stack: AsyncExitStack, name: str, directory: Path, share: float
     ) -> dict[str, Any]:
+        role_tokens = WINDOW_TOKENS if self.block_reuse else ROLE_TOKENS
+        pool_tokens = 2 * role_tokens if self.handoff else role_tokens
         args = ["serve", "--runtime-dir", str(directory), "--source-share", str(share)]
-        if self.block_reuse and not self.handoff and name == "sink":
-            args += ["--pool-tokens", str(WINDOW_TOKENS)]
-        args += ["--window-tokens", str(WINDOW_TOKENS), "--budget-bytes", "1GiB"]
-        daemon = await Child.start(name, "kvferry_daemon", args, self.root)
+        args += ["--window-tokens", str(WINDOW_TOKENS), "--pool-tokens", str(pool_tokens)]
+        daemon = await self._child(name, "kvferry_daemon", args)
         stack.push_async_callback(daemon.stop)
         return await daemon.first_line()
+
+    async def _child(self, name: str, module: str, args: list[str]) -> Child:
+        return await Child.start(name, module, args, self.home.path, self.home.alive)
 
     async def _workers(
         self,
@@ -134,9 +157,7 @@ class _Demo:
         )
         async with asyncio.TaskGroup() as group:
             for role, module, args in jobs:
-                child = await Child.start(
-                    f"worker-{module}", f"kvferry_client.demo.{module}", args, self.root
-                )
+                child = await self._child(f"worker-{module}", f"kvferry_client.demo.{module}", args)
                 stack.push_async_callback(child.stop)
                 group.create_task(self._listen(role, child, screen))
 
@@ -157,8 +178,15 @@ class _Demo:
                     setattr(self.story, role, line)
 
     def _result(self) -> dict[str, Any]:
+        """The verdict.
+
+        ``seconds_transfer``: the time in which the sink saw bytes on their way to it, which leaves
+        out waiting for prefill or for a resume; ``gigabytes_per_s``: what came in that time over
+        it, None if it saw none (in a handoff none move).
+        """
         story = self.story
-        moved, seconds = story.sink["bytes"], story.sink["seconds_transfer"]
+        seconds = story.sink["seconds_transfer"]
+        rate = story.sink["bytes_timed"] / seconds / 1e9 if seconds else None
         return {
             "tokens_equal": story.sink["output_tokens"] == story.reference["output_tokens"],
             "bytes_equal": story.sink["digests"] == story.source["digests"],
@@ -168,9 +196,9 @@ class _Demo:
             "windows": story.windows,
             "resumes": len(story.resumes),
             "sent_tokens_at_resume": story.resumes,
-            "bytes_moved": moved,
+            "bytes_moved": story.sink["bytes"],
             "seconds_transfer": round(seconds, 4),
-            "gigabytes_per_s": round(moved / max(seconds, 1e-9) / 1e9, 4),
+            "gigabytes_per_s": None if rate is None else round(rate, 4),
             "output_tokens": story.sink["output_tokens"],
             "expected_tokens": story.reference["output_tokens"],
         }
