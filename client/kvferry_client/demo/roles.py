@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvferry_client import Client, FerryError, Receiving, WindowView, connect
+from kvferry_client import Client, FerryError, Pool, Receiving, WindowView, connect
+from kvferry_client.session import CALL_S
 from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import TERMINAL, Role
@@ -84,9 +85,9 @@ class MeteredClient(Client):
     _before: worker.Snapshot | None = None
     _before_s = 0.0
 
-    def call(self, call: Any, *args: Any) -> Any:
+    def call(self, call: Any, wait_s: float = CALL_S, pool: Pool | None = None) -> Any:
         """Look at every snapshot that passes."""
-        reply = super().call(call, *args)
+        reply = super().call(call, wait_s, pool)
         for snapshot in getattr(reply, "transfers", []):
             if snapshot.role is Role.SINK:
                 self._see(snapshot, time.perf_counter())
