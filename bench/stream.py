@@ -78,7 +78,7 @@ def serve(root: str, piece_bytes: int, port: int, order: list[int], pipe: Connec
             events.get()
         pipe.recv()  # all has been received
         sender.close()
-    pool.close()
+    pool.remove()
 
 
 def receive(way: str, listener: socket.socket, groups: list[list[memoryview]], pipe: Any) -> float:
@@ -135,7 +135,7 @@ def measure_piece(piece_bytes: int) -> dict[str, Any]:
                 assert got == digest, way
         ours.send(None)
         child.join()
-        pool.close()
+        pool.remove()
     rates = {way: TOTAL_BYTES / statistics.median(s) / 1e9 for way, s in seconds.items()}
     result: dict[str, Any] = {f"{way}_gb_per_s": round(rate, 2) for way, rate in rates.items()}
     for way in WAYS[1:]:

@@ -49,7 +49,7 @@ class LiveDaemon:
         }
         args = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
         command = [sys.executable, "-m", "kvferry_daemon", "serve", "--runtime-dir", str(directory)]
-        with (directory.parent / f"{directory.name}.log").open("wb") as log:
+        with (directory.parent / f"{directory.name}.log").open("ab") as log:
             self.process = subprocess.Popen([*command, *args], stdout=subprocess.PIPE, stderr=log)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -82,6 +82,25 @@ class LiveDaemon:
     def log(self) -> str:
         """What it wrote to stderr."""
         return (self.directory.parent / f"{self.directory.name}.log").read_text()
+
+    def again(self) -> "LiveDaemon":
+        """Wait for its end, and start it again in the same directory with the same flags."""
+        self.process.wait()
+        self.stop()
+        return LiveDaemon(self.directory, **self.flags)
+
+    def stop_and_forget(self) -> None:
+        """End it, and take away what a next life would go on with."""
+        self.stop()
+        for path in self.directory.glob("ledger.db*"):
+            path.unlink()
+
+    def wait_for_workers(self, workers: int) -> None:
+        """Wait until so many workers are known."""
+        until = time.monotonic() + WAIT_S
+        while self.status().workers != workers:
+            assert time.monotonic() < until, self.status()
+            time.sleep(0.02)
 
     def status(self) -> control.Status:
         """What `kvferry status` shows."""

@@ -78,6 +78,7 @@ class World:
                 boot_id=(name * 16),
                 daemon_id=(name * 16),
                 life=1,
+                pools_dir="/pools",
                 peer_address=f"tcp://{name}:1",
                 timing=Timing(),
                 window_tokens=window_tokens,
@@ -202,7 +203,13 @@ class World:
                 return [out.ChunkMissed(*claim) for claim in gone]
             case out.Transmit():
                 self._transmit(name, effect)
-            case out.OpenPeer() | out.ClosePeer() | out.WatchWorker() | out.ForgetWorker():
+            case (
+                out.Write()
+                | out.OpenPeer()
+                | out.ClosePeer()
+                | out.WatchWorker()
+                | out.ForgetWorker()
+            ):
                 pass
             case Probe():
                 return [out.Probed(effect.address, "nothing is there")]

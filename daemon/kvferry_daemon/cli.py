@@ -1,7 +1,7 @@
 """The command line. Exit codes: 0 well, 1 the demo failed, 2 wrong usage or config, 3 the daemon
 
 could not start or did not drain, 4 no daemon answers, 5 no such transfer, 6 the answer could not
-be written.
+be written, 7 the daemon's ledger could not.
 """
 
 import importlib.util

@@ -12,11 +12,13 @@ import zmq
 
 from kvferry_daemon.config import Config
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import Timing
-from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
+from kvferry_daemon.core.records import RECORDS
 from kvferry_daemon.core.report import status, transfers
 from kvferry_daemon.effects import Effects
+from kvferry_daemon.ledger import Ledger
+from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
@@ -28,6 +30,7 @@ from kvferry_proto.fields import ErrorInfo
 
 log = logging.getLogger(__name__)
 DRAIN_LOOK_S = 0.05
+EXIT_LEDGER = 7
 SOCKETS_MAX = 4096
 
 
@@ -44,15 +47,15 @@ class Daemon:
         self._peer_socket = make_socket(self._context, zmq.ROUTER)
         if ":" in config.peer_host:
             self._peer_socket.setsockopt(zmq.IPV6, 1)
-        self._peer_socket.bind(f"tcp://{_bracketed(config.peer_host)}:{config.peer_port or '*'}")
-        bound = self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        port = bound.rpartition(":")[2]
+        loop = asyncio.get_running_loop()
+        self.life = begin(self.directory, config, loop.time())
+        port = self._bind_peers()
         host = _bracketed(config.advertise_host or config.peer_host)
         self.peer_address = f"tcp://{host}:{port}"
         self._liveness = Liveness(self.directory.workers)
         self._dealers: dict[str, PeerLink] = {}
         self.node = Node(
-            settings_of(config, self.peer_address),
+            settings_of(config, self.peer_address, self.life.daemon_id, self.life.number),
             lambda: secrets.token_bytes(32),
             0,
             asyncio.get_running_loop().time(),
@@ -66,7 +69,39 @@ class Daemon:
         self._peers = ZmqLink(self._peer_socket, self._on_peer)
         self._workers = ZmqLink(self._bound(str(self.directory.worker_socket)), self._on_worker)
         self._control = ZmqLink(self._bound(str(self.directory.control_socket)), self._on_control)
-        self._watch = asyncio.get_running_loop().create_task(self._watch_workers())
+        self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
+        self._begin_ledger(port)
+        self._watch = loop.create_task(self._watch_workers())
+
+    def _bind_peers(self) -> int:
+        """Bind the configured port, else the earlier life's, where peers look for us."""
+        host = f"tcp://{_bracketed(self.config.peer_host)}"
+        wanted = self.config.peer_port or self.life.peer_port
+        try:
+            self._peer_socket.bind(f"{host}:{wanted or '*'}")
+        except zmq.ZMQError as error:
+            if self.config.peer_port or not wanted or error.errno != zmq.EADDRINUSE:
+                raise
+            log.warning("port %d of the earlier life is taken; its peers will not find us", wanted)
+            self._peer_socket.bind(f"{host}:*")
+        bound = self._peer_socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return int(bound.rpartition(":")[2])
+
+    def _begin_ledger(self, peer_port: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.ledger = Ledger(
+            self.directory.ledger, loop, self.effects.on_written, self._on_ledger_failed
+        )
+        self.effects.use_ledger(self.ledger)
+        self.ledger.write((("daemon", RECORDS.encode(self.life.record(peer_port))),))
+        if self.life.past is not None:
+            self.effects.attach_pools(self.life.past.pools)
+            self.effects.feed(out.Restored(self.life.past))
+            log.info("life %d of this daemon goes on with its ledger", self.life.number)
+
+    def _on_ledger_failed(self, why: str) -> None:
+        if not self.failed.done():
+            self.failed.set_result(why)
 
     def _bound(self, path: str) -> zmq.Socket[bytes]:
         socket = make_socket(self._context, zmq.ROUTER)
@@ -74,7 +109,7 @@ class Daemon:
         return socket
 
     async def close(self) -> None:
-        """Take everything down; blocks and transfers go with the process."""
+        """Take everything down; what workers still have is kept for the next life."""
         self._watch.cancel()
         for link in (self._workers, self._control, self._peers):
             link.close()
@@ -84,7 +119,7 @@ class Daemon:
         self.effects.close()
         self._liveness.close()
         self._context.term()
-        self.directory.close()
+        self.directory.close(keep=bool(self.node.sessions))
 
     async def drain(self) -> bool:
         """Take no new transfers; wait for the live ones. False if they did not end in time."""
@@ -154,6 +189,7 @@ class Daemon:
             request = control.REQUESTS.decode(_single(frames))
             now_s = asyncio.get_running_loop().time()
             if isinstance(request, control.GetStatus):
+                self.node.counters["ledger_commits"] = self.ledger.commits
                 answer = status(self.node, request.call, str(self.directory.path), now_s)
                 frame = control.ANSWERS.encode(answer)
             else:
@@ -218,26 +254,6 @@ class Daemon:
         self._liveness.forget(session)
 
 
-def settings_of(config: Config, peer_address: str) -> Settings:
-    """The part of the config that the node works with, for one life of the daemon."""
-    deadlines = config.deadlines.model_dump(exclude={"stop_s"})
-    return Settings(
-        boot_id=secrets.token_hex(16),
-        daemon_id=secrets.token_hex(16),
-        life=1,
-        peer_address=peer_address,
-        timing=Timing(**deadlines),
-        window_tokens=config.window_tokens,
-        budget_bytes=int(config.budget_bytes),
-        pool_tokens=config.pool_tokens,
-        source_share=config.source_share,
-        streams=config.streams,
-        chunk_bytes=int(config.chunk_bytes),
-        transfers_max=config.transfers_max,
-        workers_max=config.workers_max,
-    )
-
-
 async def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT: the first drains, a second one stops at once."""
     daemon = Daemon(config)
@@ -248,7 +264,12 @@ async def serve(config: Config) -> int:
     ready = f'{{"peer_address": "{daemon.peer_address}", "pid": {os.getpid()}}}'
     print(ready, flush=True)
     log.info("ready: %s, runtime directory %s", daemon.peer_address, config.runtime_dir)
-    await stop.wait()
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((stopping, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
+    if daemon.failed.done():
+        log.error("stopping, the ledger cannot be written: %s", daemon.failed.result())
+        await daemon.close()
+        return EXIT_LEDGER
     log.info("draining")
     draining = asyncio.ensure_future(daemon.drain())
     hurry = asyncio.ensure_future(now.wait())

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.node import Node
+from kvferry_daemon.core.records import PoolRecord
 from kvferry_daemon.core.window import Place
+from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
 from kvferry_daemon.memory.spans import spans
 from kvferry_daemon.probe import probe
@@ -43,6 +45,8 @@ class Effects:
         self._loop = asyncio.get_running_loop()
         self._streams: Streams | None = None
         self._pools: dict[str, HostPool] = {}
+        self._ledger: Ledger | None = None
+        self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
         self._events: deque[out.NodeEvent] = deque()
         self._feeding = False
         self._timer: asyncio.TimerHandle | None = None
@@ -63,7 +67,7 @@ class Effects:
             out.Transmit: self._transmit,
             out.Zero: self._zero,
             out.MakePool: self._make_pool,
-            out.DropPool: lambda e: self._pools.pop(e.pool_id).close(),
+            out.DropPool: lambda e: self._pools.pop(e.pool_id).remove(),
         }
 
     def use_streams(self, streams: Streams) -> None:
@@ -74,19 +78,44 @@ class Effects:
         self._moves[out.Admit] = lambda e: streams.listener.admit(e.ticket, e.key, 10.0)
         self._moves[out.Expel] = lambda e: streams.expel(e.key)
 
+    def use_ledger(self, ledger: Ledger) -> None:
+        """From now on nothing is said or done that it does not hold."""
+        self._ledger = ledger
+
     def feed(self, event: out.NodeEvent) -> None:
         """Let the node handle an event; events that come up meanwhile wait their turn."""
         self._events.append(event)
+        self._feed_waiting()
+
+    def _feed_waiting(self) -> None:
         if self._feeding:
             return
         self._feeding = True
         try:
             while self._events:
-                for effect in self._node.handle(self._events.popleft(), self._loop.time()):
-                    self._perform(effect)
+                effects = self._node.handle(self._events.popleft(), self._loop.time())
+                self._perform_once_written(effects)
         finally:
             self._feeding = False
             self._arm()
+
+    def _perform_once_written(self, effects: list[out.NodeEffect]) -> None:
+        """Nobody sees what the ledger does not hold: effects wait for the writes before them."""
+        if effects and isinstance(effects[0], out.Write):
+            assert self._ledger is not None
+            self._unwritten.append((self._ledger.write(effects[0].rows), effects[1:]))
+        elif self._unwritten and effects:
+            self._unwritten.append((self._unwritten[-1][0], effects))
+        else:
+            for effect in effects:
+                self._perform(effect)
+
+    def on_written(self, number: int) -> None:
+        """The ledger holds all rows up to this number."""
+        while self._unwritten and self._unwritten[0][0] <= number:
+            for effect in self._unwritten.popleft()[1]:
+                self._perform(effect)
+        self._feed_waiting()
 
     def _perform(self, effect: out.NodeEffect) -> None:
         """One that fails must not take those behind it along: they are other transfers'."""
@@ -96,15 +125,22 @@ class Effects:
             self._node.counters["effects_failed"] += 1
             log.exception("could not %s", effect)
 
+    def attach_pools(self, pools: list[PoolRecord]) -> None:
+        """Map the pools that an earlier life left; OSError or ValueError."""
+        for pool in pools:
+            path = self._pools_dir / pool.pool_id
+            mapped = HostPool.attach(path, pool.layout.block_bytes, pool.blocks)
+            self._pools[pool.pool_id] = mapped
+
     def close(self) -> None:
-        """Stop timers and threads, and drop the pools."""
+        """Stop timers and threads; the pools' files stay."""
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
             task.cancel()
         self._memory.shutdown(wait=True)
-        for pool in self._pools.values():
-            pool.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
     # --- time ---
 

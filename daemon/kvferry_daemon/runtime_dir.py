@@ -1,4 +1,4 @@
-"""The daemon's private directory: one daemon at a time, nothing left over from the last one."""
+"""The daemon's private directory: one daemon at a time, and what one life leaves to the next."""
 
 import fcntl
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 LOCK = "daemon.lock"
 WORKERS = "workers"
 POOLS = "pools"
+LEDGER, ASIDE = "ledger.db", "ledger.bad.db"
 POOL_NAME = re.compile(r"[0-9a-f]{32}")  # a layout's digest, and the name of its pool's file
 
 
@@ -72,18 +73,40 @@ class RuntimeDir:
         """The operators' socket."""
         return self.path / "control.sock"
 
-    def close(self) -> None:
-        """Remove what a next daemon would have to sweep, and let it in."""
+    @property
+    def ledger(self) -> Path:
+        """What a later life has to know."""
+        return self.path / LEDGER
+
+    def close(self, *, keep: bool) -> None:
+        """Let the next daemon in; ``keep`` its pools and ledger for it."""
         self._sweep()
+        if not keep:
+            self.sweep_pools(keep=set())
+            for path in self._ledger_files():
+                path.unlink(missing_ok=True)
         os.close(self._lock)
 
+    def set_ledger_aside(self) -> Path:
+        """Rename a ledger that cannot be used, for people to look at; only the last one is kept."""
+        for path in self._ledger_files():
+            if path.exists():
+                path.rename(path.with_name(path.name.replace(LEDGER, ASIDE)))
+        return self.path / ASIDE
+
+    def sweep_pools(self, keep: set[str]) -> None:
+        """Remove the pools that no ledger speaks of."""
+        for path in _files(self.pools):
+            if POOL_NAME.fullmatch(path.name) and path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _ledger_files(self) -> list[Path]:
+        return [self.path / f"{LEDGER}{end}" for end in ("", "-wal", "-shm", "-journal")]
+
     def _sweep(self) -> None:
-        """Remove sockets and pools of a daemon that is gone, and nothing that is not ours."""
+        """Remove sockets of a daemon that is gone."""
         for socket in (self.worker_socket, self.control_socket):
             socket.unlink(missing_ok=True)
-        for path in _files(self.pools):
-            if POOL_NAME.fullmatch(path.name):
-                path.unlink(missing_ok=True)
 
     def _sweep_workers(self) -> None:
         """Remove the lock files of workers that died while no daemon was there to see it.

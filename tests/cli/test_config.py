@@ -10,7 +10,7 @@ import pytest
 
 from cli.processes import kvferry
 from kvferry_daemon.config import Config, Deadlines
-from kvferry_daemon.daemon import settings_of
+from kvferry_daemon.life import settings_of
 
 EXIT_CONFIG = 2
 
@@ -85,7 +85,7 @@ def test_every_deadline_reaches_the_daemon() -> None:
     given = {name: float(n) for n, name in enumerate(Deadlines.model_fields, 1)}
     config = Config(runtime_dir=Path("/x"), **given)
     assert config.deadlines.model_dump() == given
-    timing = settings_of(config, "tcp://127.0.0.1:1").timing
+    timing = settings_of(config, "tcp://127.0.0.1:1", "d" * 32, 1).timing
     assert {name: getattr(timing, name) for name in given if name != "stop_s"} == {
         name: value for name, value in given.items() if name != "stop_s"
     }

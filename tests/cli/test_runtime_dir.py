@@ -28,7 +28,7 @@ def test_a_new_directory_is_made_with_its_parents_and_is_private(tmp_path: Path)
     directory = RuntimeDir(tmp_path / "mount" / "kvferry")
     for path in (directory.path, directory.workers, directory.pools):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    directory.close()
+    directory.close(keep=False)
 
 
 def test_a_running_daemon_has_a_place_for_its_workers(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_running_daemon_has_a_place_for_its_workers(tmp_path: Path) -> None:
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    RuntimeDir(tmp_path).close()
+    RuntimeDir(tmp_path).close(keep=False)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
 
 
@@ -59,7 +59,7 @@ def test_a_directory_of_something_else_is_refused_unchanged(tmp_path: Path, lock
     assert (done.returncode, done.stdout) == (EXIT_SERVE, "")
     assert f"such as {shared / 'kvferry'}" in done.stderr
     assert everything(tmp_path) == before
-    RuntimeDir(shared / "kvferry").close()  # the remedy
+    RuntimeDir(shared / "kvferry").close(keep=False)  # the remedy
 
 
 def test_a_directory_of_another_user_is_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_container_user_starts_in_a_mount_of_root() -> None:
         code = 1
         try:
             os.setuid(10001)
-            RuntimeDir(mount / "kvferry").close()
+            RuntimeDir(mount / "kvferry").close(keep=False)
             code = 0
         finally:
             os._exit(code)
@@ -108,7 +108,7 @@ def test_what_is_deployed_names_a_directory_inside_of_the_mount() -> None:
 
 
 def test_only_what_bears_our_names_is_swept(tmp_path: Path) -> None:
-    RuntimeDir(tmp_path).close()
+    RuntimeDir(tmp_path).close(keep=False)
     stale = [tmp_path / "pools" / POOL, tmp_path / "worker.sock", tmp_path / "control.sock"]
     kept = [tmp_path / "notes", tmp_path / "pools" / "notes", tmp_path / "pools" / f"{POOL}.bak"]
     for path in (*stale, *kept):
@@ -117,10 +117,11 @@ def test_only_what_bears_our_names_is_swept(tmp_path: Path) -> None:
     folder.mkdir()
     link.symlink_to(tmp_path / "notes")
     directory = RuntimeDir(tmp_path)
+    directory.sweep_pools(keep=set())
     assert [path for path in stale if path.exists()] == []
     assert [path for path in (*kept, folder, link) if not path.exists()] == []
     (tmp_path / "pools" / POOL).write_text("x")
-    directory.close()
+    directory.close(keep=False)
     assert not (tmp_path / "pools" / POOL).exists()
     assert [path for path in (*kept, folder, link) if not path.exists()] == []
 
@@ -132,12 +133,12 @@ def test_the_name_of_a_pool_file_is_one_that_is_swept(tmp_path: Path) -> None:
             daemon.process.kill()
             daemon.process.wait()
         assert pool.exists()
-        RuntimeDir(daemon.directory).close()
+        RuntimeDir(daemon.directory).close(keep=False)
         assert not pool.exists()
 
 
 def test_lock_files_of_dead_workers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
-    RuntimeDir(tmp_path).close()
+    RuntimeDir(tmp_path).close(keep=False)
     dead, living = tmp_path / "workers" / "dead", tmp_path / "workers" / "living"
     dead.touch()
     with living.open("w") as held:
@@ -145,7 +146,7 @@ def test_lock_files_of_dead_workers_go_and_those_of_living_ones_stay(tmp_path: P
         directory = RuntimeDir(tmp_path)
         assert (dead.exists(), living.exists()) == (False, True)
         assert os.fstat(held.fileno()).st_nlink == 1
-        directory.close()
+        directory.close(keep=False)
         assert living.exists(), "its worker may find the next daemon"
 
 
@@ -155,5 +156,5 @@ def test_a_taken_directory_names_the_holder_and_is_left_alone(tmp_path: Path) ->
     with pytest.raises(DirectoryTaken, match=f"pid {os.getpid()}"):
         RuntimeDir(tmp_path)
     assert (tmp_path / "worker.sock").exists()
-    first.close()
-    RuntimeDir(tmp_path).close()
+    first.close(keep=False)
+    RuntimeDir(tmp_path).close(keep=False)

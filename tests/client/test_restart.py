@@ -24,7 +24,7 @@ def test_transfers_of_a_daemon_that_began_anew_are_over_and_new_ones_are_not(
     first = LiveDaemon(tmp_path / "a")
     with connect(first.directory, LAYOUT) as client:
         sending = client.send("t")
-        first.stop()
+        first.stop_and_forget()
         watched = worker.Watched(role=Role.SOURCE, transfer_id="t")
         with LiveDaemon(tmp_path / "a") as second:
             before = client.pool
@@ -44,7 +44,7 @@ def test_a_thread_that_opens_after_a_restart_fills_the_new_pool(tmp_path: Path) 
     first = LiveDaemon(tmp_path / "a")
     with connect(first.directory, LAYOUT) as client:
         old = client.send("old")
-        first.stop()
+        first.stop_and_forget()
         with LiveDaemon(tmp_path / "a") as second, LiveDaemon(tmp_path / "b") as other:
 
             def meet() -> None:

@@ -34,7 +34,7 @@ def test_the_file_is_private_allocated_in_full_and_shared(tmpfs: Path) -> None:
     pool.view(3, 2)[:] = b"x" * (2 * BLOCK)
     content = (tmpfs / "pool").read_bytes()
     assert content == bytes(3 * BLOCK) + b"x" * (2 * BLOCK) + bytes(3 * BLOCK)
-    pool.close()
+    pool.remove()
 
 
 def test_a_piece_is_the_bytes_of_the_file(tmpfs: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_piece_is_the_bytes_of_the_file(tmpfs: Path) -> None:
     pool.piece(BLOCK - 1, 3)[:] = b"abc"
     assert bytes(pool.view(0, 1)[-2:]) == b"\0a"
     assert bytes(pool.view(1, 1)[:3]) == b"bc\0"
-    pool.close()
+    pool.remove()
 
 
 def test_zero_wipes_these_blocks_and_no_others(tmpfs: Path) -> None:
@@ -51,7 +51,7 @@ def test_zero_wipes_these_blocks_and_no_others(tmpfs: Path) -> None:
     pool.zero(2, 3)
     expected = b"x" * (2 * BLOCK) + bytes(3 * BLOCK) + b"x" * (3 * BLOCK)
     assert bytes(pool.view(0, 8)) == expected
-    pool.close()
+    pool.remove()
 
 
 @pytest.mark.parametrize(("first", "blocks"), [(-1, 1), (8, 1), (7, 2), (0, 9), (2, -1)])
@@ -61,13 +61,13 @@ def test_blocks_outside_the_pool_are_refused(tmpfs: Path, first: int, blocks: in
         pool.view(first, blocks)
     with pytest.raises(IndexError):
         pool.zero(first, blocks)
-    pool.close()
+    pool.remove()
 
 
 def test_close_removes_the_file_and_may_be_repeated(tmpfs: Path) -> None:
     pool = HostPool.create(tmpfs / "pool", BLOCK, 1, NO_LIMIT)
-    pool.close()
-    pool.close()
+    pool.remove()
+    pool.remove()
     assert not list(tmpfs.iterdir())
 
 
@@ -148,7 +148,7 @@ def test_a_pool_over_the_container_limit_is_refused(
     numbers = (refused.needed_bytes, refused.available_bytes, refused.where)
     assert numbers == (4 * BLOCK, 4 * BLOCK - 1, "container memory limit")
     assert not list(tmpfs.iterdir())
-    HostPool.create(tmpfs / "pool", BLOCK, 3, tmp_path).close()
+    HostPool.create(tmpfs / "pool", BLOCK, 3, tmp_path).remove()
 
 
 def test_zero_lets_other_threads_run(tmpfs: Path) -> None:
@@ -156,7 +156,7 @@ def test_zero_lets_other_threads_run(tmpfs: Path) -> None:
     pool = HostPool.create(tmpfs / "pool", 1 << 20, 256, NO_LIMIT)
     pool.zero(0, 256)  # maps every page, so that the rounds below last about the same
     assert any(_runs_beside(pool) for _ in range(20))
-    pool.close()
+    pool.remove()
 
 
 def _runs_beside(pool: HostPool) -> bool:

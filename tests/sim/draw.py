@@ -119,7 +119,7 @@ def _fault(dice: Random, machines: tuple[str, ...], jobs: tuple[JobPlan, ...]) -
         case 12:
             return faults.PauseDaemon(at_s, machine, dice.choice((for_s / 4, 2 * for_s)))
         case 13:
-            return faults.KillDaemon(at_s, machine, for_s)
+            return faults.KillDaemon(at_s, machine, for_s, dice.random() < 0.7)
         case 14:
             return faults.NoPool(0.0, machine, dice.randint(1, 3))
         case _:

@@ -215,18 +215,24 @@ class PauseDaemon(Fault):
 
 @dataclass(frozen=True, slots=True)
 class KillDaemon(Fault):
-    """A daemon is gone at once, and started again later."""
+    """A daemon is gone at once, and started again later, with its ledger and pools or without.
+
+    With them it goes on, and no attempt may fail from it.
+    """
 
     machine: str
     for_s: float
+    keeps: bool
 
     def begin(self, world: World) -> None:
-        excuse(world.jobs_of(machine=self.machine), "daemon killed")
         machine = world.machines[self.machine]
+        if not self.keeps:
+            excuse(world.jobs_of(machine=self.machine), "daemon killed")
         if machine.life is not None:
             machine.crash()
             machine.paused_until_s = 0.0
-            world.clock.after(self.for_s, world.start_daemon, self.machine)
+            machine.keeps = self.keeps
+            world.clock.after(self.for_s, world.start_daemon, self.machine, self.keeps)
 
 
 @dataclass(frozen=True, slots=True)

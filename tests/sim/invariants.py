@@ -53,6 +53,18 @@ class Watcher:
         self._events = 0
         self.received: set[tuple[int, int]] = set()  # (handle, first token)
 
+    def take_up(self) -> None:
+        """What an earlier life had come to is where this one begins."""
+        for key, transfer in self._node.transfers.items():
+            self._marks[key] = Mark(
+                sent=transfer.sent_tokens,
+                available=transfer.available_tokens,
+                base=transfer.window.base_tokens,
+                total=transfer.total_tokens,
+                state=transfer.state,
+                code=transfer.error.code if transfer.error else None,
+            )
+
     def check(self) -> None:
         """After one event."""
         marks = self._marks

@@ -10,6 +10,8 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.past import Past
+from kvferry_daemon.core.records import Row
 from sim import streams
 from sim.invariants import Watcher
 from sim.memory import EMPTY, Broken, Memory, WatchedPool
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 ZERO_S = 0.002
 POOL_S = 0.01
+LEDGER_S = 0.0004
 EARLY_S = 1e-6  # clocks differ by an offset, and a float must not wake a daemon too early
 
 
@@ -34,8 +37,11 @@ class Machine:
         self.paused_until_s = 0.0
         self.pools_refused = 0  # so many of the next pools cannot be made
         self.zero_s = ZERO_S
-        self.lives = 0
+        self.lives = self.lives_of_daemon = self.daemons = 0
         self.life: Life | None = None
+        self.keeps = False  # when it is started again
+        self.ledger: dict[str, bytes] = {}
+        self.memories: dict[str, Memory] = {}
         self.restart(with_ledger=False)
 
     @property
@@ -51,17 +57,28 @@ class Machine:
             self.life = None
 
     def restart(self, *, with_ledger: bool) -> None:
-        """A new life, with a new boot id.
-
-        The seam for the ledger: what the last life had in it would be given to the new node
-        here, and its pools' memory would be kept instead of forgotten.
-        """
+        """A new life, with a new boot id: of the same daemon, if it has its ledger and pools."""
+        if self.life is not None:
+            return
+        past = None
         if with_ledger:
-            raise NotImplementedError("the core has no ledger yet")
-        if self.life is None:
-            self.lives += 1
-            self.life = Life(self, self.lives)
-            self.world.say(self.name, "START", self.life.node.settings.boot_id)
+            past = Past()
+            for name, body in self.ledger.items():
+                past.add(name, body)
+            known = {pool.pool_id for pool in past.pools}
+            self.memories = {one: m for one, m in self.memories.items() if one in known}
+            for memory in self.memories.values():
+                memory.process_died()
+        else:
+            self.ledger, self.memories = {}, {}
+            self.daemons += 1
+            self.lives_of_daemon = 0
+        self.lives += 1
+        self.lives_of_daemon += 1
+        self.life = Life(self, self.lives)
+        self.world.say(self.name, "START", self.life.node.settings.boot_id)
+        if past is not None:
+            self.life.feed(out.Restored(past))
 
     def hear(self, life: int | None, event: out.NodeEvent) -> None:
         """A message has come; ``life``: it is for that one only."""
@@ -87,10 +104,15 @@ class Life:
         settings = machine.settings
         boot_id = f"{machine.name}{number:015x}"
         fields = {name: getattr(settings, name) for name in settings.__slots__}
-        fields |= {"boot_id": boot_id, "daemon_id": boot_id}
+        fields |= {
+            "boot_id": boot_id,
+            "daemon_id": f"d{machine.name}{machine.daemons:015x}"[-16:],
+            "life": machine.lives_of_daemon,
+        }
         self.node = Node(Settings(**fields), self.world.new_secret, 1, machine.local_s)
         self.dead = False
-        self.pools: dict[str, Memory] = {}
+        self.pools = machine.memories
+        self._unwritten: deque[tuple[tuple[Row, ...], list[out.NodeEffect]]] = deque()
         self.tickets: dict[bytes, tuple[StreamKey, float]] = {}
         self.links: set[str] = set()
         self.connecting: dict[StreamKey, bool] = {}
@@ -144,6 +166,9 @@ class Life:
         if self.dead:
             return
         self._events.append(event)
+        self._feed_rest()
+
+    def _feed_rest(self) -> None:
         if self._feeding:
             return
         self._feeding = True
@@ -154,14 +179,66 @@ class Life:
                 world.node_events += 1
                 if world.story is not None:
                     world.say(self.machine.name, "<-", event)
-                for effect in self.node.handle(event, self.machine.local_s):
-                    if world.story is not None:
-                        world.say(self.machine.name, "  ->", effect)
-                    self._moves[type(effect)](effect)
+                effects = self.node.handle(event, self.machine.local_s)
+                if isinstance(event, out.Restored):
+                    self._adopt_pools()
+                for effect in effects:
+                    if isinstance(effect, out.ToWorker):
+                        self.watcher.check_shown(effect.reply)
+                    elif isinstance(effect, out.Expect):
+                        self.watcher.check_claim(effect)
+                self._perform_once_written(effects)
                 self.watcher.check()
         finally:
             self._feeding = False
         self.arm()
+
+    def _adopt_pools(self) -> None:
+        for pool_id, book in self.node.books.items():
+            book.pool = WatchedPool.adopt(self, self.pools[pool_id], book.pool)
+        self.watcher.take_up()
+
+    def _perform_once_written(self, effects: list[out.NodeEffect]) -> None:
+        """Nobody sees what the ledger does not hold: effects wait for the writes before them."""
+        rows: tuple[Row, ...] = ()
+        if effects and isinstance(effects[0], out.Write):
+            rows = effects[0].rows
+            effects = effects[1:]
+        if not rows and not self._unwritten:
+            self._perform(effects)
+            return
+        self._unwritten.append((rows, effects))
+        if rows:
+            wait_s = LEDGER_S * self.world.dice.random()
+            self.world.clock.after(wait_s, self._written)
+
+    def _written(self) -> None:
+        """The thread of the ledger has written the oldest rows."""
+        if self.dead:
+            return
+        if self.machine.paused_until_s > self.world.clock.now_s:
+            self.world.clock.at(self.machine.paused_until_s, self._written)
+            return
+        while self._unwritten:
+            rows, effects = self._unwritten.popleft()
+            self._write(rows)
+            self._perform(effects)
+            if self._unwritten and self._unwritten[0][0]:
+                break
+        self._feed_rest()
+
+    def _write(self, rows: tuple[Row, ...]) -> None:
+        for name, body in rows:
+            if body is None:
+                self.machine.ledger.pop(name, None)
+            else:
+                self.machine.ledger[name] = body
+
+    def _perform(self, effects: list[out.NodeEffect]) -> None:
+        for effect in effects:
+            if self.world.story is not None:
+                self.world.say(self.machine.name, "  ->", effect)
+            self._moves[type(effect)](effect)
 
     def arm(self, *, again: bool = False) -> None:
         """Be woken when the node wants it."""
@@ -180,8 +257,12 @@ class Life:
             self.arm()
 
     def end(self) -> None:
-        """The process is gone, its sockets with it."""
+        """The process is gone, its sockets with it; what its ledger held by then stays."""
         self.dead = True
+        for rows, _ in self._unwritten:
+            if self.world.dice.random() < 0.5:
+                break
+            self._write(rows)
         for connection in list(self.senders.values()):
             connection.source_died()
         for connection in list(self.receivers.values()):
@@ -190,7 +271,6 @@ class Life:
     # --- messages out ---
 
     def _to_worker(self, effect: out.ToWorker) -> None:
-        self.watcher.check_shown(effect.reply)
         process = self.world.routes.get(effect.route)
         if process is not None:
             process.answered(self, effect.reply)
@@ -240,7 +320,6 @@ class Life:
             self.senders[effect.key].close()
 
     def _expect(self, effect: out.Expect) -> None:
-        self.watcher.check_claim(effect)
         receiver = self.receivers.get(effect.key)
         if receiver is None:
             self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
@@ -253,8 +332,8 @@ class Life:
                 self._events.append(out.ChunkMissed(receiver.key, effect.handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
-        self.watcher.check_served(effect)
         if effect.key in self.senders:
+            self.watcher.check_served(effect)
             self.senders[effect.key].put(effect)
 
     def _zero(self, effect: out.Zero) -> None:
@@ -268,6 +347,8 @@ class Life:
         self.world.clock.after(wait_s, self._zeroed, memory, blocks, effect.ticket)
 
     def _zeroed(self, memory: Memory, blocks: list[int], ticket: int) -> None:
+        if self.dead:
+            return
         for block in blocks:
             memory.wipe(block)
             del memory.writer[block]

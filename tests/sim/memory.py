@@ -87,6 +87,11 @@ class Memory:
         """Leave nothing in a block."""
         self.slots[block * BLOCK : (block + 1) * BLOCK] = [EMPTY] * BLOCK
 
+    def process_died(self) -> None:
+        """The daemon's threads are gone; the bytes stay."""
+        self.writer.clear()
+        self.readers = [0] * self.blocks
+
 
 class WatchedPool(BlockPool):
     """The real pool, with somebody looking on: I1, I7 and I8 at every grant and every freeing."""
@@ -101,6 +106,20 @@ class WatchedPool(BlockPool):
         self._memory = memory
         self._last_seen = 0
         self._owned = 0
+
+    @classmethod
+    def adopt(cls, life: Life, memory: Memory, pool: BlockPool) -> WatchedPool:
+        """Look on from here on at a pool that was made otherwise: out of a ledger."""
+        watched = cls(life, memory, pool.blocks, *pool._quota)
+        for name in BlockPool.__slots__:
+            setattr(watched, name, getattr(pool, name))
+        watched._last_seen = pool._last_lease_id
+        memory.owner = [0] * memory.blocks
+        for lease in pool._live.values():
+            first, blocks = lease.run
+            memory.owner[first : first + blocks] = [lease.owner] * blocks
+            watched._owned += blocks
+        return watched
 
     def grant(self, owner: int, role: Role, blocks: int) -> Grant:
         grant = super().grant(owner, role, blocks)

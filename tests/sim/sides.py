@@ -140,6 +140,8 @@ class Side:
             return
         for seen in reply.transfers:
             if self.seen is None or seen.snapshot >= self.seen.snapshot:
+                if self.seen is not None and seen.sent_tokens < self.seen.sent_tokens:
+                    raise Broken(f"I2: {self.key} was told {self.seen.sent_tokens}, now {seen}")
                 self.seen = seen
         wait_s = self.think_s * (0.5 + self.world.dice.random())
         self.process.later(wait_s, self._think)

@@ -49,6 +49,7 @@ class Process:
         self._process = number
         self.life: Life | None = None  # of the daemon, as far as the process knows
         self.session: str | None = None
+        self._had_session: str | None = None
         self.joined = False
         self.sides: dict[Key, Side] = {}
         self._number = 0
@@ -192,7 +193,8 @@ class Process:
         assert isinstance(reply, worker.Welcome), reply
         if self.session is not None and self.session != reply.session:
             raise Broken(f"{self.name} got another session")
-        restarted = self.life is not None and life is not self.life
+        restarted = self._had_session not in (None, reply.session)
+        self._had_session = reply.session
         self.session, self.joined, self.life = reply.session, True, life
         if restarted:
             self._lost_everything()

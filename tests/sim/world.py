@@ -84,6 +84,7 @@ class World:
             boot_id=name,
             daemon_id=name,
             life=1,
+            pools_dir="/pools",
             peer_address=f"tcp://{name}:1",
             timing=TIMING,
             window_tokens=plan.window_tokens,
@@ -146,9 +147,9 @@ class World:
                 if job.process_name(role) == name and self.clock.now_s >= at_s:
                     job.switch(role, job.attempt)
 
-    def start_daemon(self, name: str) -> None:
+    def start_daemon(self, name: str, keeps: bool) -> None:
         """A daemon is started again."""
-        self.machines[name].restart(with_ledger=False)
+        self.machines[name].restart(with_ledger=keeps)
 
     def _begin(self, fault: Fault) -> None:
         if self.is_calm:
@@ -186,7 +187,7 @@ class World:
             machine.paused_until_s = 0.0
             machine.zero_s = 0.002
             machine.pools_refused = 0
-            machine.restart(with_ledger=False)
+            machine.restart(with_ledger=machine.keeps)
         for name, process in list(self.processes.items()):
             process.stopped_until_s = 0.0
             self.start_process(name)

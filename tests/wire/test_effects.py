@@ -8,8 +8,9 @@ from typing import Any
 from kvferry_daemon.config import Config
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.node import Node
-from kvferry_daemon.daemon import settings_of
 from kvferry_daemon.effects import Effects
+from kvferry_daemon.ledger import Ledger
+from kvferry_daemon.life import settings_of
 from kvferry_proto import worker
 from live import LAYOUT
 
@@ -35,14 +36,20 @@ class Recorder:
 def test_an_effect_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
     async def run() -> list[Any]:
         config = Config(runtime_dir=tmp_path, pool_tokens=1024, window_tokens=64)
-        node = Node(settings_of(config, "tcp://here:1"), lambda: os.urandom(32), 1, 0.0)
+        node = Node(
+            settings_of(config, "tcp://here:1", "d" * 32, 1), lambda: os.urandom(32), 1, 0.0
+        )
         links = Recorder()
         effects = Effects(node, links, tmp_path)
+        loop = asyncio.get_running_loop()
+        effects.use_ledger(Ledger(tmp_path / "ledger.db", loop, effects.on_written, print))
         hello = worker.Hello(call=1, lock="lock", layout=LAYOUT)
         effects.feed(out.WorkerCalled(b"route", hello, lock_held=True))
         await links.answered.wait()
         receive = worker.Receive(call=2, transfer_id="t", source="tcp://there:1")
+        links.answered.clear()
         effects.feed(out.WorkerCalled(b"route", receive))
+        await links.answered.wait()
         effects.close()
         assert node.counters["effects_failed"] == 1
         return links.replies

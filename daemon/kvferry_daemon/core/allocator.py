@@ -39,6 +39,21 @@ class RunAllocator:
         if blocks:
             self._put(0, blocks, CLEAN)
 
+    @classmethod
+    def around(cls, blocks: int, taken: list[Run]) -> "RunAllocator":
+        """All that is not taken is free, and has had an owner. ValueError if runs overlap."""
+        free = cls(0)
+        free._bins = [{} for _ in range(blocks.bit_length() + 1)]
+        at = 0
+        for run in sorted([*taken, Run(blocks, 0)]):
+            if run.first_block < at or run.blocks < 0 or sum(run) > blocks:
+                raise ValueError(f"{run} overlaps, or is not in a pool of {blocks} blocks")
+            if run.first_block > at:
+                free._put(at, run.first_block - at, MIXED)
+                free.free_blocks += run.first_block - at
+            at = sum(run)
+        return free
+
     def take(self, blocks: int) -> list[TaggedRun]:
         """Take up to ``blocks``: one run if one is long enough, else the longest ones first."""
         at_hand = self._at_hand

@@ -14,7 +14,10 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.effects_of import EffectDesk
+from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.polls import Polls
+from kvferry_daemon.core.records import SessionRecord
+from kvferry_daemon.core.restore import restore
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
@@ -38,6 +41,7 @@ class Settings:
     boot_id: str
     daemon_id: str
     life: int
+    pools_dir: str
     peer_address: str
     timing: ev.Timing
     window_tokens: int
@@ -48,6 +52,10 @@ class Settings:
     chunk_bytes: int
     transfers_max: int
     workers_max: int
+
+    def pool_path(self, pool_id: str) -> str:
+        """Where a pool's file lies."""
+        return f"{self.pools_dir}/{pool_id}"
 
 
 @dataclass(slots=True)
@@ -97,6 +105,7 @@ class Node:
         self.sources = SourceDesk(self)
         self.sinks = SinkDesk(self)
         self._effects_of = EffectDesk(self)
+        self.notes = Notes(self)
         self._moves: dict[type, Callable[[Any], None]] = {
             out.WorkerCalled: self.workers.on_call,
             out.LockDropped: self.workers.on_lock_dropped,
@@ -114,6 +123,7 @@ class Node:
             out.SourceStreamUp: self.sources.on_stream_up,
             out.SourceStreamDown: self.sources.on_stream_down,
             out.ChunkSent: self.sources.on_sent,
+            out.Restored: lambda event: restore(self, event.past),
             out.DrainBegun: self._on_drain_begun,
             out.TimePassed: lambda _event: None,
         }
@@ -130,8 +140,9 @@ class Node:
         self._answer_polls()
         self.sinks.flush()
         self.sources.flush()
+        rows = self.notes.take()
         effects, self.effects = self.effects, []
-        return effects
+        return [out.Write(rows), *effects] if rows else effects
 
     def _answer_polls(self) -> None:
         """Only now: what workers see is where things have come to, not a step on the way."""
@@ -168,9 +179,10 @@ class Node:
         self.apply(key, event)
         self._run_queue()
 
-    def open(self, transfer: AnyTransfer) -> None:
-        """Take a new transfer in."""
+    def open(self, transfer: AnyTransfer, call: worker.Send | worker.Receive) -> None:
+        """Take a new transfer in, opened by ``call``."""
         key = transfer.key
+        self.notes.opened(transfer, call)
         self.transfers[key] = transfer
         self.current[key.role, key.transfer_id] = key.attempt
         self.sessions[transfer.opening.session].keys.add(key)
@@ -180,6 +192,12 @@ class Node:
     def make_session(self, secret: str, hello: worker.Hello, pool_id: str) -> Session:
         """A new worker."""
         return Session(secret, hello.worker, hello.pid, hello.lock, pool_id, self.now_s)
+
+    def take_up_session(self, record: SessionRecord) -> Session:
+        """A worker that an earlier life of ours knew; it has a while to say so itself."""
+        return Session(
+            record.secret, record.name, record.pid, record.lock, record.pool_id, self.now_s
+        )
 
     def _book(self, transfer: AnyTransfer) -> PoolBook:
         return self.books[transfer.opening.pool_id]
@@ -227,6 +245,7 @@ class Node:
             self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
         if transfer.version != version:
             self._changed[key] = transfer.version
+        self.notes.moved(transfer)
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
         else:
@@ -236,6 +255,8 @@ class Node:
         key = transfer.key
         session = transfer.opening.session
         self.tombstones.add(key, transfer.snapshot(), session, self.now_s)
+        self.notes.forgotten(key)
+        self.notes.stone(key)
         self._effects_of.forget(transfer)
         self.sinks.forget(key)
         del self.transfers[key]
@@ -292,6 +313,7 @@ class Node:
             if self.current.get(name) == key.attempt and key not in self.transfers:
                 del self.current[name]
             self.workers.forget(key)
+            self.notes.stone_gone(key)
         self.sources.expire()
 
     def _on_drain_begun(self, _event: out.DrainBegun) -> None:

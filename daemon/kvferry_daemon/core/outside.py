@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.events import Key, StreamKey
+from kvferry_daemon.core.past import Past
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
+from kvferry_daemon.core.records import Row
 from kvferry_daemon.core.window import Place
 from kvferry_proto import peer, worker
 from kvferry_proto.layout import Layout
@@ -149,6 +151,13 @@ class ChunkSent:
 
 
 @dataclass(frozen=True, slots=True)
+class Restored:
+    """What an earlier life of this daemon left in its ledger; the first event, if there is one."""
+
+    past: Past
+
+
+@dataclass(frozen=True, slots=True)
 class DrainBegun:
     """No new transfers from now on; the daemon is about to stop."""
 
@@ -161,7 +170,8 @@ class TimePassed:
 NodeEvent = (
     WorkerCalled | LockDropped | PoolMade | PoolNotMade | Zeroed | SourceSaid | SinkSaid | Probed
     | SinkStreamUp | SinkStreamDown | SourceStreamUp | SourceStreamDown | ChunkReceived
-    | ChunkMissed | ChunkDrained | ChunkSent | DrainBegun | TimePassed
+    | ChunkMissed | ChunkDrained | ChunkSent | Restored | DrainBegun
+    | TimePassed
 )  # fmt: skip
 
 
@@ -246,6 +256,13 @@ class Transmit:
 
 
 @dataclass(frozen=True, slots=True)
+class Write:
+    """Put rows into the ledger; whatever stands behind it in the list must wait for that."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DropPool:
     """Nobody uses this pool, and another needs its room."""
 
@@ -288,5 +305,5 @@ class WatchWorker:
 NodeEffect = (
     ToWorker | ToSink | Say | OpenPeer | ClosePeer | Connect | Disconnect | Probe | Admit | Expel
     | Expect | CancelExpected | Transmit | Zero | MakePool | DropPool | WatchWorker
-    | ForgetWorker
+    | Write | ForgetWorker
 )  # fmt: skip

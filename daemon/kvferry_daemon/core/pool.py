@@ -14,6 +14,9 @@ _tuple = tuple.__new__  # a third of the cost of calling a NamedTuple's class
 _SINK = Role.SINK  # an enum member is no cheap dict key: quotas are a list, sinks' at [1]
 
 
+LEASES_OF_A_LIFE = 1 << 40  # a later life's leases are all above an earlier one's
+
+
 class Lease(NamedTuple):
     """One run of blocks granted to one owner."""
 
@@ -48,7 +51,10 @@ class BlockPool:
         "quarantined_blocks",
     )
 
-    def __init__(self, blocks: int, source_blocks: int, sink_blocks: int) -> None:
+    def __init__(
+        self, blocks: int, source_blocks: int, sink_blocks: int, last_lease_id: int = 0
+    ) -> None:
+        """``last_lease_id``: above all that was ever granted on these blocks."""
         self.blocks = blocks
         self.quarantined_blocks = 0
         self._free = RunAllocator(blocks)
@@ -56,7 +62,21 @@ class BlockPool:
         self._left = [source_blocks, sink_blocks]
         self._live: dict[int, Lease] = {}
         self._quarantined: set[int] = set()
-        self._last_lease_id = 0
+        self._last_lease_id = last_lease_id
+
+    def take_up(self, leases: list[Lease]) -> None:
+        """Begin with what an earlier life had granted; ValueError if that cannot be.
+
+        What is free may hold anybody's bytes.
+        """
+        self._free = RunAllocator.around(self.blocks, [lease.run for lease in leases])
+        for lease in leases:
+            if lease.lease_id in self._live or not 0 < lease.lease_id <= self._last_lease_id:
+                raise ValueError(f"{lease} cannot be live")
+            self._live[lease.lease_id] = lease
+            self._left[lease.role is _SINK] -= lease.run.blocks
+        if min(self._left) < 0:
+            raise ValueError("more blocks are leased than the quotas allow")
 
     @property
     def free_blocks(self) -> int:

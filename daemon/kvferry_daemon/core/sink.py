@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
-from kvferry_daemon.core.transfer import NEVER_S, Opening, Transfer
+from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.records import TransferRecord
+from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening, Transfer
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import Progress, Want
 from kvferry_proto.states import StallReason, State
@@ -66,6 +68,27 @@ class SinkTransfer(Transfer):
         gave_up = self.now_s >= self._ended_s + self.timing.tombstone_s
         told = self.done_noted or gave_up or not self.peer_met
         return self.ended and told and not self.window.blocks and not self._claims
+
+    # --- what must last ---
+
+    def mark(self) -> tuple[object, ...]:
+        return (*super().mark(), self.known_at is None, self.peer_met, self.done_noted)
+
+    def _record(self) -> dict[str, Any]:
+        more = {
+            "known": self.known_at is not None,
+            "peer_met": self.peer_met,
+            "done_noted": self.done_noted,
+        }
+        return super()._record() | more
+
+    def take_up(self, record: TransferRecord, leases: tuple[Lease, ...], aux: Aux | None) -> None:
+        super().take_up(record, leases, aux)
+        self.known_at = 0 if record.known else None  # our numbers begin anew
+        self.peer_met |= record.peer_met
+        self.done_noted = record.done_noted
+        if self.sent_tokens > self.opening.start_tokens:
+            self._committed.add(self.opening.start_tokens, self.sent_tokens)
 
     # --- settling: what follows from the counters alone ---
 

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.extents import ExtentSet
-from kvferry_daemon.core.transfer import NEVER_S, Opening, Transfer
+from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.records import TransferRecord
+from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening, Transfer
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.peer import Pull, Want
@@ -65,6 +67,21 @@ class SourceTransfer(Transfer):
     @property
     def forgettable(self) -> bool:
         return self.ended and not self.window.blocks and not self._reading
+
+    # --- what must last ---
+
+    def mark(self) -> tuple[object, ...]:
+        return (*super().mark(), self.sink_daemon, self._began)
+
+    def _record(self) -> dict[str, Any]:
+        return super()._record() | {"sink_daemon": self.sink_daemon, "began": self._began}
+
+    def take_up(self, record: TransferRecord, leases: tuple[Lease, ...], aux: Aux | None) -> None:
+        super().take_up(record, leases, aux)
+        self.sink_daemon = record.sink_daemon
+        self._began = record.began
+        if self.sink_daemon is not None and not self.ended:
+            self._lease_until_s = self.now_s + self.timing.lease_s
 
     # --- settling ---
 

@@ -190,8 +190,10 @@ class SourceDesk:
         node = self._node
         if node.tombstones.get(key) is not None:
             node.tombstones.on_done(key, done)
+            node.notes.stone(key)
         elif node.current.get((Role.SOURCE, key.transfer_id), -1) < key.attempt:
             node.tombstones.add_unknown(key, done, node.now_s)
+            node.notes.stone(key)
 
     # --- streams ---
 

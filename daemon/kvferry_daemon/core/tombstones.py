@@ -44,6 +44,10 @@ class Tombstones:
         self._stones.pop(key, None)
         self._stones[key] = Tombstone(snapshot, session, now_s + self._keep_s)
 
+    def put(self, key: Key, stone: Tombstone) -> None:
+        """Take up one of an earlier life, in the order of their expiry."""
+        self._stones[key] = stone
+
     def add_unknown(self, key: Key, done: Done, now_s: float) -> None:
         """The sink has ended an attempt that no worker here has opened yet."""
         error = done.error or ErrorInfo.of(Code.SINK_FAILED, "the sink ended it before it began")

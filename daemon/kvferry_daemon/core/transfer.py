@@ -18,6 +18,8 @@ from kvferry_daemon.core.events import (
     WantBlocks,
     WorkerLost,
 )
+from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.records import TransferRecord
 from kvferry_daemon.core.window import Window
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
@@ -25,6 +27,7 @@ from kvferry_proto.states import TERMINAL, StallReason, State
 from kvferry_proto.worker import Snapshot
 
 NEVER_S = float("inf")
+Aux = dict[str, int | float | str | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Transfer:
         self.last_resume_at = -1
         self.total_tokens: int | None = None
         self.available_tokens = 0
-        self.aux: dict[str, int | float | str | bytes] | None = None
+        self.aux: Aux | None = None
         self.released = False  # the worker touches no block any more, or is dead
         self.quarantined = False
         self._ended_s = NEVER_S
@@ -167,6 +170,63 @@ class Transfer:
             window.blocks,
             self.aux is None,
         )
+
+    def mark(self) -> tuple[object, ...]:
+        """What must last, in a form that is cheap to compare; see ``record``."""
+        window = self.window
+        return (
+            self.version,
+            self.state,
+            self.sent_tokens,
+            self.last_resume_at,
+            window.base_tokens,
+            window.blocks,
+            self.released,
+            self.quarantined,
+            self.available_tokens,
+            self.total_tokens,
+        )
+
+    def record(self) -> TransferRecord:
+        """Where this transfer is, for a later life of the daemon."""
+        return TransferRecord.model_construct(**self._record())
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "kind": "transfer",
+            "version": self.version,
+            "state": self.state,
+            "error": self.error,
+            "sent_tokens": self.sent_tokens,
+            "partial_sent_tokens": self.partial_sent_tokens,
+            "last_resume_at": self.last_resume_at,
+            "total_tokens": self.total_tokens,
+            "available_tokens": self.available_tokens,
+            "base_tokens": self.window.base_tokens,
+            "leases": [(one.lease_id, *one.run) for one in self.window.leases],
+            "released": self.released,
+            "quarantined": self.quarantined,
+            "ended_s": self._ended_s if self.ended else None,
+        }
+
+    def take_up(self, record: TransferRecord, leases: tuple[Lease, ...], aux: Aux | None) -> None:
+        """Go on where an earlier life of the daemon was; before any event."""
+        self.version = record.version
+        self.state = record.state
+        self.error = record.error
+        self.sent_tokens = record.sent_tokens
+        self.partial_sent_tokens = record.partial_sent_tokens
+        self.last_resume_at = record.last_resume_at
+        self.total_tokens = record.total_tokens
+        self.available_tokens = record.available_tokens
+        self.aux = aux
+        self.window = Window(record.base_tokens, self.opening.block_size_tokens)
+        self.window.add(leases)
+        self.released = record.released
+        self.quarantined = record.quarantined
+        if record.ended_s is not None:
+            self._ended_s = min(record.ended_s, self.now_s)
+        self._seen = self._visible()
 
     def _settle(self) -> None:
         """Draw the conclusions that follow from the counters alone, while live."""

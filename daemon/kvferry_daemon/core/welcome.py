@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
-from kvferry_daemon.core.pool import BlockPool
+from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout
@@ -108,6 +108,7 @@ class Welcomer:
         used |= {transfer.opening.pool_id for transfer in node.transfers.values()}
         for pool_id in [one for one in node.books if one not in used]:
             del node.books[pool_id]
+            node.notes.pool_gone(pool_id)
             node.effects.append(out.DropPool(pool_id))
 
     def _quotas(self, blocks: int) -> tuple[int, int]:
@@ -118,15 +119,11 @@ class Welcomer:
         """Open the books and welcome all who waited."""
         layout, blocks, waiting = self._being_made.pop(event.pool_id)
         source, sink = self._quotas(blocks)
-        self._node.books[event.pool_id] = PoolBook(
-            event.pool_id,
-            event.path,
-            DEVICE,
-            layout,
-            BlockPool(blocks, source, sink),
-            source,
-            sink,
-        )
+        last_lease_id = self._node.settings.life * LEASES_OF_A_LIFE
+        pool = BlockPool(blocks, source, sink, last_lease_id)
+        book = PoolBook(event.pool_id, event.path, DEVICE, layout, pool, source, sink)
+        self._node.books[event.pool_id] = book
+        self._node.notes.pool(book)
         for route, hello in waiting.items():
             self._node.workers.on_call(out.WorkerCalled(route, hello, lock_held=True))
 
@@ -177,5 +174,6 @@ class Welcomer:
         secret = node.new_secret().hex()
         session = node.make_session(secret, hello, book.pool_id)
         node.sessions[secret] = session
+        node.notes.session(session)
         node.effects.append(out.WatchWorker(secret, hello.lock))
         return session

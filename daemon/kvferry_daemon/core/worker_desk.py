@@ -32,7 +32,7 @@ class WorkerDesk:
         self._node = node
         self._welcomer = Welcomer(node)
         self._routes: dict[bytes, str] = {}
-        self._opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}
+        self.opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}
         self.on_pool_made = self._welcomer.on_pool_made
         self.on_pool_not_made = self._welcomer.on_pool_not_made
 
@@ -150,16 +150,16 @@ class WorkerDesk:
         if isinstance(call, worker.Receive):
             node.sinks.check_room(opening.source)
             self._supersede(key, newest)
-            self._opened_by[key] = call.model_copy(update={"call": 0})
-            node.open(SinkTransfer(opening, timing, now_s))
+            self.opened_by[key] = call.model_copy(update={"call": 0})
+            node.open(SinkTransfer(opening, timing, now_s), self.opened_by[key])
             node.sinks.attach(key)
             return
         source = SourceTransfer(opening, timing, now_s)
         told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux)
         source.check_ready(told)
         self._supersede(key, newest)
-        self._opened_by[key] = call.model_copy(update={"call": 0})
-        node.open(source)
+        self.opened_by[key] = call.model_copy(update={"call": 0})
+        node.open(source, self.opened_by[key])
         node.run_now(key, told)
         node.sources.replay_unmet(key)
 
@@ -177,7 +177,7 @@ class WorkerDesk:
         if key not in node.transfers and node.tombstones.get(key) is None:
             return False
         self._check_owner(session, key)
-        before = self._opened_by.get(key)
+        before = self.opened_by.get(key)
         if before is not None:
             now = call.model_copy(update={"call": 0})
             fields = type(call).model_fields
@@ -192,7 +192,7 @@ class WorkerDesk:
 
     def forget(self, key: ev.Key) -> None:
         """The tombstone of a transfer is gone."""
-        self._opened_by.pop(key, None)
+        self.opened_by.pop(key, None)
 
     # --- finding ---
 
@@ -307,6 +307,7 @@ class WorkerDesk:
             return
         for route in session.routes:
             self._routes.pop(route, None)
+        node.notes.session_gone(event.session)
         self._lose(session, dead=True, why="its process has ended")
         node.effects.append(out.ForgetWorker(event.session))
 

@@ -17,6 +17,7 @@ class Liveness:
         self._directory = directory
         self._open: dict[str, int] = {}  # name -> descriptor
         self._watched: dict[str, str] = {}  # session -> name
+        self._gone: set[str] = set()  # watched sessions whose file is gone
 
     def is_held(self, name: str) -> bool:
         """Whether somebody holds the flock on this file of the directory; OSError if unknown."""
@@ -37,7 +38,13 @@ class Liveness:
         return False
 
     def watch(self, session: str, name: str) -> None:
-        """Look at this file, which ``is_held`` has seen, in every ``dead()`` from now on."""
+        """Look at this file in every ``dead()`` from now on.
+
+        ``is_held`` has seen it; or it is of an earlier life, and gone by now: only we remove such
+        files, and only when nobody holds them.
+        """
+        if name not in self._open and not self.is_held(name):
+            self._gone.add(session)
         self._watched[session] = name
 
     def dead(self) -> list[str]:
@@ -45,13 +52,20 @@ class Liveness:
         for name in self._open.keys() - set(self._watched.values()):
             if _take(self._open[name]):
                 self._close(name)  # its worker left before it was welcome
-        return [s for s, name in self._watched.items() if _take(self._open[name])]
+        return [
+            session
+            for session, name in self._watched.items()
+            if session in self._gone or _take(self._open[name])
+        ]
 
     def forget(self, session: str) -> None:
         """The session is over; remove its file."""
         name = self._watched.pop(session)
         (self._directory / name).unlink(missing_ok=True)
-        self._close(name)
+        if session in self._gone:
+            self._gone.discard(session)
+        else:
+            self._close(name)
 
     def close(self) -> None:
         """Close every descriptor; the files stay, their holders may live."""

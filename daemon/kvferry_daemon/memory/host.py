@@ -57,6 +57,15 @@ class HostPool:
             os.close(descriptor)
         return cls(path, mapping, block_bytes, blocks)
 
+    @classmethod
+    def attach(cls, path: Path, block_bytes: int, blocks: int) -> Self:
+        """Map the file of an earlier life, bytes and all; OSError or ValueError if it is not that."""
+        with path.open("r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != block_bytes * blocks:
+                raise ValueError(f"{path} has {size} bytes, not {block_bytes * blocks}")
+            return cls(path, mmap.mmap(file.fileno(), size), block_bytes, blocks)
+
     def piece(self, offset_bytes: int, length_bytes: int) -> memoryview:
         """A writable view of a byte range of the pool."""
         self._check_inside(offset_bytes, length_bytes)
@@ -72,7 +81,7 @@ class HostPool:
         self._check_inside(offset, length)
         ctypes.memset(self._address + offset, 0, length)
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """Remove the file. The mapping goes with the last view of it."""
         self.path.unlink(missing_ok=True)
 

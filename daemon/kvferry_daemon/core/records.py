@@ -1,0 +1,127 @@
+"""What a daemon has to know after its own death: one small record a row, read as strictly as a frame.
+
+Times are the machine's monotonic seconds: they go on while the machine does, as tmpfs does.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvferry_proto.codec import Codec
+from kvferry_proto.fields import (
+    Attempt,
+    Aux,
+    BootId,
+    Count,
+    ErrorInfo,
+    Message,
+    Text,
+    Tokens,
+    TransferId,
+    WireRole,
+    WireState,
+)
+from kvferry_proto.layout import Layout
+from kvferry_proto.worker import WINDOW_BLOCKS_MAX, FileName, Receive, Secret, Send, Snapshot
+
+LeaseRecord = Annotated[tuple[Count, Count, Count], Field(strict=False)]  # id, first block, blocks
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class SessionRecord(Message):
+    """A worker that has joined."""
+
+    kind: Literal["session"] = "session"
+    secret: Secret
+    name: Annotated[str, Field(max_length=128)]
+    pid: Count
+    lock: FileName
+    pool_id: FileName
+
+
+class PoolRecord(Message):
+    """A pool whose file lies beside the ledger."""
+
+    kind: Literal["pool"] = "pool"
+    pool_id: FileName
+    layout: Layout
+    blocks: Count
+    source_blocks: Count
+    sink_blocks: Count
+
+
+class OpeningRecord(Message):
+    """What a transfer was opened with: written once."""
+
+    kind: Literal["opening"] = "opening"
+    role: WireRole
+    transfer_id: TransferId
+    attempt: Attempt
+    session: Secret
+    pool_id: FileName
+    call: Annotated[Send | Receive, Field(discriminator="kind")]
+    window_tokens: Tokens
+    source: Annotated[str, Field(max_length=256)] | None = None
+    max_tokens: Tokens | None = None
+    chunk_tokens: Tokens
+
+
+class AuxRecord(Message):
+    """A transfer's aux values: written once, they may be large."""
+
+    kind: Literal["aux"] = "aux"
+    aux: Aux
+
+
+class TransferRecord(Message):
+    """Where a transfer is."""
+
+    kind: Literal["transfer"] = "transfer"
+    version: Count
+    state: WireState
+    error: ErrorInfo | None = None
+    sent_tokens: Tokens
+    partial_sent_tokens: Tokens
+    last_resume_at: Annotated[int, Field(ge=-1)]
+    total_tokens: Tokens | None = None
+    available_tokens: Tokens
+    base_tokens: Tokens
+    leases: Annotated[list[LeaseRecord], Field(max_length=WINDOW_BLOCKS_MAX)]
+    released: bool
+    quarantined: bool
+    ended_s: Seconds | None = None
+    # a sink's
+    known: bool = False  # its source has answered
+    peer_met: bool = False
+    done_noted: bool = False
+    # a source's
+    sink_daemon: BootId | None = None
+    began: bool = False
+
+
+class StoneRecord(Message):
+    """What is remembered of a transfer that is over."""
+
+    kind: Literal["stone"] = "stone"
+    snapshot: Snapshot
+    session: Annotated[str, Field(max_length=64)]
+    until_s: Seconds
+
+
+class DaemonRecord(Message):
+    """Which daemon this is, and which of its lives wrote last."""
+
+    kind: Literal["daemon"] = "daemon"
+    format: Count
+    daemon_id: BootId
+    life: Annotated[int, Field(ge=1, le=1 << 20)]
+    machine_boot: Text  # monotonic seconds mean nothing after the machine has started anew
+    peer_port: Annotated[int, Field(ge=0, le=65535)] = 0
+
+
+Record = (
+    SessionRecord | PoolRecord | OpeningRecord | AuxRecord | TransferRecord | StoneRecord
+    | DaemonRecord
+)  # fmt: skip
+RECORDS: Codec[Record] = Codec(Annotated[Record, Field(discriminator="kind")])
+Row = tuple[str, bytes | None]  # a name, and what it holds now; None: it is gone

@@ -1,0 +1,121 @@
+"""A node as an earlier life left it: pools, workers, transfers and tombstones, from the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.allocator import Run
+from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.past import LedgerWrong, Past
+from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease
+from kvferry_daemon.core.records import PoolRecord, SessionRecord, StoneRecord, TransferRecord
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.tombstones import Tombstone
+from kvferry_daemon.core.transfer import Opening
+from kvferry_daemon.core.welcome import DEVICE
+from kvferry_proto.states import Role
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import AnyTransfer, Node
+
+
+def restore(node: Node, past: Past) -> None:
+    """Fill a fresh node. Raises LedgerWrong; the node is of no use then."""
+    past.check()
+    try:
+        for pool in past.pools:
+            _restore_pool(node, past, pool)
+        for session in past.sessions:
+            _restore_session(node, session)
+        for key, record in past.transfers.items():
+            _restore_transfer(node, past, key, record)
+        for key, stone in sorted(past.stones.items(), key=lambda item: item[1].until_s):
+            _restore_stone(node, past, key, stone)
+        for book in node.books.values():
+            book.pool.check()
+    except (ValueError, AssertionError) as error:
+        raise LedgerWrong(str(error)) from error
+    for key in node.transfers:
+        node.post(key, ev.Tick(node.now_s))
+        node.sinks.attach(key)
+
+
+def _restore_pool(node: Node, past: Past, record: PoolRecord) -> None:
+    last_lease_id = node.settings.life * LEASES_OF_A_LIFE
+    pool = BlockPool(record.blocks, record.source_blocks, record.sink_blocks, last_lease_id)
+    book = PoolBook(
+        record.pool_id,
+        node.settings.pool_path(record.pool_id),
+        DEVICE,
+        record.layout,
+        pool,
+        record.source_blocks,
+        record.sink_blocks,
+    )
+    node.books[record.pool_id] = book
+    leases = [
+        lease
+        for key, transfer in past.transfers.items()
+        if past.openings[key].pool_id == record.pool_id
+        for lease in _leases(book, key, transfer)
+    ]
+    pool.take_up(leases)
+
+
+def _leases(book: PoolBook, key: ev.Key, record: TransferRecord) -> tuple[Lease, ...]:
+    owner = book.owner(key)
+    return tuple(
+        Lease(lease_id, owner, key.role, Run(first, blocks))
+        for lease_id, first, blocks in record.leases
+    )
+
+
+def _restore_session(node: Node, record: SessionRecord) -> None:
+    session = node.take_up_session(record)
+    node.sessions[record.secret] = session
+    node.effects.append(out.WatchWorker(record.secret, record.lock))
+
+
+def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecord) -> None:
+    told = past.openings[key]
+    book = node.books[told.pool_id]
+    opening = Opening(
+        key=key,
+        session=told.session,
+        pool_id=told.pool_id,
+        window_tokens=told.window_tokens,
+        block_size_tokens=book.layout.block_size_tokens,
+        start_tokens=told.call.start_tokens,
+        source=told.source,
+        max_tokens=told.max_tokens,
+        aux_names=book.layout.aux,
+        chunk_tokens=told.chunk_tokens,
+    )
+    kind = SinkTransfer if key.role is Role.SINK else SourceTransfer
+    transfer: AnyTransfer = kind(opening, node.settings.timing, node.now_s)
+    aux = past.aux.get(key)
+    leases = _leases(book, key, record)
+    transfer.take_up(record, leases, None if aux is None else aux.aux)
+    if record.quarantined:
+        for lease in leases:
+            book.pool.quarantine(lease)
+    node.transfers[key] = transfer
+    name = (key.role, key.transfer_id)
+    node.current[name] = max(key.attempt, node.current.get(name, 0))
+    node.workers.opened_by[key] = told.call
+    node.notes.known(transfer)
+    if told.session in node.sessions:
+        node.sessions[told.session].keys.add(key)
+
+
+def _restore_stone(node: Node, past: Past, key: ev.Key, record: StoneRecord) -> None:
+    until_s = min(record.until_s, node.now_s + node.settings.timing.tombstone_s)
+    node.tombstones.put(key, Tombstone(record.snapshot, record.session, until_s))
+    opening = past.openings.get(key)
+    if opening is not None:
+        node.workers.opened_by[key] = opening.call
+        name = (key.role, key.transfer_id)
+        node.current[name] = max(key.attempt, node.current.get(name, 0))

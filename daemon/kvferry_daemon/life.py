@@ -1,0 +1,111 @@
+"""Which daemon this is: the one whose ledger lies here, in its next life, or a new one."""
+
+import logging
+import os
+import secrets
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvferry_daemon.config import Config
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.events import Timing
+from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.past import LedgerWrong, Past
+from kvferry_daemon.core.records import DaemonRecord
+from kvferry_daemon.ledger import rows_of
+from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
+
+FORMAT = 1  # of the ledger; another one is not read
+MACHINE_BOOT = Path("/proc/sys/kernel/random/boot_id")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One run of the daemon; ``past`` is what the run before left, if it left a good ledger."""
+
+    daemon_id: str
+    number: int
+    past: Past | None
+    peer_port: int  # of the run before; 0: none
+
+    def record(self, peer_port: int) -> DaemonRecord:
+        """How the ledger names it."""
+        return DaemonRecord(
+            format=FORMAT,
+            daemon_id=self.daemon_id,
+            life=self.number,
+            machine_boot=machine_boot(),
+            peer_port=peer_port,
+        )
+
+
+def begin(directory: RuntimeDir, config: Config, now_s: float) -> Life:
+    """Read the ledger, if there is one. One that cannot be trusted is set aside, with its pools."""
+    past = None
+    if directory.ledger.exists():
+        try:
+            past = _read(directory, config, now_s)
+        except (LedgerWrong, sqlite3.Error, ValueError, OSError) as error:
+            kept = directory.set_ledger_aside()
+            log.error("beginning anew, the ledger cannot be used (kept as %s): %s", kept, error)
+    if past is None or past.daemon is None:
+        directory.sweep_pools(keep=set())
+        return Life(secrets.token_hex(16), 1, None, 0)
+    directory.sweep_pools(keep={pool.pool_id for pool in past.pools})
+    before = past.daemon
+    return Life(before.daemon_id, before.life + 1, past, before.peer_port)
+
+
+def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
+    past = Past()
+    for name, body in rows_of(directory.ledger):
+        past.add(name, body)
+    if past.daemon is None:
+        raise LedgerWrong("it does not say whose it is")
+    if past.daemon.format != FORMAT:
+        raise LedgerWrong(f"its format is {past.daemon.format}, not {FORMAT}")
+    if past.daemon.machine_boot != machine_boot():
+        raise LedgerWrong("the machine was started anew since")
+    past.check()
+    for pool in past.pools:
+        path, size = directory.pools / pool.pool_id, pool.blocks * pool.layout.block_bytes
+        found = path.stat().st_size if path.exists() else None
+        if pool.layout.digest.hex() != pool.pool_id:
+            raise LedgerWrong(f"pool {pool.pool_id} has another layout")
+        if found != size:
+            raise LedgerWrong(f"the file of pool {pool.pool_id} has {found} bytes, not {size}")
+    settings = settings_of(config, "", past.daemon.daemon_id, past.daemon.life + 1)
+    trial = Node(settings, lambda: secrets.token_bytes(32), 0, now_s)
+    trial.handle(out.Restored(past), now_s)  # raises LedgerWrong for what does not fit together
+    return past
+
+
+def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) -> Settings:
+    """The part of the config that the node works with, for one life of the daemon."""
+    deadlines = config.deadlines.model_dump(exclude={"stop_s"})
+    return Settings(
+        boot_id=secrets.token_hex(16),
+        daemon_id=daemon_id,
+        life=life,
+        pools_dir=str(config.runtime_dir / POOLS),
+        peer_address=peer_address,
+        timing=Timing(**deadlines),
+        window_tokens=config.window_tokens,
+        budget_bytes=int(config.budget_bytes),
+        pool_tokens=config.pool_tokens,
+        source_share=config.source_share,
+        streams=config.streams,
+        chunk_bytes=int(config.chunk_bytes),
+        transfers_max=config.transfers_max,
+        workers_max=config.workers_max,
+    )
+
+
+def machine_boot() -> str:
+    """A name of the machine's present run; its monotonic clock goes on exactly as long."""
+    try:
+        return MACHINE_BOOT.read_text().strip()
+    except OSError:
+        return f"unknown-{os.uname().nodename}"
