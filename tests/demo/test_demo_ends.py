@@ -34,6 +34,17 @@ def demo(*args: str, env: dict[str, str] | None = None, before: tuple[str, ...] 
     )
 
 
+def with_signals(handler: str) -> list[str]:
+    """The demo, started with SIGHUP and SIGINT handled so, however these tests were started."""
+    code = (
+        "import os, signal, sys; "
+        f"signal.signal(signal.SIGHUP, signal.{handler}); "
+        f"signal.signal(signal.SIGINT, signal.{handler}); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    return [sys.executable, "-c", code, *COMMAND[1:]]
+
+
 def marked(mark: str) -> dict[int, str]:
     """Command lines of the living processes that were started with this mark."""
     found = {}
@@ -50,7 +61,7 @@ def marked(mark: str) -> dict[int, str]:
 def test_a_demo_that_is_ended_leaves_no_process_and_no_directory(number: signal.Signals) -> None:
     mark = secrets.token_hex(8)
     process = subprocess.Popen(
-        COMMAND,
+        with_signals("SIG_DFL"),
         env={**os.environ, MARK: mark},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -86,14 +97,8 @@ def check_its_end(process: subprocess.Popen[str], mark: str, number: signal.Sign
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    code = (
-        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *COMMAND[1:], "--tokens", "1"],
-        stdout=subprocess.PIPE,
-        text=True,
+        [*with_signals("SIG_IGN"), "--tokens", "1"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert "source daemon" in process.stdout.readline()
