@@ -36,6 +36,7 @@ def draw(seed: int) -> Plan:
         source_share=0.5,
         streams=dice.choice((1, 1, 2, 3)),
         chunk_blocks=dice.choice((1, 1, 2)),
+        ledger_s=dice.choice((0.0004, 0.0004, 0.01)),
         aux=dice.random() < 0.2,
         calm_at_s=max(ends_s, default=0.0) + 0.5,
         jobs=jobs,
@@ -121,9 +122,11 @@ def _fault(dice: Random, machines: tuple[str, ...], jobs: tuple[JobPlan, ...]) -
         case 13:
             return faults.KillDaemon(at_s, machine, for_s, dice.random() < 0.7)
         case 14:
+            return faults.KillAtWrite(at_s, machine, dice.randint(1, 30), for_s)
+        case 15:
             return faults.NoPool(0.0, machine, dice.randint(1, 3))
         case _:
             return faults.SlowZero(at_s, machine, dice.choice((0.1, 1.0)))
 
 
-_WEIGHTS = (4, 2, 4, 2, 2, 2, 2, 2, 1, 2, 3, 1, 1, 2, 1, 1)
+_WEIGHTS = (4, 2, 4, 2, 2, 2, 2, 2, 1, 2, 3, 1, 1, 2, 3, 1, 1)

@@ -236,6 +236,18 @@ class KillDaemon(Fault):
 
 
 @dataclass(frozen=True, slots=True)
+class KillAtWrite(Fault):
+    """A daemon is gone at one of its next writes: kept or not, and nobody has seen what it led to."""
+
+    machine: str
+    writes: int
+    for_s: float
+
+    def begin(self, world: World) -> None:
+        world.machines[self.machine].die_at_write(self.writes, self.for_s)
+
+
+@dataclass(frozen=True, slots=True)
 class NoPool(Fault):
     """The next pools of a machine cannot be made."""
 

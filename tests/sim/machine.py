@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 ZERO_S = 0.002
 POOL_S = 0.01
-LEDGER_S = 0.0004
 EARLY_S = 1e-6  # clocks differ by an offset, and a float must not wake a daemon too early
 
 
@@ -39,6 +38,8 @@ class Machine:
         self.zero_s = ZERO_S
         self.lives = self.lives_of_daemon = self.daemons = 0
         self.life: Life | None = None
+        self.writes_left = 0  # until it dies; 0: it does not
+        self.away_s = 0.0
         self.keeps = False  # when it is started again
         self.ledger: dict[str, bytes] = {}
         self.memories: dict[str, Memory] = {}
@@ -80,6 +81,17 @@ class Machine:
         if past is not None:
             self.life.feed(out.Restored(past))
 
+    def die_at_write(self, writes: int, for_s: float) -> None:
+        """Be gone at the so many-th write from now on, and start again after ``for_s``."""
+        self.writes_left, self.away_s = writes, for_s
+
+    def dies_now(self) -> bool:
+        """Whether this write is the one to be gone at."""
+        if self.writes_left == 0 or self.world.is_calm:
+            return False
+        self.writes_left -= 1
+        return self.writes_left == 0
+
     def hear(self, life: int | None, event: out.NodeEvent) -> None:
         """A message has come; ``life``: it is for that one only."""
         now = self.life
@@ -112,6 +124,7 @@ class Life:
         self.node = Node(Settings(**fields), self.world.new_secret, 1, machine.local_s)
         self.dead = False
         self.pools = machine.memories
+        self._writes_at_s = 0.0
         self._unwritten: deque[tuple[tuple[Row, ...], list[out.NodeEffect]]] = deque()
         self.tickets: dict[bytes, tuple[StreamKey, float]] = {}
         self.links: set[str] = set()
@@ -209,8 +222,9 @@ class Life:
             return
         self._unwritten.append((rows, effects))
         if rows:
-            wait_s = LEDGER_S * self.world.dice.random()
-            self.world.clock.after(wait_s, self._written)
+            wait_s = self.world.plan.ledger_s * self.world.dice.random()
+            self._writes_at_s = max(self._writes_at_s, self.world.clock.now_s + wait_s)
+            self.world.clock.at(self._writes_at_s, self._written)
 
     def _written(self) -> None:
         """The thread of the ledger has written the oldest rows."""
@@ -218,6 +232,12 @@ class Life:
             return
         if self.machine.paused_until_s > self.world.clock.now_s:
             self.world.clock.at(self.machine.paused_until_s, self._written)
+            return
+        if self.machine.dies_now():
+            self.machine.keeps = True
+            self.machine.crash()
+            after_s = self.machine.away_s
+            self.world.clock.after(after_s, self.world.start_daemon, self.machine.name, True)
             return
         while self._unwritten:
             rows, effects = self._unwritten.popleft()
@@ -384,6 +404,14 @@ class Life:
             for book in self.node.books.values():
                 self._owners.update((number, key) for key, number in book._owners.items())
         return self._owners[owner]
+
+    def check_nobody_else_touches(self, memory: Memory, owner: int, block: int) -> None:
+        """A block that is granted must be shown to no worker who still reads or writes it."""
+        for process in self.world.processes_of(self.machine.name):
+            for side in process.sides.values():
+                same = side.memory is memory  # or it is of a pool that is no more
+                if same and side.touches(block) and side.key != self.key_of(owner):
+                    raise Broken(f"I7: block {block} is granted, but {side.key} touches it")
 
     def check_no_worker_touches(self, owner: int, block: int, *, freed: bool) -> None:
         """A block that goes must be shown to no worker who still reads or writes it."""

@@ -161,6 +161,7 @@ class WatchedPool(BlockPool):
             if owner[block]:
                 raise Broken(f"I1: block {block} is granted twice")
             owner[block] = lease.owner
+            self._life.check_nobody_else_touches(self._memory, lease.owner, block)
         self._owned += blocks
 
     def _end(self, lease: Lease, blocks: int, *, freed: bool) -> None:

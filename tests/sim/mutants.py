@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from kvferry_daemon.core import events as ev
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.allocator import CLEAN, MIXED, RunAllocator
 from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.pool import BlockPool, Grant
@@ -18,6 +20,7 @@ from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role
+from sim.machine import Life
 
 
 def resume_by_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -255,6 +258,38 @@ def half_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SourceTransfer, "servable_tokens", property(wrong))
 
 
+def seen_before_ledger(patch: pytest.MonkeyPatch) -> None:
+    """Answers, pulls and acknowledgements go out at once; the ledger follows."""
+    right = Life._perform_once_written
+
+    def wrong(self: Life, effects: list[out.NodeEffect]) -> None:
+        self._perform([one for one in effects if not isinstance(one, out.Write)])
+        right(self, [one for one in effects if isinstance(one, out.Write)])
+
+    patch.setattr(Life, "_perform_once_written", wrong)
+
+
+def free_is_clean(patch: pytest.MonkeyPatch) -> None:
+    """A later life takes what is free for what nobody ever had."""
+    right = RunAllocator._put
+
+    def wrong(self: RunAllocator, first: int, size: int, tag: int) -> None:
+        right(self, first, size, CLEAN if tag == MIXED else tag)
+
+    patch.setattr(RunAllocator, "_put", wrong)
+
+
+def done_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A later life thinks that the source knows of the end already."""
+    right = SinkTransfer.take_up
+
+    def wrong(self: SinkTransfer, *args: Any) -> None:
+        right(self, *args)
+        self.done_noted |= self.ended
+
+    patch.setattr(SinkTransfer, "take_up", wrong)
+
+
 def _move(patch: pytest.MonkeyPatch, side: type[Any], event: type[Any], move: Any) -> None:
     """Replace what a side does with an event, live and ended."""
     name = side.LIVE[event].__name__
@@ -272,5 +307,5 @@ MUTANTS = (
     resume_by_blocks, silent_duplicate, free_on_send, free_without_drain, quarantine_by_timer,
     old_chunk, inherited_progress, count_before_bytes, unbound_claim, highest_acked, done_once,
     unfloored_resume, old_unknown, writer_forgotten, reader_forgotten, never_again, not_zeroed,
-    half_blocks,
+    half_blocks, seen_before_ledger, free_is_clean, done_forgotten,
 )  # fmt: skip

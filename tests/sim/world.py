@@ -38,6 +38,7 @@ class Plan:
     source_share: float
     streams: int
     chunk_blocks: int
+    ledger_s: float  # a commit takes so long at most
     aux: bool
     calm_at_s: float
     jobs: tuple[JobPlan, ...]
@@ -120,6 +121,10 @@ class World:
             if process in (job.plan.source_process, job.plan.sink_process)
             or machine in (job.plan.source, job.plan.sink)
         ]
+
+    def processes_of(self, machine: str) -> list[Process]:
+        """The living workers beside a daemon."""
+        return [p for p in self.processes.values() if p.alive and p.machine.name == machine]
 
     def silence(self, machine: str, for_s: float) -> None:
         """A machine's daemon and its workers do not hear each other for so long."""
