@@ -16,6 +16,7 @@ from kvferry_client import (
     State,
     connect,
 )
+from kvferry_client.logic import SendLogic
 from kvferry_proto import worker
 from live import LiveDaemon
 
@@ -134,3 +135,46 @@ def test_a_busy_worker_is_not_taken_for_a_lost_one(tmp_path: Path) -> None:
             State.BOOTSTRAPPING
         )
         sending.abort()
+
+
+def test_a_sink_that_has_a_prefix_gets_what_is_behind_it(daemons: Daemons) -> None:
+    a, b = daemons
+    arrays = payload(WINDOW)
+    with connect(a.directory, LAYOUT) as source, connect(b.directory, LAYOUT) as sink:
+        with source.send("t") as sending:
+            sending.fill(0, arrays, aux={"first_token": 1})
+        with sink.receive("t", source=a.address, start_tokens=2 * BLOCK) as receiving:
+            windows = [(w.first_token, w.gather("ids").copy()) for w in receiving]
+        [(first, ids)] = windows
+        assert first == 2 * BLOCK
+        np.testing.assert_array_equal(ids, arrays["ids"][2 * BLOCK :])
+
+
+def test_an_exception_in_an_asyncio_block_aborts_both_sides(daemons: Daemons) -> None:
+    a, b = daemons
+
+    async def run() -> None:
+        async with (
+            AsyncClient(a.directory, LAYOUT) as source,
+            AsyncClient(b.directory, LAYOUT) as sink,
+            await sink.receive("t", source=a.address) as receiving,
+        ):
+            with pytest.raises(ZeroDivisionError):
+                async with await source.send("t") as sending:
+                    await sending.ready(0 // sending.sent_tokens)
+            with pytest.raises(FerryError) as caught:
+                await receiving.wait(20)
+            assert caught.value.code == "source_failed"
+
+    asyncio.run(run())
+
+
+def test_a_snapshot_that_was_overtaken_is_dropped() -> None:
+    logic = SendLogic(None, "t", 0)  # type: ignore[arg-type]
+    for number, sent in ((5, 50), (3, 30), (6, 60)):
+        seen = worker.Snapshot(
+            role=Role.SOURCE, transfer_id="t", attempt=0, snapshot=number,
+            state=State.TRANSFERRING, sent_tokens=sent,
+        )  # fmt: skip
+        logic.note(worker.Snapshots(transfers=[seen]))
+        assert logic.now.sent_tokens == max(sent, 50)
