@@ -53,8 +53,10 @@ def test_sigterm_takes_nothing_new_and_waits_for_what_runs(tmp_path: Path) -> No
             assert daemon.process.poll() is None, "the sink's window was not released yet"
             one.snapshot(worker.Release(transfer_id="t", role=Role.SINK))
             assert daemon.process.wait(10) == 0
-        left = [p.name for p in daemon.directory.rglob("*") if p.is_file() or p.is_socket()]
-        assert set(left) <= {"daemon.lock", one.lock_name}
+            assert one.welcome is not None
+            kept = {"ledger.db", Path(one.welcome.pool.path).name}  # its worker is still there
+        left = {p.name for p in daemon.directory.rglob("*") if p.is_file() or p.is_socket()}
+        assert left == {"daemon.lock", one.lock_name, *kept}
         assert "Traceback" not in daemon.log()
 
 
