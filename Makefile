@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench sim clean
+.PHONY: demo test check bench sim model clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -28,6 +28,10 @@ ifdef SEED
 else
 	$(BIN)/python -m sim.run --seeds $(SEEDS) --first $(FIRST) --jobs 2
 endif
+
+model: export PYTHONPATH = tests
+model: $(INSTALLED)
+	$(BIN)/python -m model.walk
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

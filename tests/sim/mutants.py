@@ -73,12 +73,12 @@ def free_without_drain(patch: pytest.MonkeyPatch) -> None:
 
 
 def quarantine_by_timer(patch: pytest.MonkeyPatch) -> None:
-    """After the hold deadline nobody touches the blocks any more, surely."""
+    """After a while nobody touches the blocks of an ended transfer any more, surely."""
     right = SinkTransfer._settle_ended
 
     def wrong(self: SinkTransfer) -> None:
         right(self)
-        if self.now_s >= self._ended_s + self.timing.hold_s:
+        if self.now_s >= self._ended_s + self.timing.resend_s:
             self._free_all()
 
     patch.setattr(SinkTransfer, "_settle_ended", wrong)
