@@ -20,7 +20,7 @@ from kvferry_proto.states import TERMINAL, Role, State
 from sim.memory import BLOCK, EMPTY, Broken, owner_part, pieces
 
 if TYPE_CHECKING:
-    from sim.machine import Life
+    from sim.life import Life
 
 FULL_CHECK_EVERY = 64  # events; the pool's own check walks every block
 LATE_S = 0.1  # a deadline may be noticed so much later

@@ -14,7 +14,7 @@ from kvferry_daemon.core.window import Place
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
-    from sim.machine import Life
+    from sim.life import Life
 
 BLOCK = 4
 EMPTY = 0

@@ -20,7 +20,7 @@ from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role
-from sim.machine import Life
+from sim.life import Life
 
 
 def resume_by_blocks(patch: pytest.MonkeyPatch) -> None:

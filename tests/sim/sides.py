@@ -12,7 +12,7 @@ from sim.memory import BLOCK, EMPTY, Broken, Memory
 
 if TYPE_CHECKING:
     from sim.jobs import Job
-    from sim.machine import Life
+    from sim.life import Life
     from sim.workers import Process
 
 WAIT_S = 2.0  # of one poll

@@ -15,7 +15,7 @@ from kvferry_daemon.core.peers import Connect
 from sim.memory import GARBAGE, Broken, Memory, pieces
 
 if TYPE_CHECKING:
-    from sim.machine import Life
+    from sim.life import Life
     from sim.world import World
 
 CHUNK_S = 0.001

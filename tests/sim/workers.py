@@ -13,7 +13,8 @@ from kvferry_proto.layout import Dtype, Layout, Plane
 from sim.memory import BLOCK, Broken
 
 if TYPE_CHECKING:
-    from sim.machine import Life, Machine
+    from sim.life import Life
+    from sim.machine import Machine
     from sim.sides import Side
     from sim.world import World
 
