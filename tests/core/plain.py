@@ -102,3 +102,11 @@ class PlainRig:
         self.attempt += 1
         self.next_token = self.sink.sent
         self.sink.asked = 1
+
+    def twin(self) -> "PlainRig":
+        """Another rank of the same group."""
+        return PlainRig(self.window_tokens, self.total, reuses_blocks=self.reuses_blocks)
+
+    def resume_at(self, _tokens: int) -> None:
+        """The plain rule names no token: it counts for itself."""
+        self.sink.resume()

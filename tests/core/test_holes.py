@@ -1,6 +1,7 @@
 """The holes of the plain rule: one scenario each, which ours passes and the plain rule fails.
 
-Ranks of one group that disagree are the one hole without a scenario: groups do not exist yet.
+Ranks of one group are two transfers here: that a rank cannot be moved beyond what it has is what a
+group will stand on. A group's own numbered snapshots do not exist yet.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class Rig(Protocol):
     def wait(self) -> None: ...
     def end_payload(self) -> None: ...
     def retry(self) -> None: ...
+    def twin(self) -> "Rig": ...
+    def resume_at(self, tokens: int) -> None: ...
 
 
 class OurRig:
@@ -112,6 +115,12 @@ class OurRig:
         self.story.attempt += 1
         self.story.open()
 
+    def twin(self) -> "OurRig":
+        return OurRig()
+
+    def resume_at(self, tokens: int) -> None:
+        self.story.resume(tokens)
+
 
 def stale_contents_of_a_reused_block(rig: Rig) -> None:
     rig.land()
@@ -178,6 +187,19 @@ def second_window_taken_for_the_first(rig: Rig) -> None:
     assert rig.landed != first
 
 
+def ranks_of_one_group_that_disagree(rig: Rig) -> None:
+    """One rank has its window, the other none; the step of the first is told to both."""
+    other = rig.twin()
+    rig.land()
+    rig.take()
+    other.resume_at(WINDOW)
+    assert other.sent_tokens == 0
+    for _ in range(2):
+        other.land()
+        other.take()
+    assert other.read == [(0, token) for token in range(2 * WINDOW)]
+
+
 HOLES: list[Callable[[Rig], None]] = [
     stale_contents_of_a_reused_block,
     a_lost_resume,
@@ -187,6 +209,7 @@ HOLES: list[Callable[[Rig], None]] = [
     a_retry_that_inherits_progress,
     a_total_read_from_a_block,
     second_window_taken_for_the_first,
+    ranks_of_one_group_that_disagree,
 ]
 by_name = pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.__name__)
 
