@@ -88,3 +88,21 @@ def test_a_slow_name_freezes_no_other_socket() -> None:
 @pytest.mark.parametrize("address", ["tcp://a..b:1", f"tcp://{'a' * 80}:1"])
 def test_a_host_that_cannot_be_a_name_is_found_out(address: str) -> None:
     assert "connecting failed" in asyncio.run(probe(address))
+
+
+def test_a_number_is_connected_to_at_once() -> None:
+    """The first hello was lost, and came again only a fifth of a second later."""
+
+    async def act() -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        link = PeerLink(context, f"tcp://127.0.0.1:{port}", lambda _frames: None)
+        link.send(b"hello")
+        assert await asyncio.to_thread(router.poll, 5000)
+        assert router.recv_multipart()[1] == b"hello"
+        link.close()
+        router.close(linger=0)
+        context.term()
+
+    asyncio.run(act())

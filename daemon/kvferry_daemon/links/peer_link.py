@@ -5,6 +5,7 @@ the daemon, and of a name's addresses it would try only one.
 """
 
 import asyncio
+import ipaddress
 import logging
 import socket
 from collections.abc import Callable
@@ -37,7 +38,11 @@ class PeerLink:
         self._link = ZmqLink(self._socket, on_message)
         self._host, self._port = split_address(address)
         self._endpoint: str | None = None
-        self._task = asyncio.get_running_loop().create_task(self._follow())
+        self._task: asyncio.Task[None] | None = None
+        if _is_number(self._host):
+            self._connect(address)  # at once: the first hello need not be lost
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._follow())
 
     def send(self, frame: bytes) -> None:
         """Send one message if it can be sent now."""
@@ -46,18 +51,30 @@ class PeerLink:
 
     def close(self) -> None:
         """Drop the link."""
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
         self._link.close()
+
+    def _connect(self, endpoint: str) -> None:
+        if self._endpoint is not None:
+            self._socket.disconnect(self._endpoint)
+        self._socket.connect(endpoint)
+        self._endpoint = endpoint
 
     async def _follow(self) -> None:
         while True:
             found = await reachable(self._host, self._port)
             if found is not None and found != self._endpoint:
-                if self._endpoint is not None:
-                    self._socket.disconnect(self._endpoint)
-                self._socket.connect(found)
-                self._endpoint = found
+                self._connect(found)
             await asyncio.sleep(LOOK_UP_S if found is None else LOOK_AGAIN_S)
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 async def reachable(host: str, port: int) -> str | None:
