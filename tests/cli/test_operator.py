@@ -80,6 +80,7 @@ def test_the_table_lists_transfers_with_state_numbers_and_reason(daemon: LiveDae
 
 
 def test_status_tells_of_pools_peers_and_transfers(daemon: LiveDaemon, client: Client) -> None:
+    daemon.wait_for_workers(1)  # those of the tests before are dead, and seen to be
     client.send("status-1")
     client.receive("status-2", source="tcp://[fe80::1]:5000")
     out = ask(daemon, "status")
