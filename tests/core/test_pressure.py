@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.events import Key, WantBlocks
+from kvferry_daemon.core.pool import BlockPool
 from kvferry_proto import worker
 from kvferry_proto.states import TERMINAL, Mode, Role, StallReason, State
 from world import World, layout
@@ -185,3 +188,17 @@ def test_sinks_of_a_source_that_never_answered_do_not_fill_the_table() -> None:
         crowd.world.call("b", SINK, abort)
         crowd.release(f"t{number}", Role.SINK)
     assert crowd.world.machines["b"].node.transfers == {}
+
+
+def test_who_holds_nothing_gets_one_block_first_and_then_stands_in_line() -> None:
+    """One that gave its window back and asked anew got all of it again, and the other starved."""
+    pool = BlockPool(8, 4, 4)
+    book = PoolBook("p", "/p", "cpu", layout(), pool, 4, 4)
+    held = pool.grant(99, Role.SINK, 4).leases[0]
+    waits, begins = Key(Role.SINK, "waits", 0), Key(Role.SINK, "begins", 0)
+    book.want(waits, WantBlocks(3))
+    book.want(begins, WantBlocks(4, urgent=True))
+    assert list(book.grants()) == []
+    pool.free_front(held, 4)
+    given = [(key, sum(lease.run.blocks for lease in grant.leases)) for key, grant in book.grants()]
+    assert given == [(begins, 1), (waits, 3)]

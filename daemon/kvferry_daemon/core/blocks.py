@@ -82,6 +82,12 @@ class PoolBook:
             self._set_aside(key, 0)
             self._waiting_for_room.pop(key, None)
 
+    def _want_more(self, key: Key, blocks: int) -> None:
+        """It has some by now: for others it stands in line."""
+        self._queues[key.role, "more"][key] = WantBlocks(blocks)
+        self._arrivals += 1
+        self._arrived[key] = self._arrivals
+
     def grants(self) -> Iterator[tuple[Key, Grant]]:
         """Hand out what can be handed out now, first come, first served.
 
@@ -92,13 +98,14 @@ class PoolBook:
             while self.pool.room(role) and (found := self._next(role)) is not None:
                 key, level = found
                 blocks = min(self._room(key), level.blocks)
+                if level.urgent and not level.whole and self._queues[role, "more"]:
+                    blocks = 1  # that is enough to go on with; for the rest it stands in line
                 grant = self.pool.grant(self.owner(key), role, blocks)
                 left = level.blocks - sum(lease.run.blocks for lease in grant.leases)
+                assert not (level.whole and left), (key, level, left)
+                self._served(key, _kind(level))
                 if left:
-                    queue = self._queues[role, _kind(level)]
-                    queue[key] = WantBlocks(left, level.whole, level.urgent)
-                else:
-                    self._served(key, _kind(level))
+                    self._want_more(key, left)
                 yield key, grant
 
     def _next(self, role: Role) -> tuple[Key, WantBlocks] | None:
