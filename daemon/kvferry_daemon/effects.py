@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class Effects:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = float("inf")
         self._tasks: set[asyncio.Future[Any]] = set()
+        self._drops: list[Future[None]] = []
         self._memory = ThreadPoolExecutor(2, "kvferry-memory")
         self._moves: dict[type, Callable[[Any], None]] = {
             out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
@@ -67,7 +68,7 @@ class Effects:
             out.Transmit: self._transmit,
             out.Zero: self._zero,
             out.MakePool: self._make_pool,
-            out.DropPool: lambda e: self._pools.pop(e.pool_id).remove(),
+            out.DropPool: self._drop_pool,
         }
 
     def use_streams(self, streams: Streams) -> None:
@@ -213,10 +214,22 @@ class Effects:
 
         self._off_loop(work)
 
+    def _drop_pool(self, effect: out.DropPool) -> None:
+        """Off the loop: the kernel takes its time to give gigabytes back."""
+        pool = [self._pools.pop(effect.pool_id)]  # the last to hold it is the thread
+
+        def work() -> None:
+            pool.pop().remove()
+
+        self._drops = [one for one in self._drops if not one.done()]
+        self._drops.append(self._memory.submit(work))
+
     def _make_pool(self, effect: out.MakePool) -> None:
         path = self._pools_dir / effect.pool_id
+        drops = list(self._drops)  # began before; their room is ours
 
         def work() -> out.NodeEvent:
+            wait(drops)
             try:
                 pool = HostPool.create(path, effect.layout.block_bytes, effect.blocks)
             except (MemoryRefused, OSError) as error:

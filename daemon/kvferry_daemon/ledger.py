@@ -41,7 +41,6 @@ class Ledger:
         self._number = 0
         self._written = 0
         self.commits = 0
-        self.busy_s = 0.0
         self._db = _open(path)
         self._thread = threading.Thread(target=self._run, name="kvferry-ledger", daemon=True)
         self._thread.start()
@@ -81,7 +80,6 @@ class Ledger:
             try:
                 self._commit(rows)
                 self.commits += 1
-                self.busy_s += time.monotonic() - start_s
                 return True
             except sqlite3.Error as error:
                 if self._closing or time.monotonic() - start_s >= GIVE_UP_S:
