@@ -248,7 +248,7 @@ class World:
     def _deliver_chunk(self, chunk: Chunk) -> None:
         source = "a" if chunk.to == "b" else "b"
         data = self._read_extent(source, chunk)
-        sent = out.ChunkSent(chunk.source_key, chunk.owner, chunk.first_token, chunk.tokens)
+        sent = out.ChunkSent(chunk.source_key, chunk.owner, 0, chunk.first_token, chunk.tokens)
         self.feed(source, sent)
         me = self.machines[chunk.to]
         claim = me.claims.pop((chunk.key, chunk.handle, chunk.first_token), None)

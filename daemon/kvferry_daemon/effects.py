@@ -182,8 +182,8 @@ class Effects:
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
         assert self._streams is not None
-        for key, first_token in self._streams.cancel(effect.handle):
-            self._events.append(out.ChunkMissed(key, effect.handle, first_token))
+        for key, handle, first_token in self._streams.cancel(effect.handle):
+            self._events.append(out.ChunkMissed(key, handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
         assert self._streams is not None

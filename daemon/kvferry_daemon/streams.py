@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import Key, StreamKey
+from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.peers import Connect
 from kvferry_daemon.probe import split_address
 from kvferry_daemon.transports.tcp import events as te
@@ -15,6 +15,7 @@ from kvferry_daemon.transports.tcp.bridge import LoopBridge
 from kvferry_daemon.transports.tcp.listener import ConnectError, Listener, connect
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
+from kvferry_proto.peer import PARTS_MAX
 
 CONNECT_S = 5.0
 CONNECTS_MAX = 256  # threads come only as they are needed: a few sick sources must not fill them
@@ -83,9 +84,14 @@ class Streams:
         receiver.claim(effect.handle, effect.first_token, effect.tokens, views)
         return True
 
-    def cancel(self, handle: int) -> list[tuple[StreamKey, int]]:
-        """Take back the claims that no thread has begun; return where, and their first tokens."""
-        return [(k, first) for k, r in self._receivers.items() for first in r.cancel(handle)]
+    def cancel(self, handle: int) -> list[tuple[StreamKey, int, int]]:
+        """Take back the claims that no thread has begun; return where, handle and first token."""
+        handles = range(handle, handle + PARTS_MAX)
+        return [
+            (key, *claim)
+            for key, receiver in self._receivers.items()
+            for claim in receiver.cancel(handles)
+        ]
 
     def _on_sink_event(self, event: te.StreamEvent) -> None:
         match event:
@@ -114,7 +120,8 @@ class Streams:
         sender = self._senders.get(effect.key)
         if sender is None:
             return False
-        sender.put(SendJob(effect.owner, effect.handle, effect.first_token, effect.tokens, views))
+        owner = effect.owner, effect.part
+        sender.put(SendJob(owner, effect.handle, effect.first_token, effect.tokens, views))
         return True
 
     def expel(self, key: StreamKey) -> None:
@@ -133,9 +140,11 @@ class Streams:
                 )
                 self._feed(out.SourceStreamUp(key))
             case te.Sent():
-                assert isinstance(event.owner, Key), event
+                assert isinstance(event.owner, tuple), event
+                owner, part = event.owner
                 key = _stream_key(event.key)
-                self._feed(out.ChunkSent(key, event.owner, event.first_token, event.payload_bytes))
+                sent = out.ChunkSent(key, owner, part, event.first_token, event.payload_bytes)
+                self._feed(sent)
             case te.StreamDown():
                 key = _stream_key(event.key)
                 self._senders.pop(key, None)

@@ -35,6 +35,11 @@ class Code(StrEnum):
     TOTAL_TOO_SMALL = "total_too_small"
     AUX_MISSING = "aux_missing"
     AUX_CHANGED = "aux_changed"
+    BAD_RANK = "bad_rank"
+    RANK_TAKEN = "rank_taken"
+    RANK_MISSING = "rank_missing"
+    GROUP_DIFFERS = "group_differs"
+    TOTAL_MISMATCH = "total_mismatch"
     START_UNALIGNED = "start_unaligned"
     START_MISMATCH = "start_mismatch"
     BAD_ADDRESS = "bad_address"
@@ -88,6 +93,11 @@ ADVICE: dict[Code, Advice] = {
         _C, "tell every aux value of the layout no later than with the last ready"
     ),
     Code.AUX_CHANGED: Advice(_C, "aux values are told once; start a higher attempt"),
+    Code.BAD_RANK: Advice(_C, "ranks count from 0 to world_size - 1"),
+    Code.RANK_TAKEN: Advice(_C, "give each worker of a group a rank of its own"),
+    Code.RANK_MISSING: Advice(_C, "open every rank of the group at this one daemon"),
+    Code.GROUP_DIFFERS: Advice(_C, "open every rank of a group with the same parameters"),
+    Code.TOTAL_MISMATCH: Advice(_C, "all ranks of a group must have the same number of tokens"),
     Code.START_UNALIGNED: Advice(_C, "start_tokens must be a multiple of block_size_tokens"),
     Code.START_MISMATCH: Advice(_C, "let both sides start where the sink's prefix ends"),
     Code.BAD_ADDRESS: Advice(_C, "give the source as tcp://host:port of its peer socket"),

@@ -24,10 +24,12 @@ from kvferry_proto.fields import (
 )
 from kvferry_proto.layout import Layout
 from kvferry_proto.versions import OURS, Versions
+from kvferry_proto.worker import WorldSize
 
 WANTS_MAX = 1024
 PULLS_MAX = 1024
 STREAMS_MAX = 16
+PARTS_MAX = 1 << 12  # RANKS_MAX squared
 Handle = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Number = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
@@ -92,16 +94,20 @@ class Ticket(_Linked):
 
 
 class Want(Message):
-    """An extent, and the one stream connection that it may come on."""
+    """An extent of one part, and the one stream connection that it may come on."""
 
     first_token: Tokens
     tokens: Annotated[int, Field(ge=1, le=1 << 32)]
     stream: Stream
     connection: Number
+    part: Annotated[int, Field(ge=0, lt=PARTS_MAX)] = 0
 
 
 class Pull(Message):
-    """What the sink wants now; an empty ``want`` asks for news."""
+    """What the sink wants now; an empty ``want`` asks for news.
+
+    ``handle`` is a multiple of PARTS_MAX; the header of a part's chunk has ``handle + part``.
+    """
 
     transfer_id: TransferId
     attempt: Attempt
@@ -110,7 +116,7 @@ class Pull(Message):
     layout_digest: Annotated[bytes, Field(min_length=16, max_length=16)]
     start_tokens: Tokens
     acked_tokens: Tokens
-    part: Annotated[int, Field(ge=0, le=0)] = 0  # version 1 has one part: the whole block
+    world_size: WorldSize = 1  # the sink's ranks
     want: Annotated[list[Want], Field(max_length=WANTS_MAX)] = Field(default_factory=list)
 
 

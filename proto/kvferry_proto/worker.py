@@ -33,6 +33,7 @@ from kvferry_proto.versions import OURS, Versions
 POLL_MAX = 4096
 BATCH_MAX = 256
 WAIT_MAX_S = 60.0
+RANKS_MAX = 64  # of one group
 Secret = Annotated[str, Field(min_length=32, max_length=64, pattern=r"^[0-9a-f]+$")]
 FileName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_\-]+$")]
 
@@ -44,13 +45,20 @@ _Block = Annotated[int, Field(ge=0, le=BLOCKS_MAX)]
 BlockRun = Annotated[tuple[_Block, _Block], Field(strict=False)]
 
 
+Rank = Annotated[int, Field(ge=0, lt=RANKS_MAX)]
+WorldSize = Annotated[int, Field(ge=1, le=RANKS_MAX)]
+
+
 class _Call(Message):
     call: Call = 0
 
 
 class _Named(_Call):
+    """``rank``: which worker of a group this is; 0 where there is no group."""
+
     transfer_id: TransferId
     attempt: Attempt = 0
+    rank: Rank = 0
 
 
 class Hello(_Call):
@@ -66,9 +74,13 @@ class Hello(_Call):
 
 
 class Send(_Named):
-    """Open the source side: the worker will fill a window and mark tokens ready."""
+    """Open the source side: the worker will fill a window and mark tokens ready.
+
+    The workers of a group of ``world_size`` ranks all say it, each with its own rank.
+    """
 
     kind: Literal["send"] = "send"
+    world_size: WorldSize = 1
     start_tokens: Tokens = 0
     total_tokens: Tokens | None = None
     aux: Aux | None = None
@@ -88,6 +100,7 @@ class Receive(_Named):
     """Open the sink side and pull from the daemon at ``source`` (None: from this one)."""
 
     kind: Literal["receive"] = "receive"
+    world_size: WorldSize = 1
     source: Annotated[str, Field(max_length=256)] | None = None
     mode: WireMode = Mode.CONSUME
     start_tokens: Tokens = 0
@@ -101,6 +114,7 @@ class Watched(Message):
     role: WireRole
     transfer_id: TransferId
     attempt: Attempt = 0
+    rank: Rank = 0
     after: Annotated[int, Field(ge=-1)] = -1
 
 
@@ -180,11 +194,18 @@ class Snapshot(Message):
     Block ``i`` of the window holds tokens ``base_tokens + i * block_size_tokens`` onwards.
     ``snapshot`` grows with every change. On the source, ``sent_tokens`` is what the sink has
     acknowledged and ``available_tokens`` what the worker marked ready.
+
+    The ranks of a group see the same under the same number, but for their own ``runs`` and, on the
+    source, what they themselves marked ready. What asks a sink's ranks to act (``sent_tokens``,
+    ``stall``, success) changes only when all have polled behind the number that showed it before,
+    or resumed at its ``sent_tokens``: so all of them take the same tokens over.
     """
 
     role: WireRole
     transfer_id: TransferId
     attempt: Attempt
+    rank: Rank = 0
+    world_size: WorldSize = 1
     snapshot: Count
     state: WireState
     stall: WireStall | None = None
@@ -210,6 +231,7 @@ class Refused(Message):
     role: WireRole
     transfer_id: TransferId
     attempt: Attempt
+    rank: Rank = 0
     error: ErrorInfo
 
 

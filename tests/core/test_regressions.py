@@ -66,7 +66,7 @@ def test_what_left_under_a_doubled_handle_is_counted_for_its_own_transfer() -> N
     effects = node.handle(out.SinkSaid(b"route", told), world.now_s)
     first, second = (e for e in effects if isinstance(e, out.Transmit))
     assert (first.owner.transfer_id, second.owner.transfer_id) == ("one", "two")
-    node.handle(out.ChunkSent(stream, first.owner, 0, BLOCK), world.now_s)
+    node.handle(out.ChunkSent(stream, first.owner, 0, 0, BLOCK), world.now_s)
     for name in ("one", "two"):
         abort = worker.Abort(transfer_id=name, role=Role.SOURCE)
         world.call("a", SOURCE, abort)

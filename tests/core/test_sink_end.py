@@ -163,7 +163,7 @@ def test_a_release_before_the_end_gives_it_up() -> None:
 
 def test_blocks_that_cross_the_end_go_back_at_once() -> None:
     sink = sink_in(State.FAILED)
-    assert freed(after(sink, granted(7), ev.TookOver(lease(9), 4))) == [7, 9]
+    assert freed(after(sink, granted(7), ev.TookOver((lease(9),), 4))) == [7, 9]
     assert sink.window.blocks == 2
 
 

@@ -140,7 +140,7 @@ def test_blocks_are_taken_over_from_the_edge_up_to_the_target() -> None:
     sink = fresh_sink(source=None)
     effects = after(sink, ev.Tick(0.0), heard(1, available_tokens=32))
     assert of(effects, ev.TakeOver) == [ev.TakeOver(0, 2)]
-    effects = after(sink, ev.TookOver(lease(5), 4))
+    effects = after(sink, ev.TookOver((lease(5),), 4))
     assert (of(effects, ev.TakeOver), sink.sent_tokens) == ([ev.TakeOver(4, 1)], 4)
-    effects = after(sink, ev.TookOver(lease(9), 4), ev.ResumeAt(8))
+    effects = after(sink, ev.TookOver((lease(9),), 4), ev.ResumeAt(8))
     assert of(effects, ev.TakeOver) == [ev.TakeOver(8, 2)]

@@ -277,9 +277,9 @@ def local_sink_in(state: State) -> SinkTransfer:
     if state is not State.BOOTSTRAPPING:
         after(sink, heard(1))
     if state in (State.TRANSFERRING, State.SUCCESS, State.FAILED):
-        after(sink, heard(1, available_tokens=8), ev.TookOver(lease(0), 4))
+        after(sink, heard(1, available_tokens=8), ev.TookOver((lease(0),), 4))
     if state is State.SUCCESS:
-        after(sink, ev.TookOver(lease(1), 4), heard(1, available_tokens=8, total_tokens=8))
+        after(sink, ev.TookOver((lease(1),), 4), heard(1, available_tokens=8, total_tokens=8))
     if state is State.FAILED:
         after(sink, ev.Fail(Code.ABORTED, "enough"))
     assert sink.state is state
@@ -308,7 +308,7 @@ EVENTS: dict[str, object] = {
     "Heard of no pull": heard(99, State.FAILED),
     "Received": ev.Received(KEY, 4),
     "Missed": ev.Missed(KEY, 4),
-    "TookOver": ev.TookOver(lease(7), 4),
+    "TookOver": ev.TookOver((lease(7),), 4),
     "RoomAgain": ev.RoomAgain(),
     "ResumeAt 0": ev.ResumeAt(0),
     "ResumeAt 4": ev.ResumeAt(4),
@@ -320,7 +320,7 @@ EVENTS: dict[str, object] = {
     "DoneNoted": ev.DoneNoted(),
     "Tick, local": ev.Tick(0.3),
     "Heard of 16, local": heard(1, available_tokens=16),
-    "TookOver, local": ev.TookOver(lease(7), 4),
+    "TookOver, local": ev.TookOver((lease(7),), 4),
     "RoomAgain, local": ev.RoomAgain(),
     "ResumeAt 4, local": ev.ResumeAt(4),
     "Fail, local": ev.Fail(Code.ABORTED, "enough"),

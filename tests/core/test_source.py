@@ -200,7 +200,7 @@ def test_a_local_sink_gets_the_ready_blocks_and_they_count_as_acknowledged() -> 
     source = source_in(State.WAITING_FOR_INPUT)
     after(source, ready(6, 6))
     handed = of(after(source, ev.GiveOver(0, 2)), ev.HandOver)
-    assert [(one.lease, one.tokens) for one in handed] == [(lease(0, 2, Role.SOURCE), 6)]
+    assert [(one.leases, one.tokens) for one in handed] == [((lease(0, 2, Role.SOURCE),), 6)]
     assert (source.sent_tokens, source.window.blocks) == (6, 0)
     assert outcome(source, ev.GiveOver(0, 2)) == "absorbed"  # the same request again
 
@@ -209,7 +209,7 @@ def test_a_local_sink_gets_no_more_blocks_than_it_has_room_for() -> None:
     source = source_in(State.WAITING_FOR_INPUT)
     after(source, ready(8))
     [one] = of(after(source, ev.GiveOver(0, 1)), ev.HandOver)
-    assert (one.lease.run.blocks, one.tokens, source.window.base_tokens) == (1, 4, 4)
+    assert (one.leases[0].run.blocks, one.tokens, source.window.base_tokens) == (1, 4, 4)
 
 
 def test_a_source_keeps_its_last_block_for_its_own_next_tokens() -> None:

@@ -194,7 +194,7 @@ EVENTS: dict[str, object] = {
     "Heard": heard(1),
     "Received": ev.Received(KEY, 0),
     "Missed": ev.Missed(KEY, 0),
-    "TookOver": ev.TookOver(lease(7), 4),
+    "TookOver": ev.TookOver((lease(7),), 4),
     "RoomAgain": ev.RoomAgain(),
     "ResumeAt": ev.ResumeAt(0),
     "DoneNoted": ev.DoneNoted(),

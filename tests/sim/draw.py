@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from kvferry_proto.states import Role
 from sim import faults
-from sim.jobs import JobPlan
+from sim.jobs import JobPlan, rank_process
 from sim.memory import BLOCK
 from sim.world import Plan
 
@@ -14,13 +15,16 @@ FAULTS_MAX = 6
 LONGEST_S = 4.0  # of one fault of the network: all together stay below the shortest deadline
 
 
-def draw(seed: int) -> Plan:
-    """The same seed, the same plan."""
+def draw(seed: int, *, groups: bool = True) -> Plan:
+    """The same seed, the same plan. ``groups``: some requests have several ranks."""
     dice = Random(seed)
     machines = ("a", "b", "c")[: dice.choice((2, 2, 2, 3))]
     window = dice.randint(1, 8)
     quota = window + dice.choice((0, 0, 1, 3, 8))
     jobs = tuple(_job(dice, n, machines, quota) for n in range(dice.choice((1, 1, 2, 2, 3, 4))))
+    if groups:
+        more_dice = Random(-1 - seed)
+        jobs = tuple(_grouped(more_dice, job, quota) for job in jobs)
     troubles = tuple(
         sorted(
             (_fault(dice, machines, jobs) for _ in range(dice.randint(0, FAULTS_MAX))),
@@ -71,8 +75,24 @@ def _job(dice: Random, number: int, machines: tuple[str, ...], quota: int) -> Jo
         eager=dice.random() < 0.6,
         goodbye=dice.random() < 0.2,
         think_s=dice.choice((0.001, 0.005, 0.03)),
+        ranks=1,
         source_at_s=started_s + _moment(dice, 0.3),
         sink_at_s=started_s + _moment(dice, 0.3),
+    )
+
+
+def _grouped(dice: Random, job: JobPlan, quota: int) -> JobPlan:
+    """The same request for a group, where as many blocks as it then needs are there."""
+    ranks = dice.choice((1, 1, 1, 2, 2, 3))
+    blocks = quota // ranks
+    if ranks == 1 or blocks == 0:
+        return job
+    return replace(
+        job,
+        ranks=ranks,
+        window_source=min(job.window_source, blocks * BLOCK),
+        window_sink=min(job.window_sink, blocks * BLOCK),
+        whole=job.whole and -(-(job.max_tokens - job.start_sink) // BLOCK) <= blocks,
     )
 
 
@@ -87,6 +107,8 @@ def _fault(dice: Random, machines: tuple[str, ...], jobs: tuple[JobPlan, ...]) -
     machine = dice.choice(machines)
     job = dice.choice(jobs)
     process = dice.choice((job.source_process, job.sink_process))
+    if job.ranks > 1:
+        process = rank_process(process, dice.randrange(job.ranks))
     kind = dice.choices(range(len(_WEIGHTS)), _WEIGHTS)[0]
     match kind:
         case 0:

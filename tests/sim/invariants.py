@@ -1,7 +1,7 @@
 """The invariants of the design, checked after every event of a node, where something has changed.
 
 I1, I7 and I8 are checked by the pool at every grant and freeing (memory.py), I3 by the consumers
-themselves (workers.py), I4 partly by the connections (streams.py). I10 needs groups.
+themselves (workers.py), I4 partly by the connections (streams.py), I10 by jobs.py.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Watcher:
                 mark = marks[key] = Mark(sent=start, available=start, base=start)
                 if isinstance(transfer, SinkTransfer):
                     mark.available = 0
-            if mark.version != transfer.version:
+            if mark.version != transfer.version or transfer.ranks.size > 1:
                 self._check_transfer(key, transfer, mark)
         while self._claimed_success:  # now: in one daemon both sides end in one event
             key = self._claimed_success.pop()
@@ -98,7 +98,7 @@ class Watcher:
                 raise Broken(f"I9: {key} is live {waited_s:.1f} s after its last progress")
             if (
                 isinstance(transfer, SinkTransfer)
-                and len(transfer._claims) > transfer.window.blocks
+                and len(transfer._claims) > transfer.window.blocks * transfer.ranks.size
             ):
                 raise Broken(f"I13: {key} has {len(transfer._claims)} claims")
 
@@ -150,11 +150,12 @@ class Watcher:
         first, sent = mark.sent, transfer.sent_tokens
         if sent > first:
             memory = self._life.pools[transfer.opening.pool_id]
-            place = transfer.window.cover(first, sent - first)
-            name = self._world.job(key).name(key.attempt)
-            got = memory.read(place, first, sent - first)
-            if got != list(range(name + first, name + sent)):
-                raise Broken(f"I2: {key} committed [{first}, {sent}), but there lie {got}")
+            for rank in range(transfer.ranks.size):
+                place = transfer.window.cover(first, sent - first, rank)
+                name = self._world.job(key).name(key.attempt, rank)
+                got = memory.read(place, first, sent - first)
+                if got != list(range(name + first, name + sent)):
+                    raise Broken(f"I2: {key} committed [{first}, {sent}), but there lie {got}")
             committed = self._world.committed
             committed[key[1:]] = max(sent, committed.get(key[1:], 0))
         if transfer.opening.max_tokens is None:
@@ -216,7 +217,7 @@ class Watcher:
 
     def check_claim(self, effect: out.Expect) -> None:
         """I4: bytes may come only into uncommitted extents of a live transfer's own blocks."""
-        key = self._node.sinks._keys[effect.handle]
+        key, _ = self._node.sinks.named(effect.handle)
         transfer = self._node.transfers[key]
         memory = self._life.pools[effect.pool_id]
         if (effect.handle, effect.first_token) in self.received or transfer.ended:
@@ -234,7 +235,7 @@ class Watcher:
             owner = memory.owner[piece.block]
             if owner == EMPTY or self._life.key_of(owner) != key:
                 raise Broken(f"I7: {effect} is served out of block {piece.block}, of {owner}")
-        name = self._world.job(key).name(key.attempt) + effect.first_token
+        name = self._world.job(key).name(key.attempt, effect.part) + effect.first_token
         got = memory.read(effect.place, effect.first_token, effect.tokens)
         if got != list(range(name, name + effect.tokens)):
             raise Broken(f"I7: {key} serves {got} for the tokens from {effect.first_token} on")

@@ -39,6 +39,7 @@ class JobPlan:
     eager: bool  # take over whatever is there, not only what must be taken
     goodbye: bool  # the prefill worker does not wait for the end
     think_s: float
+    ranks: int  # of a group, on both sides; 1 is none
     source_at_s: float
     sink_at_s: float
 
@@ -56,41 +57,50 @@ class Job:
             self.aux = {"first": number}
         self.source_address = f"tcp://{plan.source}:1"
         self.attempt = 0
-        self.sides: dict[Role, Side] = {}
+        self.sides: dict[tuple[Role, int], Side] = {}
+        self.taken: dict[tuple[int, int], list[int]] = {}  # (attempt, rank) -> what it took up to
+        self.shown: dict[tuple[Role, int, int], tuple[object, ...]] = {}
+        self._consumed: set[tuple[int, int]] = set()  # (attempt, rank)
         self.done = False  # consumed to the end
         self.cancelled = False
         self.finished = False
         self.source_succeeded = False
         self.excuse: str | None = None  # why an attempt of it may fail
         self.story: list[str] = []
-        clock = world.clock
-        clock.at(plan.source_at_s, self.begin, Role.SOURCE)
-        clock.at(plan.sink_at_s, self.begin, Role.SINK)
+        self.members = [(role, rank) for role in Role for rank in range(plan.ranks)]
+        for role, rank in self.members:
+            at_s = self.begins_s(role) + rank * plan.think_s
+            world.clock.at(at_s, self.begin, role, rank)
 
-    def name(self, attempt: int) -> int:
+    def begins_s(self, role: Role) -> float:
+        """When the workers of a side hear of the request."""
+        return self.plan.source_at_s if role is Role.SOURCE else self.plan.sink_at_s
+
+    def name(self, attempt: int, rank: int = 0) -> int:
         """What the memory model calls token 0 of an attempt."""
-        return name_of(self.number, attempt)
+        return name_of(self.number, attempt, rank)
 
-    def process_name(self, role: Role) -> str:
+    def process_name(self, role: Role, rank: int) -> str:
         """Which process of which machine does this side."""
-        return self.plan.source_process if role is Role.SOURCE else self.plan.sink_process
+        plan = self.plan
+        return rank_process(plan.source_process if role is Role.SOURCE else plan.sink_process, rank)
 
-    def begin(self, role: Role) -> None:
+    def begin(self, role: Role, rank: int) -> None:
         """A worker hears of the request, and of the attempt that is current by then."""
-        self.switch(role, self.attempt)
+        self.switch(role, rank, self.attempt)
 
-    def switch(self, role: Role, attempt: int) -> None:
+    def switch(self, role: Role, rank: int, attempt: int) -> None:
         """A worker is told of an attempt."""
         if attempt != self.attempt or self.cancelled or self.done:
             return
-        old = self.sides.get(role)
+        old = self.sides.get((role, rank))
         if old is not None and old.key.attempt == attempt:
             return
         if old is not None:
             old.give_up(abort=self.world.dice.random() < 0.3)
-        process = self.world.processes[self.process_name(role)]
+        process = self.world.processes[self.process_name(role, rank)]
         if process.alive:  # else it hears of it when it is started again
-            side = self.sides[role] = SIDES[role](self, attempt, process)
+            side = self.sides[role, rank] = SIDES[role](self, attempt, process, rank)
             side.start()
 
     def attempt_failed(self, attempt: int, why: str) -> None:
@@ -108,9 +118,9 @@ class Job:
         if attempt != self.attempt or self.done or self.cancelled:
             return
         self.attempt += 1
-        for role in Role:
+        for role, rank in self.members:
             wait_s = 0.4 * self.world.dice.random()
-            self.world.clock.after(wait_s, self.switch, role, self.attempt)
+            self.world.clock.after(wait_s, self.switch, role, rank, self.attempt)
 
     def cancel(self, first: Role) -> None:
         """The user has gone away: one side aborts, the other hears of it, or is told."""
@@ -118,21 +128,40 @@ class Job:
             return
         self.excuse = self.excuse or "cancelled"
         self.cancelled = True
-        for role, wait_s in ((first, 0.0), (_other(first), self.world.dice.random())):
-            side = self.sides.get(role)
+        for role, rank in self.members:
+            abort = (role, rank) == (first, self.plan.ranks - 1)
+            wait_s = 0.0 if abort else self.world.dice.random()
+            side = self.sides.get((role, rank))
             if side is not None:
-                self.world.clock.after(wait_s, self._give_up, side, role is first)
+                self.world.clock.after(wait_s, self._give_up, side, abort)
         self.look()
 
     def _give_up(self, side: Side, abort: bool) -> None:
         if side.process.alive:
             side.process.later(0.0, lambda: side.give_up(abort=abort))
 
-    def consumed(self, attempt: int) -> None:
-        """The decode worker has every token of an attempt."""
-        self.world.say(self.plan.name, "CONSUMED", f"attempt {attempt}")
-        if attempt == self.attempt:
-            self.done = True
+    def took(self, attempt: int, rank: int, end: int) -> None:
+        """I10: ranks take the same tokens over, each in its own time."""
+        mine = self.taken.setdefault((attempt, rank), [])
+        mine.append(end)
+        for other in range(self.plan.ranks):
+            theirs = self.taken.get((attempt, other), [])
+            both = min(len(mine), len(theirs))
+            if mine[:both] != theirs[:both]:
+                raise Broken(f"I10: rank {rank} took {mine}, rank {other} {theirs}")
+
+    def was_shown(self, role: Role, attempt: int, number: int, what: tuple[object, ...]) -> None:
+        """I10: a snapshot number shows all ranks the same."""
+        before = self.shown.setdefault((role, attempt, number), what)
+        if before != what:
+            raise Broken(f"I10: snapshot {number} of the {role} showed {before}, then {what}")
+
+    def consumed(self, attempt: int, rank: int) -> None:
+        """A decode worker has every token of an attempt."""
+        self.world.say(self.plan.name, "CONSUMED", f"attempt {attempt}, rank {rank}")
+        self._consumed.add((attempt, rank))
+        if all((attempt, one) in self._consumed for one in range(self.plan.ranks)):
+            self.done |= attempt == self.attempt
 
     def look(self) -> None:
         """Has everything ended?"""
@@ -145,5 +174,6 @@ class Job:
                 raise Broken(f"{self.plan.name} was consumed, but its source did not succeed")
 
 
-def _other(role: Role) -> Role:
-    return Role.SINK if role is Role.SOURCE else Role.SOURCE
+def rank_process(process: str, rank: int) -> str:
+    """Each rank of a group is a process of its own."""
+    return f"{process}_r{rank}" if rank else process

@@ -50,7 +50,9 @@ class Life:
         self.senders: dict[StreamKey, streams.Connection] = {}
         self.receivers: dict[StreamKey, streams.Connection] = {}
         self.watched: dict[str, str] = {}  # session -> lock
-        self.sides: dict[Key, Side] = {}  # what workers do with the transfers of this life
+        self.sides: dict[
+            tuple[Key, int], Side
+        ] = {}  # what workers do with the transfers of this life
         self._owners: dict[int, Key] = {}
         self._events: deque[out.NodeEvent] = deque()
         self._feeding = False
@@ -266,8 +268,8 @@ class Life:
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
         for receiver in list(self.receivers.values()):
-            for first_token in receiver.cancel(effect.handle):
-                self._events.append(out.ChunkMissed(receiver.key, effect.handle, first_token))
+            for handle, first_token in receiver.cancel(effect.handle):
+                self._events.append(out.ChunkMissed(receiver.key, handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
         if effect.key in self.senders:
@@ -333,7 +335,9 @@ class Life:
 
     def check_no_worker_touches(self, owner: int, block: int, *, freed: bool) -> None:
         """A block that goes must be shown to no worker who still reads or writes it."""
-        side = self.sides.get(self.key_of(owner))
-        if side is not None and side.touches(block):
-            verb = "freed" if freed else "handed on"
-            raise Broken(f"I7: block {block} is {verb}, but the worker of {side.key} touches it")
+        key = self.key_of(owner)
+        for rank in range(self.world.job(key).plan.ranks):
+            side = self.sides.get((key, rank))
+            if side is not None and side.touches(block):
+                verb = "freed" if freed else "handed on"
+                raise Broken(f"I7: block {block} is {verb}, but {key} rank {rank} touches it")

@@ -25,13 +25,13 @@ class Broken(AssertionError):
     """An invariant does not hold."""
 
 
-def name_of(transfer: int, attempt: int) -> int:
-    """The name of an attempt's token 0; the others follow, so that an extent is a range."""
-    return (transfer + 1) << 40 | attempt << 24
+def name_of(transfer: int, attempt: int, rank: int) -> int:
+    """The name of a rank's token 0; the others follow, so that an extent is a range."""
+    return (transfer + 1) << 40 | attempt << 24 | rank << 16
 
 
 def owner_part(name: int) -> int:
-    """What two tokens of one attempt have in common."""
+    """What two tokens of one attempt have in common, whatever their ranks."""
     return (name & ~GARBAGE) >> 24
 
 

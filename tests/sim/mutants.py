@@ -14,6 +14,8 @@ from kvferry_daemon.core.allocator import CLEAN, MIXED, RunAllocator
 from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.pool import BlockPool, Grant
+from kvferry_daemon.core.ranks import Ranks
+from kvferry_daemon.core.records import TransferRecord
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
@@ -52,10 +54,10 @@ def free_on_send(patch: pytest.MonkeyPatch) -> None:
     right = SourceTransfer._on_sent
 
     def wrong(self: SourceTransfer, event: ev.Sent) -> None:
-        tokens = self._reading.get((event.key, event.first_token))
+        served = self._served.get(event.key, {}).get(event.part)
         right(self, event)
-        if tokens is not None and event.first_token <= self.sent_tokens:
-            self._ack(event.first_token + tokens)
+        if served is not None and event.first_token <= self.sent_tokens:
+            self._ack(served.prefix_end(event.first_token))
 
     _move(patch, SourceTransfer, ev.Sent, wrong)
 
@@ -132,7 +134,9 @@ def count_before_bytes(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: SinkTransfer, effect: ev.Effect) -> None:
         right(self, effect)
         if isinstance(effect, ev.Claim):
-            self._commit(effect.first_token, effect.tokens)
+            end = effect.first_token + effect.tokens
+            self._committed[effect.part].add(effect.first_token, end)
+            self._committed_more()
 
     patch.setattr(SinkTransfer, "_emit", wrong)
 
@@ -143,8 +147,8 @@ def unbound_claim(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: SinkTransfer) -> bool:
         if self.now_s >= self._resend_at_s:
-            for first_token, (key, _) in list(self._claims._made.items()):
-                self._claims.drop(key, first_token)
+            for (part, first_token), (key, _) in list(self._claims._made.items()):
+                self._claims.drop(key, first_token, part)
         return right(self)
 
     patch.setattr(SinkTransfer, "_claim", wrong)
@@ -155,8 +159,8 @@ def highest_acked(patch: pytest.MonkeyPatch) -> None:
     right = SinkTransfer._pull
 
     def wrong(self: SinkTransfer, want: tuple[Any, ...]) -> None:
-        prefix, runs = self.sent_tokens, self._committed
-        self.sent_tokens = max([prefix, *(end for _, end in _runs(runs))])
+        prefix, parts = self.sent_tokens, self._committed
+        self.sent_tokens = max([prefix, *(end for part in parts for _, end in _runs(part))])
         right(self, want)
         self.sent_tokens = prefix
 
@@ -220,7 +224,7 @@ def reader_forgotten(patch: pytest.MonkeyPatch) -> None:
     right = SourceTransfer._drop_acked
 
     def wrong(self: SourceTransfer) -> None:
-        reading, self._reading = self._reading, {}
+        reading, self._reading = self._reading, set()
         right(self)
         self._reading = reading
 
@@ -290,6 +294,48 @@ def done_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SinkTransfer, "take_up", wrong)
 
 
+def fastest_part(patch: pytest.MonkeyPatch) -> None:
+    """Progress of a group is what any of its ranks has."""
+
+    def wrong(self: SinkTransfer) -> None:
+        self.sent_tokens = max(part.prefix_end(self.sent_tokens) for part in self._committed)
+        self._progressed()
+
+    patch.setattr(SinkTransfer, "_committed_more", wrong)
+
+
+def fastest_rank(patch: pytest.MonkeyPatch) -> None:
+    """What one rank of a group has reached holds for all: ready, or resumed."""
+    patch.setattr(
+        Ranks, "lowest_tokens", property(lambda self: max(r.level_tokens for r in self._ranks))
+    )
+
+
+def one_released(patch: pytest.MonkeyPatch) -> None:
+    """When one rank of a group has let go, all have."""
+    patch.setattr(Ranks, "released", property(lambda self: any(r.released for r in self._ranks)))
+
+
+def total_of_one(patch: pytest.MonkeyPatch) -> None:
+    """When one rank of a group has told the total, no other writes beyond it, surely."""
+    patch.setattr(Ranks, "know_total", True)
+
+
+def shown_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Each rank of a group is shown what there is when it polls."""
+    patch.setattr(Ranks, "have_acted", lambda self, snapshot: True)
+
+
+def shown_before_death(patch: pytest.MonkeyPatch) -> None:
+    """A later life shows a group at once what its earlier one held back."""
+    right = SinkTransfer.take_up
+
+    def wrong(self: SinkTransfer, record: TransferRecord, *args: Any) -> None:
+        right(self, record.model_copy(update={"shown": None}), *args)
+
+    patch.setattr(SinkTransfer, "take_up", wrong)
+
+
 def _move(patch: pytest.MonkeyPatch, side: type[Any], event: type[Any], move: Any) -> None:
     """Replace what a side does with an event, live and ended."""
     name = side.LIVE[event].__name__
@@ -307,5 +353,6 @@ MUTANTS = (
     resume_by_blocks, silent_duplicate, free_on_send, free_without_drain, quarantine_by_timer,
     old_chunk, inherited_progress, count_before_bytes, unbound_claim, highest_acked, done_once,
     unfloored_resume, old_unknown, writer_forgotten, reader_forgotten, never_again, not_zeroed,
-    half_blocks, seen_before_ledger, free_is_clean, done_forgotten,
+    half_blocks, seen_before_ledger, free_is_clean, done_forgotten, fastest_part, fastest_rank,
+    one_released, total_of_one, shown_at_once, shown_before_death,
 )  # fmt: skip

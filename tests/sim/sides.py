@@ -26,14 +26,19 @@ class Side:
 
     role: Role
 
-    def __init__(self, job: Job, attempt: int, process: Process) -> None:
+    def __init__(self, job: Job, attempt: int, process: Process, rank: int) -> None:
         self.job = job
         self.key = Key(self.role, job.plan.name, attempt)
-        self.name: dict[str, Any] = {"transfer_id": job.plan.name, "attempt": attempt}
+        self.rank = rank
+        self.name: dict[str, Any] = {
+            "transfer_id": job.plan.name,
+            "attempt": attempt,
+            "rank": rank,
+        }
         self.process = process
         self.world = process.world
         self.think_s = job.plan.think_s
-        self.token_name = job.name(attempt)
+        self.token_name = job.name(attempt, rank)
         self.seen: worker.Snapshot | None = None
         self.over = False  # nothing is left to do for it
         self.released = False  # touches no block any more
@@ -45,7 +50,7 @@ class Side:
 
     def start(self) -> None:
         """Open it."""
-        self.process.sides[self.key] = self
+        self.process.sides[self.key, self.rank] = self
         if self.process.life is not None:
             self.adopt(self.process.life)
         self.open()
@@ -56,7 +61,7 @@ class Side:
 
     def adopt(self, life: Life) -> None:
         """The session is with this life of the daemon, and so is its pool."""
-        life.sides[self.key] = self
+        life.sides[self.key, self.rank] = self
         [self.memory] = life.pools.values()
 
     def daemon_restarted(self) -> None:
@@ -95,7 +100,7 @@ class Side:
         self.process.ask(worker.Release, self._on_released, role=self.role, **self.name)
 
     def _on_released(self, _reply: object) -> None:
-        self.process.sides.pop(self.key, None)
+        self.process.sides.pop((self.key, self.rank), None)
         self._end()
 
     def touches(self, block: int) -> bool:
@@ -142,6 +147,9 @@ class Side:
             if self.seen is None or seen.snapshot >= self.seen.snapshot:
                 if self.seen is not None and seen.sent_tokens < self.seen.sent_tokens:
                     raise Broken(f"I2: {self.key} was told {self.seen.sent_tokens}, now {seen}")
+                if seen.rank != self.rank:
+                    raise Broken(f"I10: {self.key} rank {self.rank} is shown {seen}")
+                self.job.was_shown(self.role, self.key.attempt, seen.snapshot, _common(seen))
                 self.seen = seen
         wait_s = self.think_s * (0.5 + self.world.dice.random())
         self.process.later(wait_s, self._think)
@@ -183,8 +191,8 @@ class SourceSide(Side):
 
     role = Role.SOURCE
 
-    def __init__(self, job: Job, attempt: int, process: Process) -> None:
-        super().__init__(job, attempt, process)
+    def __init__(self, job: Job, attempt: int, process: Process, rank: int) -> None:
+        super().__init__(job, attempt, process, rank)
         self.ready = job.plan.start_source
         self.told = False
         self.aux_told = False
@@ -195,6 +203,7 @@ class SourceSide(Side):
         self.aux_told = self.told and plan.early_aux
         self.ask(
             worker.Send,
+            world_size=plan.ranks,
             start_tokens=plan.start_source,
             total_tokens=self.job.total if self.told else None,
             aux=self.job.aux if self.aux_told else None,
@@ -255,8 +264,8 @@ class SinkSide(Side):
 
     role = Role.SINK
 
-    def __init__(self, job: Job, attempt: int, process: Process) -> None:
-        super().__init__(job, attempt, process)
+    def __init__(self, job: Job, attempt: int, process: Process, rank: int) -> None:
+        super().__init__(job, attempt, process, rank)
         self.taken = self.resumed = job.plan.start_sink
         self._probed = False
 
@@ -264,6 +273,7 @@ class SinkSide(Side):
         plan = self.job.plan
         self.ask(
             worker.Receive,
+            world_size=plan.ranks,
             source=self.job.source_address,
             mode=Mode.WHOLE if plan.whole else Mode.CONSUME,
             max_tokens=plan.max_tokens if plan.whole else None,
@@ -284,9 +294,10 @@ class SinkSide(Side):
             self.failed()
             return
         if seen.sent_tokens > self.taken and self._is_due(seen):
-            self._take(
-                dice.choice((seen.sent_tokens, dice.randint(self.taken + 1, seen.sent_tokens)))
-            )
+            some = dice.choice((seen.sent_tokens, dice.randint(self.taken + 1, seen.sent_tokens)))
+            end = seen.sent_tokens if self.job.plan.ranks > 1 else some
+            self._take(end)
+            self.job.took(self.key.attempt, self.rank, end)
         if seen.state is State.SUCCESS:
             self._finish(seen)
         elif not self._probed and dice.random() < 0.05:
@@ -332,5 +343,10 @@ class SinkSide(Side):
         if (self.job.aux or None) != (seen.aux or None):
             raise Broken(f"{self.key} got aux {seen.aux}, not {self.job.aux}")
         self._take(self.job.total)
-        self.job.consumed(self.key.attempt)
+        self.job.consumed(self.key.attempt, self.rank)
         self.release()
+
+
+def _common(seen: worker.Snapshot) -> tuple[object, ...]:
+    """What every rank is shown alike under one number."""
+    return seen.state, seen.stall, seen.sent_tokens, seen.total_tokens, seen.base_tokens

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.peers import Connect
+from kvferry_proto.peer import PARTS_MAX
 from sim.memory import GARBAGE, Broken, Memory, pieces
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ class Connection:
         job = self._jobs.popleft()
         self._put_on_wire(job)
         self._let_go(job)
-        self.source.feed(out.ChunkSent(self.source_key, job.owner, job.first_token, job.tokens))
+        sent = out.ChunkSent(self.source_key, job.owner, job.part, job.first_token, job.tokens)
+        self.source.feed(sent)
         if self._jobs:
             self.clock.after(CHUNK_S * (0.3 + self.world.dice.random()), self._send)
         else:
@@ -182,12 +184,12 @@ class Connection:
             memory.writer[piece.block] = claim
         self.claims[effect.handle, effect.first_token] = claim
 
-    def cancel(self, handle: int) -> list[int]:
-        """Take back what the thread has not begun."""
-        keys = [key for key in self.claims if key[0] == handle]
+    def cancel(self, handle: int) -> list[tuple[int, int]]:
+        """Take back what the thread has not begun, of every part."""
+        keys = [key for key in self.claims if handle <= key[0] < handle + PARTS_MAX]
         for key in keys:
             self._give_up(self.claims.pop(key))
-        return [first for _, first in keys]
+        return keys
 
     def _give_up(self, claim: Claim) -> None:
         effect = claim.effect

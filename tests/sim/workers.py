@@ -52,7 +52,7 @@ class Process:
         self.session: str | None = None
         self._had_session: str | None = None
         self.joined = False
-        self.sides: dict[Key, Side] = {}
+        self.sides: dict[tuple[Key, int], Side] = {}  # by transfer and rank
         self._number = 0
         self._calls: dict[int, tuple[worker.Verb | worker.Hello, Then | None]] = {}
         self._last_call_s = self._last_reply_s = self._beat_s = 0.0

@@ -8,7 +8,6 @@ from typing import Any
 
 from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.node import Settings
-from kvferry_proto.states import Role
 from sim import tell
 from sim.clock import Clock
 from sim.faults import SILENCE_S, Fault, excuse
@@ -75,9 +74,9 @@ class World:
         for fault in plan.faults:
             self.clock.at(fault.at_s, self._begin, fault)
         for job in self.jobs:
-            for role in Role:
-                if job.process_name(role) not in self.processes:
-                    self._new_process(job.process_name(role))
+            for member in job.members:
+                if job.process_name(*member) not in self.processes:
+                    self._new_process(job.process_name(*member))
 
     def _settings(self, name: str) -> Settings:
         plan = self.plan
@@ -118,7 +117,7 @@ class World:
         return [
             job
             for job in self.jobs
-            if process in (job.plan.source_process, job.plan.sink_process)
+            if process in {job.process_name(*member) for member in job.members}
             or machine in (job.plan.source, job.plan.sink)
         ]
 
@@ -145,12 +144,9 @@ class World:
             return
         self._new_process(name)
         for job in self.jobs:
-            for role, at_s in (
-                (Role.SOURCE, job.plan.source_at_s),
-                (Role.SINK, job.plan.sink_at_s),
-            ):
-                if job.process_name(role) == name and self.clock.now_s >= at_s:
-                    job.switch(role, job.attempt)
+            for role, rank in job.members:
+                if job.process_name(role, rank) == name and self.clock.now_s >= job.begins_s(role):
+                    job.switch(role, rank, job.attempt)
 
     def start_daemon(self, name: str, keeps: bool) -> None:
         """A daemon is started again."""

@@ -23,6 +23,7 @@ from kvferry_proto.chunk import (
 )
 
 WAIT_S = 10.0
+ONE = range(1, 2)  # the handle of the first claim
 SIZE = 100_000
 PAYLOAD = bytes(range(1, 251)) * (SIZE // 250)  # no zero: what arrived can be told from nothing
 Events = queue.Queue[te.StreamEvent]
@@ -82,8 +83,8 @@ def line() -> Iterator[Line]:
 def test_a_claim_taken_back_in_time_is_never_written(line: Line) -> None:
     line.claim(first_token=4)
     line.claim(handle=2)
-    assert sorted(line.receiver.cancel(1)) == [0, 4]
-    assert line.receiver.cancel(1) == []
+    assert sorted(line.receiver.cancel(ONE)) == [(1, 0), (1, 4)]
+    assert line.receiver.cancel(ONE) == []
     line.far.sendall(chunk() + chunk(first_token=4))
     assert [line.next(), line.next()] == [te.Drained("key", SIZE)] * 2
     assert not any(line.target)
@@ -96,7 +97,7 @@ def test_a_chunk_that_is_being_received_cannot_be_taken_back(line: Line) -> None
     data = chunk()
     line.far.sendall(data[: SIZE // 2])
     until(lambda: line.target[0])
-    assert line.receiver.cancel(1) == []
+    assert line.receiver.cancel(ONE) == []
     assert line.events.empty()
     line.far.sendall(data[SIZE // 2 :])
     assert line.next() == te.Received("key", 1, 0, SIZE)
@@ -123,7 +124,7 @@ def test_a_chunk_that_nobody_knows_is_read_aside(line: Line, handle: int, first_
 def test_a_chunk_of_another_number_of_tokens_is_read_aside(line: Line, tokens: int) -> None:
     line.far.sendall(ChunkHeader(1, 0, tokens, SIZE, has_checksum=False).pack() + PAYLOAD)
     assert line.next() == te.Drained("key", SIZE)
-    assert line.receiver.cancel(1) == [0]  # the claim still waits for its own
+    assert line.receiver.cancel(ONE) == [(1, 0)]  # the claim still waits for its own
     assert not any(line.target)
 
 
@@ -154,7 +155,7 @@ def test_a_damaged_byte_is_rejected_and_ends_the_stream(line: Line, at: int) -> 
     rejected, _ = line.ended()
     assert isinstance(rejected, te.Rejected)
     assert (rejected.handle, rejected.first_token) == (1, 0)
-    assert line.receiver.cancel(1) == []  # the other claim ended with the stream
+    assert line.receiver.cancel(ONE) == []  # the other claim ended with the stream
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,11 @@ class PoolBook:
                 self._queues[key.role, other].pop(key, None)
         blocks = level.blocks - self._on_the_way.get(key, 0)
         if blocks > 0:
-            self._queues[key.role, kind][key] = WantBlocks(blocks, level.whole, level.urgent)
+            self._queues[key.role, kind][key] = (
+                level
+                if blocks == level.blocks
+                else WantBlocks(blocks, level.whole, level.urgent, level.ranks)
+            )
             if key not in self._arrived:
                 self._arrivals += 1
                 self._arrived[key] = self._arrivals
@@ -82,9 +86,9 @@ class PoolBook:
             self._set_aside(key, 0)
             self._waiting_for_room.pop(key, None)
 
-    def _want_more(self, key: Key, blocks: int) -> None:
+    def _want_more(self, key: Key, blocks: int, ranks: int) -> None:
         """It has some by now: for others it stands in line."""
-        self._queues[key.role, "more"][key] = WantBlocks(blocks)
+        self._queues[key.role, "more"][key] = WantBlocks(blocks, ranks=ranks)
         self._arrivals += 1
         self._arrived[key] = self._arrivals
 
@@ -97,23 +101,34 @@ class PoolBook:
         for role in Role:
             while self.pool.room(role) and (found := self._next(role)) is not None:
                 key, level = found
-                blocks = min(self._room(key), level.blocks)
+                blocks = min(self._room(key), level.blocks) // level.ranks
                 if level.urgent and not level.whole and self._queues[role, "more"]:
                     blocks = 1  # that is enough to go on with; for the rest it stands in line
-                grant = self.pool.grant(self.owner(key), role, blocks)
+                grant = self._grant(key, blocks, level.ranks)
                 left = level.blocks - sum(lease.run.blocks for lease in grant.leases)
                 assert not (level.whole and left), (key, level, left)
                 self._served(key, _kind(level))
                 if left:
-                    self._want_more(key, left)
+                    self._want_more(key, left, level.ranks)
                 yield key, grant
+
+    def _grant(self, key: Key, blocks: int, ranks: int) -> Grant:
+        """So many blocks for each rank, in one go."""
+        owner = self.owner(key)
+        if ranks == 1:
+            return self.pool.grant(owner, key.role, blocks)
+        grants = [self.pool.grant(owner, key.role, blocks) for _ in range(ranks)]
+        return Grant(
+            tuple([lease for grant in grants for lease in grant.leases]),
+            tuple([run for grant in grants for run in grant.dirty]),
+        )
 
     def _next(self, role: Role) -> tuple[Key, WantBlocks] | None:
         """Who is served next. Looks at heads of queues only: waiting costs nothing."""
         whole = _head(self._queues[role, "whole"])
         some = _head(self._queues[role, "urgent"]) or _head(self._queues[role, "more"])
         fits = whole is not None and self._room(whole[0]) >= whole[1].blocks
-        if some is not None and self._room(some[0]) == 0:
+        if some is not None and self._room(some[0]) < some[1].ranks:
             some = None
         if whole is None or some is None:
             return whole if fits else some

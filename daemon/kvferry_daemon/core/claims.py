@@ -14,12 +14,15 @@ CLAIMS_MAX = 256  # of one transfer: bounds the pull and what a cut stream costs
 
 
 class Claims:
-    """The claims of one transfer, and the connections that new ones may be made on."""
+    """The claims of one transfer, and the connections that new ones may be made on.
 
-    def __init__(self, chunk_tokens: int) -> None:
+    Each part of the payload has extents of its own.
+    """
+
+    def __init__(self, chunk_tokens: int, parts: int = 1) -> None:
         self._chunk_tokens = chunk_tokens
-        self._asked = ExtentSet()  # claimed now, or in place
-        self._made: dict[int, tuple[StreamKey, Want]] = {}
+        self._asked = [ExtentSet() for _ in range(parts)]  # claimed now, or in place
+        self._made: dict[tuple[int, int], tuple[StreamKey, Want]] = {}  # (part, first token)
         self._streams: dict[int, StreamKey] = {}
         self._next_stream = 0
 
@@ -49,13 +52,13 @@ class Claims:
         """Nobody writes through this connection any more: its claims end."""
         if self._streams.get(key.stream) == key:
             del self._streams[key.stream]
-        for first in [first for first, (one, _) in self._made.items() if one == key]:
-            self.drop(key, first)
+        for part, first in [place for place, (one, _) in self._made.items() if one == key]:
+            self.drop(key, first, part)
 
-    def make(self, first: int, edge: int) -> Iterator[tuple[StreamKey, Want]]:
+    def make(self, first: int, edge: int, part: int = 0) -> Iterator[tuple[StreamKey, Want]]:
         """Claim what is neither claimed nor in place of [first, edge), in chunks, in turn."""
         keys = list(self._streams.values())
-        for start, end in list(self._asked.gaps(first, edge)):
+        for start, end in list(self._asked[part].gaps(first, edge)):
             while start < end and len(self._made) < CLAIMS_MAX:
                 stop = min(end, (start // self._chunk_tokens + 1) * self._chunk_tokens)
                 key = keys[self._next_stream % len(keys)]
@@ -65,27 +68,28 @@ class Claims:
                     tokens=stop - start,
                     stream=key.stream,
                     connection=key.connection,
+                    part=part,
                 )
-                self._made[start] = key, want
-                self._asked.add(start, stop)
+                self._made[part, start] = key, want
+                self._asked[part].add(start, stop)
                 yield key, want
                 start = stop
 
-    def drop(self, key: StreamKey, first_token: int) -> None:
+    def drop(self, key: StreamKey, first_token: int, part: int = 0) -> None:
         """A claim ended without bytes; the tokens may be claimed again."""
-        want = self._take(key, first_token)
+        want = self._take(key, first_token, part)
         if want is not None:
-            self._asked.remove(first_token, first_token + want.tokens)
+            self._asked[part].remove(first_token, first_token + want.tokens)
 
-    def fulfil(self, key: StreamKey, first_token: int) -> int | None:
+    def fulfil(self, key: StreamKey, first_token: int, part: int = 0) -> int | None:
         """A claim ended with its bytes in place; return how many tokens (None: no such claim)."""
-        want = self._take(key, first_token)
+        want = self._take(key, first_token, part)
         return None if want is None else want.tokens
 
-    def _take(self, key: StreamKey, first_token: int) -> Want | None:
+    def _take(self, key: StreamKey, first_token: int, part: int) -> Want | None:
         """End this very connection's claim; one made anew elsewhere stays."""
-        made = self._made.get(first_token)
+        made = self._made.get((part, first_token))
         if made is None or made[0] != key:
             return None
-        del self._made[first_token]
+        del self._made[part, first_token]
         return made[1]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook, Zeroing
-from kvferry_daemon.core.pool import Lease
 from kvferry_proto.errors import Code
 from kvferry_proto.peer import Progress, Pull
 from kvferry_proto.states import Role, State
@@ -116,7 +115,7 @@ class EffectDesk:
             out.Expect(
                 effect.key,
                 transfer.opening.pool_id,
-                self._node.sinks.handle_of(transfer.key),
+                self._node.sinks.handle_of(transfer.key) + effect.part,
                 effect.first_token,
                 effect.tokens,
                 effect.place,
@@ -143,7 +142,7 @@ class EffectDesk:
             layout_digest=self._book(transfer).layout.digest,
             start_tokens=opening.start_tokens,
             acked_tokens=effect.acked_tokens,
-            part=0,
+            world_size=opening.world_size,
             want=list(effect.want),
         )
         if opening.source is None:
@@ -158,6 +157,13 @@ class EffectDesk:
         if source is not None and source.opening.pool_id != transfer.opening.pool_id:
             ours, theirs = self._book(transfer).layout, self._book(source).layout
             message = f"sink and source differ in {ours.first_difference(theirs)}"
+            node.post(transfer.key, ev.Fail(Code.LAYOUT_MISMATCH, message))
+            return
+        if source is not None and source.ranks.size != transfer.ranks.size:
+            message = (
+                f"blocks change owner rank by rank, but the sink has {transfer.ranks.size} ranks, "
+                f"the source {source.ranks.size}"
+            )
             node.post(transfer.key, ev.Fail(Code.LAYOUT_MISMATCH, message))
             return
         node.post(key, ev.Pulled(us.boot_id, us.daemon_id, pull))
@@ -177,8 +183,11 @@ class EffectDesk:
         source = node.transfers.get(source_key)
         if source is None or source.opening.pool_id != transfer.opening.pool_id:
             return
-        reserve = 0 if transfer.opening.max_tokens is None else self._whole(transfer)
-        blocks = book.room_to_take_over(transfer.key, effect.blocks, reserve)
+        ranks = transfer.ranks.size
+        if source.ranks.size != ranks:
+            return  # its pull says so
+        reserve = 0 if transfer.opening.max_tokens is None else self._whole(transfer) * ranks
+        blocks = book.room_to_take_over(transfer.key, effect.blocks * ranks, reserve) // ranks
         if blocks:  # at once: the room found may be gone when the queue comes to it
             node.apply(source_key, ev.GiveOver(effect.first_token, blocks))
 
@@ -218,8 +227,9 @@ class EffectDesk:
             out.Transmit(
                 effect.key,
                 transfer.key,
+                effect.part,
                 transfer.opening.pool_id,
-                effect.handle,
+                effect.handle + effect.part,
                 effect.first_token,
                 effect.tokens,
                 effect.place,
@@ -229,10 +239,16 @@ class EffectDesk:
     def _hand_over(self, transfer: SourceTransfer, effect: ev.HandOver) -> None:
         node, book = self._node, self._book(transfer)
         sink_key = transfer.key._replace(role=Role.SINK)
-        blocks = effect.lease.run.blocks
-        lease: Lease = book.pool.regrant(effect.lease, blocks, book.owner(sink_key), Role.SINK)
+        owner = book.owner(sink_key)
+        leases = tuple(
+            [
+                book.pool.regrant(lease, lease.run.blocks, owner, Role.SINK)
+                for lease in effect.leases
+            ]
+        )
+        blocks = sum([lease.run.blocks for lease in leases])
         book.took_over(sink_key, blocks)
         book.on_the_way(sink_key, blocks)
         node.counters["blocks_handed_over"] += blocks
-        node.post(sink_key, ev.TookOver(lease, effect.tokens))
+        node.post(sink_key, ev.TookOver(leases, effect.tokens))
         self._hand_out(book)  # the source's quota has room for others now

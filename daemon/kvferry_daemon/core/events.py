@@ -78,8 +78,18 @@ class Promised:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """The worker of one more rank has come."""
+
+    rank: int
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """The worker touches no block of this transfer any more."""
+
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,7 @@ class WorkerLost:
 
     dead: bool
     message: str
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +149,7 @@ class Received:
 
     key: StreamKey
     first_token: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +158,14 @@ class Missed:
 
     key: StreamKey
     first_token: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TookOver:
-    """Blocks of a source in this daemon changed owner; ``tokens`` of them are filled."""
+    """Blocks of a source in this daemon changed owner; ``tokens`` of each rank are filled."""
 
-    lease: Lease
+    leases: tuple[Lease, ...]
     tokens: int
 
 
@@ -166,6 +179,15 @@ class ResumeAt:
     """The worker has taken every token below ``sent_tokens`` over."""
 
     sent_tokens: int
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActedOn:
+    """A rank of a group has seen this snapshot, and waits for one behind it."""
+
+    snapshot: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +205,7 @@ class ReadyTo:
     ready_tokens: int
     total_tokens: int | None
     aux: dict[str, int | float | str | bytes] | None
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +223,7 @@ class Sent:
 
     key: StreamKey
     first_token: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +247,16 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class WantBlocks:
-    """Level: up to ``blocks`` more at the edge; 0 wants none. ``whole``: all of them or none."""
+    """Level: up to ``blocks`` more at the edge; 0 wants none. ``whole``: all of them or none.
+
+    They are for ``ranks`` ranks: each gets as many as the others, so one more token has room in
+    all of them or in none.
+    """
 
     blocks: int
     whole: bool = False
     urgent: bool = False  # holds none, and others may be waiting for what it would free
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +288,7 @@ class Claim:
     first_token: int
     tokens: int
     place: Place
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,13 +344,14 @@ class Serve:
     first_token: int
     tokens: int
     place: Place
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """These ready blocks may change owner; ``tokens`` of them are filled."""
+    """These ready blocks, as many of each rank, may change owner; ``tokens`` of each are filled."""
 
-    lease: Lease
+    leases: tuple[Lease, ...]
     tokens: int
 
 

@@ -203,8 +203,7 @@ class Node:
         return self.books[transfer.opening.pool_id]
 
     def _arrived(self, transfer: AnyTransfer, event: ev.Granted | ev.TookOver) -> None:
-        leases = event.leases if isinstance(event, ev.Granted) else (event.lease,)
-        blocks = sum(lease.run.blocks for lease in leases)
+        blocks = sum([lease.run.blocks for lease in event.leases])
         self._book(transfer).on_the_way(transfer.key, -blocks)
 
     def schedule(self, thing: object, at_s: float) -> None:
@@ -253,15 +252,16 @@ class Node:
 
     def _forget(self, transfer: AnyTransfer) -> None:
         key = transfer.key
-        session = transfer.opening.session
-        self.tombstones.add(key, transfer.snapshot(), session, self.now_s)
+        sessions = transfer.ranks.sessions
+        self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s)
         self.notes.forgotten(key)
         self.notes.stone(key)
         self._effects_of.forget(transfer)
         self.sinks.forget(key)
         del self.transfers[key]
-        if session in self.sessions:
-            self.sessions[session].keys.discard(key)
+        for secret in sessions:
+            if secret in self.sessions:
+                self.sessions[secret].keys.discard(key)
 
     # --- time ---
 

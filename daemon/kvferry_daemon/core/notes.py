@@ -87,7 +87,9 @@ class Notes:
         stone = self._node.tombstones.get(key)
         assert stone is not None, key
         record = StoneRecord(
-            snapshot=stone.snapshot, session=stone.session, until_s=max(0.0, stone.until_s)
+            snapshot=stone.snapshot,
+            sessions=list(stone.sessions),
+            until_s=max(0.0, stone.until_s),
         )
         self._put(_name("stone", key), record)
 

@@ -30,7 +30,9 @@ def opening_of(
     call: worker.Send | worker.Receive,
 ) -> Opening:
     """Check every number of the call against the pool; raise FerryError or return the opening."""
-    size = book.layout.block_size_tokens
+    size, ranks = book.layout.block_size_tokens, call.world_size
+    if call.rank >= ranks:
+        raise FerryError(Code.BAD_RANK, f"rank {call.rank} of a group of {ranks}")
     if call.start_tokens % size:
         raise FerryError(
             Code.START_UNALIGNED,
@@ -47,6 +49,9 @@ def opening_of(
         if max_tokens is not None:
             needed_blocks = -(-(max_tokens - call.start_tokens) // size)
             what = f"a payload of {max_tokens} tokens"
+    if ranks > 1:
+        needed_blocks *= ranks
+        what += f" for {ranks} ranks"
     if needed_blocks > worker.WINDOW_BLOCKS_MAX:
         raise FerryError(
             Code.WINDOW_TOO_LARGE,
@@ -68,6 +73,8 @@ def opening_of(
         source=source,
         max_tokens=max_tokens,
         aux_names=book.layout.aux,
+        rank=call.rank,
+        world_size=ranks,
         chunk_tokens=max(1, settings.chunk_bytes // book.layout.block_bytes) * size,
     )
 

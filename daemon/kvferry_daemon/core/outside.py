@@ -146,6 +146,7 @@ class ChunkSent:
 
     key: StreamKey
     owner: Key
+    part: int
     first_token: int
     payload_bytes: int
 
@@ -237,7 +238,10 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class CancelExpected:
-    """Take back what no thread has begun; ChunkMissed for each of those."""
+    """Take back what no thread has begun, of every part; ChunkMissed for each of those.
+
+    ``handle`` is that of the first part.
+    """
 
     handle: int
 
@@ -248,6 +252,7 @@ class Transmit:
 
     key: StreamKey
     owner: Key
+    part: int
     pool_id: str
     handle: int
     first_token: int

@@ -10,11 +10,14 @@ WAITING_MAX = 1 << 14
 
 @dataclass(slots=True)
 class WaitingPoll:
-    """An answer is due at ``until_s``, or once a key's snapshot is above its number."""
+    """An answer is due at ``until_s``, or once a key's snapshot is above its number.
+
+    ``after``: by transfer and rank.
+    """
 
     route: bytes
     call: int
-    after: dict[Key, int]
+    after: dict[tuple[Key, int], int]
     until_s: float
 
 
@@ -23,7 +26,7 @@ class Polls:
 
     def __init__(self) -> None:
         self._polls: dict[int, WaitingPoll] = {}
-        self._by_key: dict[Key, set[int]] = {}
+        self._by_key: dict[Key, dict[int, int]] = {}  # number -> the lowest snapshot it is after
         self._next = 0
 
     def __len__(self) -> int:
@@ -35,8 +38,9 @@ class Polls:
             raise FerryError(Code.RESOURCE_EXHAUSTED, f"{WAITING_MAX} polls are waiting already")
         self._next += 1
         self._polls[self._next] = poll
-        for key in poll.after:
-            self._by_key.setdefault(key, set()).add(self._next)
+        for (key, _), after in poll.after.items():
+            numbers = self._by_key.setdefault(key, {})
+            numbers[self._next] = min(after, numbers.get(self._next, after))
         return self._next
 
     def take_changed(self, key: Key, snapshot: int) -> list[tuple[int, WaitingPoll]]:
@@ -44,7 +48,7 @@ class Polls:
         numbers = self._by_key.get(key)
         if not numbers:
             return []
-        due = [n for n in sorted(numbers) if snapshot > self._polls[n].after[key]]
+        due = [number for number, after in numbers.items() if snapshot > after]
         return [(number, self._take(number)) for number in due]
 
     def take_expired(self, number: int, now_s: float) -> WaitingPoll | None:
@@ -56,9 +60,9 @@ class Polls:
 
     def _take(self, number: int) -> WaitingPoll:
         poll = self._polls.pop(number)
-        for key in poll.after:
+        for key in {key for key, _ in poll.after}:
             numbers = self._by_key[key]
-            numbers.discard(number)
+            numbers.pop(number, None)
             if not numbers:
                 del self._by_key[key]
         return poll

@@ -19,10 +19,19 @@ from kvferry_proto.fields import (
     Tokens,
     TransferId,
     WireRole,
+    WireStall,
     WireState,
 )
 from kvferry_proto.layout import Layout
-from kvferry_proto.worker import WINDOW_BLOCKS_MAX, FileName, Receive, Secret, Send, Snapshot
+from kvferry_proto.worker import (
+    RANKS_MAX,
+    WINDOW_BLOCKS_MAX,
+    FileName,
+    Receive,
+    Secret,
+    Send,
+    Snapshot,
+)
 
 LeaseRecord = Annotated[tuple[Count, Count, Count], Field(strict=False)]  # id, first block, blocks
 Seconds = Annotated[float, Field(ge=0)]
@@ -57,7 +66,7 @@ class OpeningRecord(Message):
     role: WireRole
     transfer_id: TransferId
     attempt: Attempt
-    session: Secret
+    session: Secret  # whose call it was
     pool_id: FileName
     call: Annotated[Send | Receive, Field(discriminator="kind")]
     window_tokens: Tokens
@@ -71,6 +80,23 @@ class AuxRecord(Message):
 
     kind: Literal["aux"] = "aux"
     aux: Aux
+
+
+class RankRecord(Message):
+    """What one worker of a transfer has said."""
+
+    session: Annotated[str, Field(max_length=64)] = ""  # has not come
+    released: bool = False
+    level_tokens: Annotated[int, Field(ge=-1)] = 0
+    total_tokens: Tokens | None = None
+
+
+class Shown(Message):
+    """What the ranks of a group were shown last, of what asks them to act."""
+
+    state: WireState
+    stall: WireStall | None = None
+    sent_tokens: Tokens
 
 
 class TransferRecord(Message):
@@ -87,13 +113,14 @@ class TransferRecord(Message):
     available_tokens: Tokens
     base_tokens: Tokens
     leases: Annotated[list[LeaseRecord], Field(max_length=WINDOW_BLOCKS_MAX)]
-    released: bool
+    ranks: Annotated[list[RankRecord], Field(min_length=1, max_length=RANKS_MAX)]
     quarantined: bool
     ended_s: Seconds | None = None
     # a sink's
     known: bool = False  # its source has answered
     peer_met: bool = False
     done_noted: bool = False
+    shown: Shown | None = None  # to the ranks of a group
     # a source's
     sink_daemon: BootId | None = None
     began: bool = False
@@ -104,7 +131,7 @@ class StoneRecord(Message):
 
     kind: Literal["stone"] = "stone"
     snapshot: Snapshot
-    session: Annotated[str, Field(max_length=64)]
+    sessions: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=RANKS_MAX)]
     until_s: Seconds
 
 

@@ -93,6 +93,8 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
         max_tokens=told.max_tokens,
         aux_names=book.layout.aux,
         chunk_tokens=told.chunk_tokens,
+        rank=told.call.rank,
+        world_size=told.call.world_size,
     )
     kind = SinkTransfer if key.role is Role.SINK else SourceTransfer
     transfer: AnyTransfer = kind(opening, node.settings.timing, node.now_s)
@@ -107,13 +109,14 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     node.current[name] = max(key.attempt, node.current.get(name, 0))
     node.workers.opened_by[key] = told.call
     node.notes.known(transfer)
-    if told.session in node.sessions:
-        node.sessions[told.session].keys.add(key)
+    for session in transfer.ranks.sessions:
+        if session in node.sessions:
+            node.sessions[session].keys.add(key)
 
 
 def _restore_stone(node: Node, past: Past, key: ev.Key, record: StoneRecord) -> None:
     until_s = min(record.until_s, node.now_s + node.settings.timing.tombstone_s)
-    node.tombstones.put(key, Tombstone(record.snapshot, record.session, until_s))
+    node.tombstones.put(key, Tombstone(record.snapshot, tuple(record.sessions), until_s))
     opening = past.openings.get(key)
     if opening is not None:
         node.workers.opened_by[key] = opening.call

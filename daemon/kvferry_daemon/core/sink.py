@@ -11,7 +11,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.pool import Lease
-from kvferry_daemon.core.records import TransferRecord
+from kvferry_daemon.core.records import Shown, TransferRecord
 from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening, Transfer
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import Progress, Want
@@ -33,13 +33,23 @@ class SinkTransfer(Transfer):
         self.done_noted = False
         self._number = 0
         self._acked = -1
-        self._committed = ExtentSet()
-        self._claims = Claims(opening.chunk_tokens)
+        self._take_parts(opening.world_size)
+        self._asked_at = 0  # the snapshot number under which `_shown_ask` was shown first
+        self._shown_ask = super()._ask
         self._resend_at_s = now_s  # a pull is due at once
         self._resend_s = timing.resend_s
         self._drain_at_s = NEVER_S
 
+    def _take_parts(self, parts: int) -> None:
+        """The payload comes in so many parts, one after the other for each rank."""
+        self._committed = [ExtentSet() for _ in range(parts)]
+        self._claims = Claims(self.opening.chunk_tokens, parts)
+
     # --- what others may ask ---
+
+    @property
+    def _first_level(self) -> int:
+        return -1  # no resume yet
 
     @property
     def target_tokens(self) -> int:
@@ -53,7 +63,7 @@ class SinkTransfer(Transfer):
     @property
     def wake_at_s(self) -> float:
         if not self.ended:
-            return min(self._resend_at_s, self.progress_s + self.timing.stall_s)
+            return min(self._resend_at_s, self._stalled_at_s)
         due_s = min(self._drain_at_s, NEVER_S if self.done_noted else self._resend_at_s)
         if self.window.blocks and not self.quarantined:
             due_s = min(due_s, self._ended_s + self.timing.hold_s)
@@ -75,11 +85,14 @@ class SinkTransfer(Transfer):
         return (*super().mark(), self.known_at is None, self.peer_met, self.done_noted)
 
     def _record(self) -> dict[str, Any]:
-        more = {
+        more: dict[str, Any] = {
             "known": self.known_at is not None,
             "peer_met": self.peer_met,
             "done_noted": self.done_noted,
         }
+        if self.ranks.size > 1:
+            state, stall, sent_tokens = self._shown_ask
+            more["shown"] = Shown(state=state, stall=stall, sent_tokens=sent_tokens)
         return super()._record() | more
 
     def take_up(self, record: TransferRecord, leases: tuple[Lease, ...], aux: Aux | None) -> None:
@@ -88,7 +101,41 @@ class SinkTransfer(Transfer):
         self.peer_met |= record.peer_met
         self.done_noted = record.done_noted
         if self.sent_tokens > self.opening.start_tokens:
-            self._committed.add(self.opening.start_tokens, self.sent_tokens)
+            for part in self._committed:
+                part.add(self.opening.start_tokens, self.sent_tokens)
+        self._shown_ask = super()._ask
+        if record.shown is not None:
+            shown = record.shown
+            self._shown_ask = (shown.state, shown.stall, shown.sent_tokens)
+        self._asked_at = self.version
+        self._seen = self._visible()
+
+    # --- what a group is shown ---
+
+    @property
+    def _ask(self) -> tuple[State, StallReason | None, int]:
+        return self._shown_ask
+
+    def _publish(self) -> None:
+        """Show what asks ranks to act once all have acted on what was shown before (I10).
+
+        So ranks that poll at different moments take the same tokens over. A failure asks nothing;
+        and who does not poll any more holds the others up no longer than the window is held.
+        """
+        now = super()._ask
+        if now != self._shown_ask and (
+            self.ranks.size == 1
+            or self.state is State.FAILED
+            or (self.ended and not self.window.blocks)
+            or self.now_s >= self._ended_s + self.timing.hold_s
+            or self.ranks.have_acted(self._asked_at)
+        ):
+            self._shown_ask = now
+            self._asked_at = self.version + 1
+
+    def _on_acted(self, event: ev.ActedOn) -> None:
+        rank = self.ranks[event.rank]
+        rank.acted_at = max(rank.acted_at, event.snapshot)
 
     # --- settling: what follows from the counters alone ---
 
@@ -138,13 +185,15 @@ class SinkTransfer(Transfer):
         """
         if self.available_tokens <= self.sent_tokens and not self.window.blocks:
             return
+        if not self.ranks.complete:
+            return
         whole = self.opening.max_tokens is not None
         edge = self.target_tokens if whole else self._edge_to_fetch()
         self._want(self._blocks_up_to(edge), whole=whole, urgent=not self.window.blocks)
 
     def _take_over(self) -> None:
         blocks = self._blocks_up_to(self._edge_to_fetch())
-        if blocks:
+        if blocks and self.ranks.complete:
             self._emit(ev.TakeOver(self.window.edge_tokens, blocks))
 
     def _claim(self) -> bool:
@@ -153,10 +202,11 @@ class SinkTransfer(Transfer):
             return False
         limit = min(self.window.edge_tokens, self._edge_to_fetch())
         fresh = []
-        for key, want in self._claims.make(self.sent_tokens, limit):
-            place = self.window.cover(want.first_token, want.tokens)
-            self._emit(ev.Claim(key, want.first_token, want.tokens, place))
-            fresh.append(want)
+        for part in range(len(self._committed)):
+            for key, want in self._claims.make(self.sent_tokens, limit, part):
+                place = self.window.cover(want.first_token, want.tokens, part)
+                self._emit(ev.Claim(key, want.first_token, want.tokens, place, part))
+                fresh.append(want)
         if fresh:
             self._pull(tuple(fresh))
         return bool(fresh)
@@ -173,7 +223,7 @@ class SinkTransfer(Transfer):
         self._emit(ev.SendPull(self._number, self.sent_tokens, want))
 
     def _why_waiting(self) -> StallReason | None:
-        if not self.peer_up:
+        if not self.peer_up or not self.ranks.complete:
             return StallReason.WAITING_FOR_PEER
         if self.known_at is None:
             return StallReason.WAITING_FOR_SOURCE
@@ -190,8 +240,7 @@ class SinkTransfer(Transfer):
     # --- moves ---
 
     def _on_granted(self, event: ev.Granted) -> None:
-        self.window.add(event.leases)
-        self._got(sum(lease.run.blocks for lease in event.leases))
+        self._got(self.window.add(event.leases))
         self._progressed()
 
     def _on_granted_ended(self, event: ev.Granted) -> None:
@@ -212,24 +261,28 @@ class SinkTransfer(Transfer):
         self._claims.stream_down(event.key)
 
     def _on_missed(self, event: ev.Missed) -> None:
-        self._claims.drop(event.key, event.first_token)
+        self._claims.drop(event.key, event.first_token, event.part)
 
     def _on_received(self, event: ev.Received) -> None:
-        tokens = self._claims.fulfil(event.key, event.first_token)
+        tokens = self._claims.fulfil(event.key, event.first_token, event.part)
         assert tokens is not None, event  # I4: the transport posts only what it found claimed
-        self._commit(event.first_token, tokens)
+        self._committed[event.part].add(event.first_token, event.first_token + tokens)
+        self._committed_more()
 
     def _on_took_over(self, event: ev.TookOver) -> None:
         first = self.window.edge_tokens
-        self.window.add((event.lease,))
-        self._commit(first, event.tokens)
+        self.window.add(event.leases)
+        for part in self._committed:
+            part.add(first, first + event.tokens)
+        self._committed_more()
 
     def _on_late_took_over(self, event: ev.TookOver) -> None:
-        self._emit(ev.Free((event.lease,)))
+        self._emit(ev.Free(event.leases))
 
-    def _commit(self, first: int, tokens: int) -> None:
-        self._committed.add(first, first + tokens)
-        self.sent_tokens = self._committed.prefix_end(self.sent_tokens)
+    def _committed_more(self) -> None:
+        """Progress is what every part has without a gap."""
+        ends = [part.prefix_end(self.sent_tokens) for part in self._committed]
+        self.sent_tokens = min(ends)
         self._progressed()
 
     def _on_room_again(self, _event: ev.RoomAgain) -> None:
@@ -287,15 +340,19 @@ class SinkTransfer(Transfer):
 
     def _on_resume(self, event: ev.ResumeAt) -> None:
         """Design section 3: a resume is a level; only a higher one moves anything."""
-        at = event.sent_tokens
-        if at > self.sent_tokens:
-            raise FerryError(
-                Code.RESUME_AHEAD, f"resume at {at}, but sent_tokens is {self.sent_tokens}"
-            )
-        if at <= self.last_resume_at or at < self.partial_sent_tokens:
+        at, rank, shown = event.sent_tokens, self.ranks[event.rank], self._shown_ask[2]
+        if at > shown:
+            raise FerryError(Code.RESUME_AHEAD, f"resume at {at}, but sent_tokens is {shown}")
+        if at <= rank.level_tokens or at < self.partial_sent_tokens:
             return  # stale or repeated
-        self.partial_sent_tokens = self.last_resume_at = at
+        rank.level_tokens = at
+        if at == shown:
+            rank.acted_at = max(rank.acted_at, self._asked_at)
         self._progressed()
+        lowest = self.ranks.lowest_tokens
+        if lowest <= self.last_resume_at:
+            return  # another rank of the group still needs what is below
+        self.partial_sent_tokens = self.last_resume_at = at = lowest
         if self.opening.max_tokens is not None:
             return  # whole mode keeps everything until release
         size = self.opening.block_size_tokens
@@ -333,12 +390,13 @@ class SinkTransfer(Transfer):
             self._resend_at_s = self.now_s + self._resend_s
             self._emit(ev.SendDone())
 
-    def _on_release(self, _event: ev.Release) -> None:
-        self.released = True
-        self._fail(Code.RELEASED_EARLY, f"released by its worker at token {self.sent_tokens}")
+    def _on_release(self, event: ev.Release) -> None:
+        self.ranks.let_go(event.rank)
+        message = f"{self._by(event.rank)}released by its worker at token {self.sent_tokens}"
+        self._fail(Code.RELEASED_EARLY, message)
 
     def _on_late_received(self, event: ev.Received) -> None:
-        self._claims.fulfil(event.key, event.first_token)  # not committed: the transfer has ended
+        self._claims.fulfil(event.key, event.first_token, event.part)  # not committed: it is over
 
     def _on_done_noted(self, _event: ev.DoneNoted) -> None:
         self.done_noted = True
@@ -347,6 +405,8 @@ class SinkTransfer(Transfer):
 SinkTransfer.LIVE = {
     ev.Tick: SinkTransfer._on_tick,
     ev.Slept: SinkTransfer._on_slept,
+    ev.Joined: SinkTransfer._on_joined,
+    ev.ActedOn: SinkTransfer._on_acted,
     ev.Promised: SinkTransfer._on_promised,
     ev.Granted: SinkTransfer._on_granted,
     ev.PeerUp: SinkTransfer._on_peer_up,
@@ -365,6 +425,8 @@ SinkTransfer.LIVE = {
 }
 SinkTransfer.ENDED = {
     ev.Tick: SinkTransfer._on_tick,
+    ev.Joined: SinkTransfer._on_joined_ended,
+    ev.ActedOn: SinkTransfer._on_acted,
     ev.Granted: SinkTransfer._on_granted_ended,
     ev.StreamDown: SinkTransfer._on_stream_down,
     ev.Received: SinkTransfer._on_late_received,

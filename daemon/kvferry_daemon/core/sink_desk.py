@@ -57,12 +57,20 @@ class SinkDesk:
                 self._node.run_now(key, ev.StreamUp(stream))
 
     def handle_of(self, key: ev.Key) -> int:
-        """The number that names this attempt in pulls and chunk headers; never reused."""
+        """The number that names this attempt in pulls and chunk headers; never reused.
+
+        Those behind it, up to PARTS_MAX, name its other parts.
+        """
         if key not in self._handles:
-            self._next_handle += 1
+            self._next_handle += wire.PARTS_MAX
             self._handles[key] = self._next_handle
             self._keys[self._next_handle] = key
         return self._handles[key]
+
+    def named(self, handle: int) -> tuple[ev.Key, int]:
+        """The transfer and the part that a handle names."""
+        part = handle % wire.PARTS_MAX
+        return self._keys[handle - part], part
 
     def forget(self, key: ev.Key) -> None:
         """The transfer is gone."""
@@ -144,12 +152,14 @@ class SinkDesk:
         """An extent is in place."""
         self._node.counters["chunks_received"] += 1
         self._node.counters["bytes_received"] += event.payload_bytes
-        self._node.post(self._keys[event.handle], ev.Received(event.key, event.first_token))
+        key, part = self.named(event.handle)
+        self._node.post(key, ev.Received(event.key, event.first_token, part))
 
     def on_missed(self, event: out.ChunkMissed) -> None:
         """A claim came to nothing."""
         self._node.counters["chunks_missed"] += 1
-        self._node.post(self._keys[event.handle], ev.Missed(event.key, event.first_token))
+        key, part = self.named(event.handle)
+        self._node.post(key, ev.Missed(event.key, event.first_token, part))
 
     def on_drained(self, event: out.ChunkDrained) -> None:
         """Bytes that nobody had claimed."""

@@ -37,12 +37,23 @@ class SourceTransfer(Transfer):
         self._began = False  # it has had a block
         self._number = 0
         self._lease_until_s = NEVER_S
-        self._reading: dict[tuple[ev.StreamKey, int], int] = {}  # (key, first) -> tokens
-        self._served: dict[ev.StreamKey, ExtentSet] = {}
+        self._reading: set[tuple[ev.StreamKey, int, int]] = set()  # (key, first token, part)
+        self._served: dict[ev.StreamKey, dict[int, ExtentSet]] = {}  # by part
         self._drain_at_s = NEVER_S
         self._told: tuple[object, ...] = ()
 
     # --- what others may ask ---
+
+    @property
+    def _first_level(self) -> int:
+        return self.opening.start_tokens  # ready is what was there before
+
+    def _available_to(self, rank: int) -> int:
+        return self.ranks[rank].level_tokens
+
+    def _visible(self) -> tuple[object, ...]:
+        levels = self.ranks.mark if self.ranks.size > 1 else None  # else available says it
+        return (*super()._visible(), levels)
 
     @property
     def servable_tokens(self) -> int:
@@ -61,7 +72,7 @@ class SourceTransfer(Transfer):
     @property
     def wake_at_s(self) -> float:
         if not self.ended:
-            return min(self._lease_until_s, self.progress_s + self.timing.stall_s)
+            return min(self._lease_until_s, self._stalled_at_s)
         return self._drain_at_s
 
     @property
@@ -86,8 +97,16 @@ class SourceTransfer(Transfer):
     # --- settling ---
 
     def _is_complete(self) -> bool:
-        aux_told = not self.opening.aux_names or self.aux is not None
-        return aux_told and self.available_tokens == self.total_tokens
+        ready = self.available_tokens == self.total_tokens and self.ranks.know_total
+        return ready and self._is_aux_told()
+
+    def _is_aux_told(self) -> bool:
+        return not self.opening.aux_names or self.aux is not None
+
+    def _is_done(self, rank: int) -> bool:
+        """Whether a worker has no more to write; in a group another one may tell the aux values."""
+        ready = self.ranks[rank].level_tokens == self.total_tokens
+        return ready and (self._is_aux_told() or self.ranks.size > 1)
 
     def _settle(self) -> None:
         self._fail_if_stalled()
@@ -108,7 +127,7 @@ class SourceTransfer(Transfer):
     def _drop_acked(self) -> None:
         """Free what is acknowledged, no longer written by the worker, and no longer read."""
         size = self.opening.block_size_tokens
-        firsts = [first for _, first in self._reading]
+        firsts = [first for _, first, _ in self._reading]
         floor = min([self.sent_tokens, self.available_tokens, *firsts])
         base = floor // size * size
         if base > self.window.base_tokens:
@@ -121,7 +140,9 @@ class SourceTransfer(Transfer):
 
         A sink keeps such blocks: its worker may have plans for them.
         """
-        if self.total_tokens is not None and self.window.edge_tokens > self.total_tokens:
+        if self.total_tokens is None or not self.ranks.know_total:
+            return
+        if self.window.edge_tokens > self.total_tokens:
             tails = self.window.cut_to(self.total_tokens)
             if tails:
                 self._emit(ev.FreeTail(tails))
@@ -134,7 +155,9 @@ class SourceTransfer(Transfer):
         """
         size = self.opening.block_size_tokens
         edge = self.window.edge_tokens
-        blocks = max(0, -(-(self.target_tokens - edge) // size)) if not self.released else 0
+        blocks = max(0, -(-(self.target_tokens - edge) // size))
+        if self.released or not self.ranks.complete:
+            blocks = 0
         self._want(blocks, urgent=self._began and blocks > 0 and not self.window.blocks)
 
     def _tell_news(self) -> None:
@@ -148,7 +171,7 @@ class SourceTransfer(Transfer):
         return (self.servable_tokens, self.total_tokens, self.aux is None, failed)
 
     def _why_waiting(self) -> StallReason | None:
-        if self.sink is None:
+        if self.sink is None or not self.ranks.complete:
             return StallReason.WAITING_FOR_PEER
         if self._reading:
             return None
@@ -166,8 +189,7 @@ class SourceTransfer(Transfer):
 
     def _on_granted(self, event: ev.Granted) -> None:
         self._began = True
-        self.window.add(event.leases)
-        self._got(sum(lease.run.blocks for lease in event.leases))
+        self._got(self.window.add(event.leases))
         self._progressed()
 
     def _on_granted_ended(self, event: ev.Granted) -> None:
@@ -175,23 +197,30 @@ class SourceTransfer(Transfer):
 
     def _on_ready(self, event: ev.ReadyTo) -> None:
         self.check_ready(event)
-        total = self.total_tokens if event.total_tokens is None else event.total_tokens
+        rank = self.ranks[event.rank]
+        mismatch = self._total_mismatch(event)
+        if mismatch is not None:
+            self._fail(Code.TOTAL_MISMATCH, mismatch)
+            return
         if event.aux is not None:
             self.aux = event.aux
-        grew = event.ready_tokens > self.available_tokens or total != self.total_tokens
-        self.total_tokens = total
-        self.available_tokens = max(self.available_tokens, event.ready_tokens)
+        grew = event.ready_tokens > rank.level_tokens
+        rank.level_tokens = max(rank.level_tokens, event.ready_tokens)
+        self.available_tokens = self.ranks.lowest_tokens
+        if event.total_tokens is not None:
+            grew |= self.total_tokens is None
+            self.total_tokens = rank.total_tokens = event.total_tokens
         if grew:
             self._progressed()
 
     def check_ready(self, event: ev.ReadyTo) -> None:
         """Raise FerryError for a ReadyTo that would be refused."""
-        total = self.total_tokens if event.total_tokens is None else event.total_tokens
-        ready = max(event.ready_tokens, self.available_tokens)
-        if self.total_tokens is not None and total != self.total_tokens:
-            raise FerryError(
-                Code.TOTAL_CHANGED, f"total_tokens was {self.total_tokens}, now {total}"
-            )
+        rank = self.ranks[event.rank]
+        known = self.total_tokens if self.ranks.size == 1 else rank.total_tokens
+        total = known if event.total_tokens is None else event.total_tokens
+        ready = max(event.ready_tokens, rank.level_tokens)
+        if known is not None and total != known:
+            raise FerryError(Code.TOTAL_CHANGED, f"total_tokens was {known}, now {total}")
         if total is not None and total < ready:
             raise FerryError(
                 Code.TOTAL_TOO_SMALL, f"total_tokens {total} is below the {ready} tokens ready"
@@ -202,8 +231,33 @@ class SourceTransfer(Transfer):
                 f"ready_tokens {event.ready_tokens}, but the window ends at "
                 f"{self.window.edge_tokens}",
             )
-        last = ready == total and ready > self.opening.start_tokens
-        self._refuse_bad_aux(event, is_last=last)
+        if total is None:
+            total = self.total_tokens  # another rank has told it
+        self._refuse_bad_aux(event, is_last=self._is_last(event.rank, ready, total))
+
+    def _is_last(self, rank: int, ready: int, total: int | None) -> bool:
+        """Whether the payload is complete with this, so that nothing may be missing."""
+        others = [
+            self.ranks[other].level_tokens for other in range(self.ranks.size) if other != rank
+        ]
+        return ready == total and ready > self.opening.start_tokens and {ready}.issuperset(others)
+
+    def _total_mismatch(self, event: ev.ReadyTo) -> str | None:
+        """Ranks that disagree on the length: both numbers, and who said them."""
+        known, told = self.total_tokens, event.total_tokens
+        if known is not None and told not in (None, known):
+            teller = next(
+                n for n in range(self.ranks.size) if self.ranks[n].total_tokens is not None
+            )
+            return f"rank {event.rank} says {told} tokens in all, rank {teller} said {known}"
+        total = told if known is None else known
+        for number in range(self.ranks.size):
+            ready = self.ranks[number].level_tokens
+            if number == event.rank:
+                ready = max(ready, event.ready_tokens)
+            if total is not None and ready > total:
+                return f"rank {number} has {ready} tokens ready, but they are {total} in all"
+        return None
 
     def _refuse_bad_aux(self, event: ev.ReadyTo, *, is_last: bool) -> None:
         aux, names = event.aux, self.opening.aux_names
@@ -263,24 +317,24 @@ class SourceTransfer(Transfer):
             return  # asked for token by token, a window would be a million pieces
         if first < max(self.window.base_tokens, self.sent_tokens) or end > self.servable_tokens:
             return  # an old pull, or one that asks beyond what was told
+        if want.part >= self.ranks.size:
+            return
         key = ev.StreamKey(sink, want.stream, want.connection)
-        served = self._served.setdefault(key, ExtentSet())
+        served = self._served.setdefault(key, {}).setdefault(want.part, ExtentSet())
         if list(served.gaps(first, end)) != [(first, end)]:
             return  # it is on its way on this very connection
         served.add(first, end)
-        self._reading[key, first] = want.tokens
-        place = self.window.cover(first, want.tokens)
-        self._emit(ev.Serve(key, pull.handle, first, want.tokens, place))
+        self._reading.add((key, first, want.part))
+        place = self.window.cover(first, want.tokens, want.part)
+        self._emit(ev.Serve(key, pull.handle, first, want.tokens, place, want.part))
 
     def _on_sent(self, event: ev.Sent) -> None:
-        self._reading.pop((event.key, event.first_token), None)
+        self._reading.discard((event.key, event.first_token, event.part))
 
     def _on_stream_down(self, event: ev.StreamDown) -> None:
         """Nothing more goes out on that connection, and no thread of it reads a block."""
         self._served.pop(event.key, None)
-        for key, first in list(self._reading):
-            if key == event.key:
-                del self._reading[key, first]
+        self._reading = {one for one in self._reading if one[0] != event.key}
 
     def _on_give_over(self, event: ev.GiveOver) -> None:
         """Hand ready blocks to a sink of this daemon; as they go, they count as acknowledged."""
@@ -290,11 +344,9 @@ class SourceTransfer(Transfer):
         if self.window.base_tokens != event.first_token:
             return
         edge = min(event.first_token + event.blocks * size, self.servable_tokens)
-        first = event.first_token
-        for lease in self.window.drop_to(-(-edge // size) * size):
-            tokens = min(lease.run.blocks * size, edge - first)
-            first += tokens
-            self._emit(ev.HandOver(lease, tokens))
+        leases = self.window.drop_to(-(-edge // size) * size)
+        if leases:
+            self._emit(ev.HandOver(tuple(leases), edge - event.first_token))
         self._ack(edge)
 
     def _on_done(self, event: ev.Done) -> None:
@@ -310,19 +362,19 @@ class SourceTransfer(Transfer):
         if guessed and event.state is State.SUCCESS:
             self.state, self.error = State.SUCCESS, None
 
-    def _on_release(self, _event: ev.Release) -> None:
+    def _on_release(self, event: ev.Release) -> None:
         """Before the end of the payload it gives the transfer up; after it, it is good-bye."""
-        self.released = True
-        if not self._is_complete():
-            self._fail(
-                Code.RELEASED_EARLY, f"released by its worker with {self.available_tokens} ready"
-            )
+        self.ranks.let_go(event.rank)
+        if not self._is_done(event.rank):
+            ready = self.ranks[event.rank].level_tokens
+            by = self._by(event.rank)
+            self._fail(Code.RELEASED_EARLY, f"{by}released by its worker with {ready} ready")
 
     def _on_worker_lost_live(self, event: ev.WorkerLost) -> None:
-        if self._is_complete():
-            self.released |= event.dead
-        else:
+        if not self._is_done(event.rank):
             self._on_worker_lost(event)
+        elif event.dead:
+            self.ranks.let_go(event.rank)
 
     # --- the end ---
 
@@ -342,7 +394,7 @@ class SourceTransfer(Transfer):
             self.stall = StallReason.DRAINING if self.window.blocks else None
         if self.now_s >= self._drain_at_s:
             self._drain_at_s = self.now_s + self.timing.drain_s
-            for key in sorted({key for key, _ in self._reading}):
+            for key in sorted({key for key, _, _ in self._reading}):
                 self._emit(ev.CloseStream(key))
 
     def _on_late_pull(self, event: ev.Pulled) -> None:
@@ -352,6 +404,7 @@ class SourceTransfer(Transfer):
 SourceTransfer.LIVE = {
     ev.Tick: SourceTransfer._on_tick,
     ev.Slept: SourceTransfer._on_slept,
+    ev.Joined: SourceTransfer._on_joined,
     ev.Promised: SourceTransfer._on_promised,
     ev.Granted: SourceTransfer._on_granted,
     ev.ReadyTo: SourceTransfer._on_ready,
@@ -366,6 +419,7 @@ SourceTransfer.LIVE = {
 }
 SourceTransfer.ENDED = {
     ev.Tick: SourceTransfer._on_tick,
+    ev.Joined: SourceTransfer._on_joined_ended,
     ev.Granted: SourceTransfer._on_granted_ended,
     ev.Pulled: SourceTransfer._on_late_pull,
     ev.Sent: SourceTransfer._on_sent,

@@ -222,7 +222,7 @@ class SourceDesk:
         """An extent has left."""
         self._node.counters["chunks_sent"] += 1
         self._node.counters["bytes_sent"] += event.payload_bytes
-        self._node.post(event.owner, ev.Sent(event.key, event.first_token))
+        self._node.post(event.owner, ev.Sent(event.key, event.first_token, event.part))
 
     # --- saying ---
 

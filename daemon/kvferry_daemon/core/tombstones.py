@@ -14,11 +14,21 @@ TOMBSTONES_MAX = 1 << 14  # about 1 KiB each; beyond it the oldest go early
 
 @dataclass(slots=True)
 class Tombstone:
-    """The last snapshot of a transfer; ``session`` is empty if no worker ever opened it."""
+    """The last snapshot of a transfer, and each rank's session: empty for one that never came."""
 
     snapshot: Snapshot
-    session: str
+    sessions: tuple[str, ...]
     until_s: float
+
+    def owner(self, rank: int) -> str:
+        """The session that a rank belongs to; empty if nobody ever came for it."""
+        return self.sessions[rank] if rank < len(self.sessions) else ""
+
+    def shown_to(self, rank: int) -> Snapshot:
+        """What a rank is answered."""
+        if rank == self.snapshot.rank:
+            return self.snapshot
+        return self.snapshot.model_copy(update={"rank": rank})
 
 
 class Tombstones:
@@ -39,10 +49,10 @@ class Tombstones:
         """What is remembered, oldest first."""
         return [stone.snapshot for stone in self._stones.values()]
 
-    def add(self, key: Key, snapshot: Snapshot, session: str, now_s: float) -> None:
+    def add(self, key: Key, snapshot: Snapshot, sessions: tuple[str, ...], now_s: float) -> None:
         """Remember how a transfer ended."""
         self._stones.pop(key, None)
-        self._stones[key] = Tombstone(snapshot, session, now_s + self._keep_s)
+        self._stones[key] = Tombstone(snapshot, sessions, now_s + self._keep_s)
 
     def put(self, key: Key, stone: Tombstone) -> None:
         """Take up one of an earlier life, in the order of their expiry."""
@@ -59,7 +69,7 @@ class Tombstones:
             state=State.FAILED,
             error=error,
         )
-        self.add(key, snapshot, "", now_s)
+        self.add(key, snapshot, (), now_s)
 
     def on_done(self, key: Key, done: Done) -> None:
         """A late success corrects a failure that was only a guess (its lease had run out)."""

@@ -8,6 +8,7 @@ from kvferry_daemon.core.events import (
     Effect,
     Fail,
     Free,
+    Joined,
     Key,
     Promised,
     Quarantine,
@@ -19,7 +20,8 @@ from kvferry_daemon.core.events import (
     WorkerLost,
 )
 from kvferry_daemon.core.pool import Lease
-from kvferry_daemon.core.records import TransferRecord
+from kvferry_daemon.core.ranks import Ranks
+from kvferry_daemon.core.records import RankRecord, TransferRecord
 from kvferry_daemon.core.window import Window
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
@@ -32,7 +34,10 @@ Aux = dict[str, int | float | str | bytes]
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a transfer is opened with; the same call again must bring the same."""
+    """What a transfer is opened with; the same call again must bring the same.
+
+    The first rank of a group opens it, for all of them; the others join.
+    """
 
     key: Key
     session: str
@@ -44,6 +49,8 @@ class Opening:
     max_tokens: int | None = None  # sink only: whole mode, and how much it reserves
     aux_names: tuple[str, ...] = ()
     chunk_tokens: int = 128  # sink only: a multiple of the block size
+    rank: int = 0
+    world_size: int = 1
 
 
 class Transfer:
@@ -66,21 +73,33 @@ class Transfer:
         self.stall: StallReason | None = None
         self.error: ErrorInfo | None = None
         self.version = 0  # the snapshot number
-        self.window = Window(opening.start_tokens, opening.block_size_tokens)
+        self.ranks = Ranks(opening.world_size, self._first_level)
+        self.ranks.join(opening.rank, opening.session)
+        self.window = Window(opening.start_tokens, opening.block_size_tokens, opening.world_size)
         self.sent_tokens = self.partial_sent_tokens = opening.start_tokens
         self.last_resume_at = -1
         self.total_tokens: int | None = None
         self.available_tokens = 0
         self.aux: Aux | None = None
-        self.released = False  # the worker touches no block any more, or is dead
         self.quarantined = False
+        self._join_by_s = now_s + timing.stall_s
         self._ended_s = NEVER_S
         self._wanted = 0
         self._urgent = False
         self._promised_blocks = 0
         self._effects: list[Effect] = []
         self._seen: tuple[object, ...] = ()
-        self._shown: Snapshot | None = None
+        self._shown: list[Snapshot | None] = [None] * opening.world_size
+
+    @property
+    def _first_level(self) -> int:
+        """The level that a rank begins with."""
+        raise NotImplementedError
+
+    @property
+    def released(self) -> bool:
+        """Whether no worker touches a block any more, or all are dead."""
+        return self.ranks.released
 
     @property
     def ended(self) -> bool:
@@ -117,6 +136,7 @@ class Transfer:
             self._settle()
         if self.ended:
             self._settle_ended()
+        self._publish()
         seen = self._visible()
         if seen != self._seen:
             self._seen = seen
@@ -127,41 +147,55 @@ class Transfer:
         self._effects = []
         return effects
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, rank: int = 0) -> Snapshot:
         """Everything a worker may know at this moment; built once for each number."""
-        if self._shown is None or self._shown.snapshot != self.version:
-            self._shown = self._snapshot()
-        return self._shown
+        shown = self._shown[rank]
+        if shown is None or shown.snapshot != self.version:
+            shown = self._shown[rank] = self._snapshot(rank)
+        return shown
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, rank: int) -> Snapshot:
+        state, stall, sent_tokens = self._ask
         return Snapshot.model_construct(
             role=self.key.role,
             transfer_id=self.key.transfer_id,
             attempt=self.key.attempt,
+            rank=rank,
+            world_size=self.ranks.size,
             snapshot=self.version,
-            state=self.state,
-            stall=self.stall,
+            state=state,
+            stall=stall,
             error=self.error,
             start_tokens=self.opening.start_tokens,
-            sent_tokens=self.sent_tokens,
+            sent_tokens=sent_tokens,
             partial_sent_tokens=self.partial_sent_tokens,
             last_resume_at=self.last_resume_at,
             total_tokens=self.total_tokens,
-            available_tokens=self.available_tokens,
+            available_tokens=self._available_to(rank),
             base_tokens=self.window.base_tokens,
             allocated_tokens=self.window.allocated_tokens,
             target_tokens=self.target_tokens,
-            runs=self.window.runs(),
+            runs=self.window.runs(rank),
             aux=self.aux,
         )
+
+    @property
+    def _ask(self) -> tuple[State, StallReason | None, int]:
+        """State, stall reason and sent_tokens as workers are shown them."""
+        return self.state, self.stall, self.sent_tokens
+
+    def _publish(self) -> None:
+        """Decide what workers are shown from now on."""
+
+    def _available_to(self, _rank: int) -> int:
+        """The available tokens that a rank is shown."""
+        return self.available_tokens
 
     def _visible(self) -> tuple[object, ...]:
         """What a snapshot shows, as far as it can change; runs change with base or blocks."""
         window = self.window
         return (
-            self.state,
-            self.stall,
-            self.sent_tokens,
+            *self._ask,
             self.partial_sent_tokens,
             self.last_resume_at,
             self.total_tokens,
@@ -181,7 +215,7 @@ class Transfer:
             self.last_resume_at,
             window.base_tokens,
             window.blocks,
-            self.released,
+            self.ranks.mark,
             self.quarantined,
             self.available_tokens,
             self.total_tokens,
@@ -204,7 +238,7 @@ class Transfer:
             "available_tokens": self.available_tokens,
             "base_tokens": self.window.base_tokens,
             "leases": [(one.lease_id, *one.run) for one in self.window.leases],
-            "released": self.released,
+            "ranks": [RankRecord.model_construct(**one) for one in self.ranks.rows()],
             "quarantined": self.quarantined,
             "ended_s": self._ended_s if self.ended else None,
         }
@@ -220,9 +254,11 @@ class Transfer:
         self.total_tokens = record.total_tokens
         self.available_tokens = record.available_tokens
         self.aux = aux
-        self.window = Window(record.base_tokens, self.opening.block_size_tokens)
+        self.window = Window(
+            record.base_tokens, self.opening.block_size_tokens, self.opening.world_size
+        )
         self.window.add(leases)
-        self.released = record.released
+        self.ranks.take_up(record.ranks)
         self.quarantined = record.quarantined
         if record.ended_s is not None:
             self._ended_s = min(record.ended_s, self.now_s)
@@ -249,7 +285,7 @@ class Transfer:
     def _want(self, blocks: int, *, whole: bool = False, urgent: bool = False) -> None:
         if (blocks, urgent) != (self._wanted, self._urgent):
             self._wanted, self._urgent = blocks, urgent
-            self._emit(WantBlocks(blocks, whole, urgent))
+            self._emit(WantBlocks(blocks * self.ranks.size, whole, urgent, self.ranks.size))
 
     def _got(self, blocks: int) -> None:
         self._wanted = max(0, self._wanted - blocks)
@@ -286,24 +322,54 @@ class Transfer:
 
     def _on_slept(self, event: Slept) -> None:
         self.progress_s += event.for_s
+        self._join_by_s += event.for_s
 
     def _on_promised(self, event: Promised) -> None:
-        self._promised_blocks += event.blocks
+        self._promised_blocks += event.blocks // self.ranks.size
+
+    def _on_joined(self, event: Joined) -> None:
+        self.ranks.join(event.rank, event.session)
+        self._progressed()
+
+    def _on_joined_ended(self, event: Joined) -> None:
+        """It comes to hear how it ended, and was never shown a block."""
+        self.ranks.join(event.rank, event.session)
+        self.ranks.let_go(event.rank)
 
     def _on_fail(self, event: Fail) -> None:
         self._fail(event.code, event.message)
 
-    def _on_release_ended(self, _event: Release) -> None:
-        self.released = True
+    def _on_release_ended(self, event: Release) -> None:
+        self.ranks.let_go(event.rank)
 
     def _on_worker_lost(self, event: WorkerLost) -> None:
-        self.released |= event.dead
-        self._fail(Code.WORKER_LOST, event.message)
+        if event.dead:
+            self.ranks.let_go(event.rank)
+        self._fail(Code.WORKER_LOST, self._by(event.rank) + event.message)
 
     def _on_worker_lost_ended(self, event: WorkerLost) -> None:
-        self.released |= event.dead
+        if event.dead:
+            self.ranks.let_go(event.rank)
+        else:
+            self.ranks.wait_not_for(event.rank)
+
+    def _by(self, rank: int) -> str:
+        """Names a rank where there are several."""
+        return f"rank {rank} of {self.ranks.size}: " if self.ranks.size > 1 else ""
+
+    @property
+    def _stalled_at_s(self) -> float:
+        stalled_s = self.progress_s + self.timing.stall_s
+        return stalled_s if self.ranks.complete else min(stalled_s, self._join_by_s)
 
     def _fail_if_stalled(self) -> None:
+        missing = self.ranks.missing
+        if missing and self.now_s >= self._join_by_s:
+            which = ", ".join(map(str, missing))
+            waited = f"{self.timing.stall_s:g} s"
+            message = f"of {self.ranks.size} ranks, {which} did not come within {waited}"
+            self._fail(Code.RANK_MISSING, message)
+            return
         waited_s = self.now_s - self.progress_s
         if waited_s >= self.timing.stall_s:
             why = self.stall or "moving"

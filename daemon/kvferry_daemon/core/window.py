@@ -16,14 +16,18 @@ class Place(NamedTuple):
 
 
 class Window:
-    """Leases in token order. It only keeps the books; the pool does the granting."""
+    """Leases in token order. It only keeps the books; the pool does the granting.
 
-    def __init__(self, base_tokens: int, block_size_tokens: int) -> None:
+    A group has as many blocks for each of its ranks: ``blocks`` and everything in tokens is what
+    one rank has, leases are those of all, rank after rank.
+    """
+
+    def __init__(self, base_tokens: int, block_size_tokens: int, ranks: int = 1) -> None:
         assert base_tokens % block_size_tokens == 0, base_tokens  # I11
         self.base_tokens = base_tokens
         self.blocks = 0
         self._block_size_tokens = block_size_tokens
-        self._leases: deque[Lease] = deque()
+        self._ranks: list[deque[Lease]] = [deque() for _ in range(ranks)]
 
     @property
     def allocated_tokens(self) -> int:
@@ -37,14 +41,26 @@ class Window:
 
     @property
     def leases(self) -> tuple[Lease, ...]:
-        """Every lease, in token order."""
-        return tuple(self._leases)
+        """Every lease, in token order, one rank after the other."""
+        return tuple([lease for rank in self._ranks for lease in rank])
 
-    def add(self, leases: Iterable[Lease]) -> None:
-        """Append blocks at the edge."""
-        for lease in leases:
-            self._leases.append(lease)
-            self.blocks += lease.run.blocks
+    def add(self, leases: Iterable[Lease]) -> int:
+        """Append blocks at the edge, the same number for each rank; return that number.
+
+        No lease belongs to two ranks.
+        """
+        leases = tuple(leases)
+        blocks = sum([lease.run.blocks for lease in leases]) // len(self._ranks)
+        rest = iter(leases)
+        for rank in self._ranks:
+            got = 0
+            while got < blocks:
+                lease = next(rest)
+                rank.append(lease)
+                got += lease.run.blocks
+            assert got == blocks, leases
+        self.blocks += blocks
+        return blocks
 
     def drop_to(self, base_tokens: int) -> list[Lease]:
         """Move the base up and return the leases (or their fronts) that lie below it now.
@@ -56,44 +72,28 @@ class Window:
         drop = min((base_tokens - self.base_tokens) // self._block_size_tokens, self.blocks)
         self.base_tokens = base_tokens
         self.blocks -= drop
-        fronts = []
-        while drop:
-            lease = self._leases.popleft()
-            first, blocks = lease.run
-            if blocks > drop:
-                self._leases.appendleft(lease._replace(run=Run(first + drop, blocks - drop)))
-                lease = lease._replace(run=Run(first, drop))
-            drop -= lease.run.blocks
-            fronts.append(lease)
-        return fronts
+        return [lease for rank in self._ranks for lease in _fronts(rank, drop)]
 
     def cut_to(self, edge_tokens: int) -> tuple[Lease, ...]:
         """Give up the blocks at and behind ``edge_tokens``, rounded up to a block; return them."""
         size = self._block_size_tokens
         keep = max(0, -(-(edge_tokens - self.base_tokens) // size))
-        tails = []
-        while self.blocks > keep:
-            lease = self._leases.pop()
-            first, blocks = lease.run
-            left = max(0, blocks - (self.blocks - keep))
-            if left:
-                self._leases.append(lease._replace(run=Run(first, left)))
-                lease = lease._replace(run=Run(first + left, blocks - left))
-            self.blocks -= lease.run.blocks
-            tails.append(lease)
-        return tuple(tails)
+        cut = max(0, self.blocks - keep)
+        self.blocks -= cut
+        return tuple([lease for rank in self._ranks for lease in _tails(rank, cut)])
 
     def clear(self) -> tuple[Lease, ...]:
         """Give every lease up and return them all."""
         leases = self.leases
-        self._leases.clear()
+        for rank in self._ranks:
+            rank.clear()
         self.blocks = 0
         return leases
 
-    def runs(self) -> list[tuple[int, int]]:
-        """The blocks as (first_block, blocks) in token order, neighbours joined."""
+    def runs(self, rank: int = 0) -> list[tuple[int, int]]:
+        """A rank's blocks as (first_block, blocks) in token order, neighbours joined."""
         runs: list[tuple[int, int]] = []
-        for lease in self._leases:
+        for lease in self._ranks[rank]:
             first, blocks = lease.run
             if runs and sum(runs[-1]) == first:
                 runs[-1] = (runs[-1][0], runs[-1][1] + blocks)
@@ -101,8 +101,8 @@ class Window:
                 runs.append((first, blocks))
         return runs
 
-    def cover(self, first_token: int, tokens: int) -> Place:
-        """The blocks that hold [first_token, first_token + tokens), and where they start."""
+    def cover(self, first_token: int, tokens: int, rank: int = 0) -> Place:
+        """A rank's blocks that hold [first_token, first_token + tokens), and where they start."""
         size = self._block_size_tokens
         assert self.base_tokens <= first_token, (self.base_tokens, first_token)
         assert first_token + tokens <= self.edge_tokens, (first_token, tokens, self.edge_tokens)
@@ -110,7 +110,7 @@ class Window:
         need = -(-(first_token + tokens) // size) - first_token // size
         place = first_token // size * size
         runs: list[Run] = []
-        for lease in self._leases:
+        for lease in self._ranks[rank]:
             first, blocks = lease.run
             if skip >= blocks:
                 skip -= blocks
@@ -121,3 +121,27 @@ class Window:
             if not need:
                 break
         return Place(place, tuple(runs))
+
+
+def _fronts(leases: deque[Lease], drop: int) -> Iterable[Lease]:
+    """Take the first blocks out of one rank's leases."""
+    while drop:
+        lease = leases.popleft()
+        first, blocks = lease.run
+        if blocks > drop:
+            leases.appendleft(lease._replace(run=Run(first + drop, blocks - drop)))
+            lease = lease._replace(run=Run(first, drop))
+        drop -= lease.run.blocks
+        yield lease
+
+
+def _tails(leases: deque[Lease], cut: int) -> Iterable[Lease]:
+    """Take the last blocks out of one rank's leases."""
+    while cut:
+        lease = leases.pop()
+        first, blocks = lease.run
+        if blocks > cut:
+            leases.append(lease._replace(run=Run(first, blocks - cut)))
+            lease = lease._replace(run=Run(first + blocks - cut, cut))
+        cut -= lease.run.blocks
+        yield lease

@@ -32,7 +32,7 @@ class WorkerDesk:
         self._node = node
         self._welcomer = Welcomer(node)
         self._routes: dict[bytes, str] = {}
-        self.opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}
+        self.opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}  # by the first rank
         self.on_pool_made = self._welcomer.on_pool_made
         self.on_pool_not_made = self._welcomer.on_pool_not_made
 
@@ -115,18 +115,20 @@ class WorkerDesk:
                 key = ev.Key(Role.SINK, call.transfer_id, call.attempt)
             case worker.Ready():
                 key = self._current(session, call, Role.SOURCE)
-                self._node.run_now(key, ev.ReadyTo(call.ready_tokens, call.total_tokens, call.aux))
+                told = ev.ReadyTo(call.ready_tokens, call.total_tokens, call.aux, call.rank)
+                self._node.run_now(key, told)
             case worker.Resume():
                 key = self._current(session, call, Role.SINK)
-                self._resume(key, call.sent_tokens)
+                self._resume(key, call)
             case worker.Release():
                 key = self._named(session, call, call.role)
-                self._node.run_now(key, ev.Release())
+                self._node.run_now(key, ev.Release(call.rank))
             case worker.Abort():
                 key = self._named(session, call, call.role)
                 reason = NEWLINES.sub(" ", call.reason) or "no reason given"
-                self._node.run_now(key, ev.Fail(Code.ABORTED, f"by its {call.role}: {reason}"))
-        return worker.Snapshots(call=call.call, transfers=[self._snapshot(key)])
+                who = f"{call.role}, rank {call.rank}" if call.rank else call.role
+                self._node.run_now(key, ev.Fail(Code.ABORTED, f"by its {who}: {reason}"))
+        return worker.Snapshots(call=call.call, transfers=[self._snapshot(key, call.rank)])
 
     # --- opening ---
 
@@ -137,6 +139,9 @@ class WorkerDesk:
         if call.attempt < newest:
             raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
         if self._is_repeated(session, key, call):
+            return
+        if key in node.transfers or node.tombstones.get(key) is not None:
+            self._join(session, key, call)
             return
         book = node.books[session.pool_id]
         opening = opening_of(key, session, book, node.settings, call)  # refuses bad numbers
@@ -155,7 +160,7 @@ class WorkerDesk:
             node.sinks.attach(key)
             return
         source = SourceTransfer(opening, timing, now_s)
-        told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux)
+        told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
         source.check_ready(told)
         self._supersede(key, newest)
         self.opened_by[key] = call.model_copy(update={"call": 0})
@@ -173,22 +178,42 @@ class WorkerDesk:
     def _is_repeated(
         self, session: Session, key: ev.Key, call: worker.Send | worker.Receive
     ) -> bool:
-        node = self._node
-        if key not in node.transfers and node.tombstones.get(key) is None:
-            return False
-        self._check_owner(session, key)
+        """Whether this worker has opened it before; FerryError if it was not quite this."""
+        owner = self._owner(key, call.rank)
         before = self.opened_by.get(key)
-        if before is not None:
-            now = call.model_copy(update={"call": 0})
-            fields = type(call).model_fields
-            different = [f for f in fields if getattr(before, f) != getattr(now, f)]
-            if different:
-                name = different[0]
-                raise FerryError(
-                    Code.PARAMETERS_DIFFER,
-                    f"{name} was {getattr(before, name)}, now {getattr(now, name)}",
-                )
+        if owner is None or (not owner and before is not None):
+            return False
+        different = before and _difference(before, call)
+        if owner not in ("", session.secret) and call.world_size > 1 and not different:
+            raise FerryError(
+                Code.RANK_TAKEN, f"rank {call.rank} of {key.transfer_id!r} is another session's"
+            )
+        self._check_owner(session, key, call.rank)
+        if different:
+            raise FerryError(Code.PARAMETERS_DIFFER, different)
         return True
+
+    def _join(self, session: Session, key: ev.Key, call: worker.Send | worker.Receive) -> None:
+        """One more rank of a group: it must have come for the same."""
+        node = self._node
+        before = self.opened_by[key]
+        different = _difference(before, call)
+        if call.rank >= before.world_size and not different:
+            raise FerryError(Code.BAD_RANK, f"rank {call.rank} of a group of {before.world_size}")
+        transfer = node.transfers.get(key)
+        if transfer is not None and transfer.opening.pool_id != session.pool_id:
+            ours = node.books[transfer.opening.pool_id].layout
+            layouts = ours.first_difference(node.books[session.pool_id].layout)
+            different = different or f"the layouts differ in {layouts}"
+        if different:
+            raise FerryError(Code.GROUP_DIFFERS, f"of the ranks before and this one {different}")
+        if transfer is None:
+            return  # over: the snapshot says how
+        session.keys.add(key)
+        node.run_now(key, ev.Joined(call.rank, session.secret))
+        if isinstance(call, worker.Send):
+            told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
+            node.run_now(key, told)
 
     def forget(self, key: ev.Key) -> None:
         """The tombstone of a transfer is gone."""
@@ -196,23 +221,32 @@ class WorkerDesk:
 
     # --- finding ---
 
-    def _check_owner(self, session: Session, key: ev.Key) -> None:
+    def _owner(self, key: ev.Key, rank: int) -> str | None:
+        """Whose a rank is; empty if nobody has come for it, None without such a transfer."""
         transfer = self._node.transfers.get(key)
+        if transfer is not None:
+            return transfer.ranks[rank].session if rank < transfer.ranks.size else ""
         stone = self._node.tombstones.get(key)
-        owner = transfer.opening.session if transfer else stone.session if stone else None
-        if owner is None:
+        return None if stone is None else stone.owner(rank)
+
+    def _check_owner(self, session: Session, key: ev.Key, rank: int) -> None:
+        owner = self._owner(key, rank)
+        if owner == session.secret:
+            return
+        if owner is None or (not owner and key in self._node.transfers):
+            which = f" rank {rank}" if rank else ""
             raise FerryError(
                 Code.UNKNOWN_TRANSFER,
-                f"no {key.role} transfer {key.transfer_id!r} attempt {key.attempt} here",
+                f"no {key.role} transfer {key.transfer_id!r} attempt {key.attempt}{which} here",
             )
-        if owner not in ("", session.secret):
+        if owner:
             raise FerryError(
                 Code.NOT_YOUR_TRANSFER, f"{key.transfer_id!r} was opened by another session"
             )
 
     def _named(self, session: Session, call: Named, role: Role) -> ev.Key:
         key = ev.Key(role, call.transfer_id, call.attempt)
-        self._check_owner(session, key)
+        self._check_owner(session, key, call.rank)
         return key
 
     def _current(self, session: Session, call: Named, role: Role) -> ev.Key:
@@ -221,22 +255,23 @@ class WorkerDesk:
             raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
         return self._named(session, call, role)
 
-    def _snapshot(self, key: ev.Key) -> worker.Snapshot:
+    def _snapshot(self, key: ev.Key, rank: int) -> worker.Snapshot:
         transfer = self._node.transfers.get(key)
         if transfer is not None:
-            return transfer.snapshot()
+            return transfer.snapshot(rank)
         stone = self._node.tombstones.get(key)
         assert stone is not None, key
-        return stone.snapshot
+        return stone.shown_to(rank)
 
-    def _resume(self, key: ev.Key, sent_tokens: int) -> None:
-        node = self._node
+    def _resume(self, key: ev.Key, call: worker.Resume) -> None:
+        node, sent_tokens = self._node, call.sent_tokens
         transfer = node.transfers.get(key)
         if not isinstance(transfer, SinkTransfer):
             return  # ended and given back: the snapshot says so
-        before = transfer.last_resume_at
-        node.run_now(key, ev.ResumeAt(sent_tokens))
-        after = transfer.last_resume_at
+        rank = transfer.ranks[call.rank]
+        before = rank.level_tokens
+        node.run_now(key, ev.ResumeAt(sent_tokens, call.rank))
+        after = rank.level_tokens
         what = "accepted" if after != before else "repeated" if sent_tokens == before else "stale"
         node.counters[f"resumes_{what}"] += 1
 
@@ -250,12 +285,13 @@ class WorkerDesk:
         for watched in call.transfers:
             key = ev.Key(watched.role, watched.transfer_id, watched.attempt)
             try:
-                self._check_owner(session, key)
+                self._check_owner(session, key, watched.rank)
             except FerryError as error:
-                refused.append(self._refused(key, error))
+                refused.append(self._refused(watched, error))
                 continue
-            after[key] = watched.after
-            snapshot = self._snapshot(key)
+            self._has_acted(key, watched)
+            after[key, watched.rank] = watched.after
+            snapshot = self._snapshot(key, watched.rank)
             live |= snapshot.state not in TERMINAL
             if snapshot.snapshot > watched.after:
                 snapshots.append(snapshot)
@@ -266,18 +302,30 @@ class WorkerDesk:
         self._node.schedule(number, until_s)
         return None
 
-    def _refused(self, key: ev.Key, error: FerryError) -> worker.Refused:
+    def _has_acted(self, key: ev.Key, watched: worker.Watched) -> None:
+        """A rank that polls behind a snapshot is through with it."""
+        transfer = self._node.transfers.get(key)
+        if transfer is not None and transfer.ranks.size > 1:
+            seen = min(watched.after, transfer.version)
+            self._node.run_now(key, ev.ActedOn(seen, watched.rank))
+
+    def _refused(self, watched: worker.Watched, error: FerryError) -> worker.Refused:
         return worker.Refused(
-            role=key.role,
-            transfer_id=key.transfer_id,
-            attempt=key.attempt,
+            role=watched.role,
+            transfer_id=watched.transfer_id,
+            attempt=watched.attempt,
+            rank=watched.rank,
             error=ErrorInfo.of(error.code, error.message),
         )
 
     def answer_poll(self, poll: WaitingPoll) -> None:
         """Answer a poll that waited, with all that has changed by now."""
-        snapshots = [self._snapshot(key) for key in poll.after if self._exists(key)]
-        news = [s for s in snapshots if s.snapshot > poll.after[_key(s)]]
+        news = []
+        for (key, rank), after in poll.after.items():
+            if self._exists(key):
+                snapshot = self._snapshot(key, rank)
+                if snapshot.snapshot > after:
+                    news.append(snapshot)
         self._say(poll.route, worker.Snapshots(call=poll.call, transfers=news))
 
     def _exists(self, key: ev.Key) -> bool:
@@ -314,8 +362,18 @@ class WorkerDesk:
     def _lose(self, session: Session, *, dead: bool, why: str) -> None:
         name = session.name or f"pid {session.pid}"
         for key in sorted(session.keys):
-            self._node.post(key, ev.WorkerLost(dead, f"worker {name}: {why}"))
+            for rank in self._node.transfers[key].ranks.of(session.secret):
+                self._node.post(key, ev.WorkerLost(dead, f"worker {name}: {why}", rank))
 
 
-def _key(snapshot: worker.Snapshot) -> ev.Key:
-    return ev.Key(snapshot.role, snapshot.transfer_id, snapshot.attempt)
+OF_A_RANK = {"call", "rank"}  # what each worker of a group says for itself
+OF_A_GROUPS_RANK = OF_A_RANK | {"total_tokens", "aux"}
+
+
+def _difference(before: worker.Send | worker.Receive, now: worker.Send | worker.Receive) -> str:
+    """The first parameter that the same call, or another rank's, must not have changed."""
+    own = OF_A_RANK if before.world_size == now.world_size == 1 else OF_A_GROUPS_RANK
+    for name in type(before).model_fields:
+        if name not in own and getattr(before, name) != getattr(now, name):
+            return f"{name} was {getattr(before, name)}, now {getattr(now, name)}"
+    return ""

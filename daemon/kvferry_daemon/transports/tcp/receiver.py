@@ -45,14 +45,14 @@ class StreamReceiver:
         size = sum(len(view) for view in views)
         self._claims[handle, first_token] = _Claim(tokens, views, size)
 
-    def cancel(self, handle: int) -> list[int]:
-        """Take back this handle's claims that were not begun; return their first tokens.
+    def cancel(self, handles: range) -> list[tuple[int, int]]:
+        """Take back these handles' claims that were not begun; return (handle, first token).
 
         ``dict.pop`` is atomic, so a claim is either taken back here or taken by the thread, which
         then ends it with Received, Rejected or StreamDown.
         """
-        keys = [key for key in list(self._claims) if key[0] == handle]
-        return [key[1] for key in keys if self._claims.pop(key, None) is not None]
+        keys = [key for key in list(self._claims) if key[0] in handles]
+        return [key for key in keys if self._claims.pop(key, None) is not None]
 
     def close(self) -> None:
         """End the connection; a blocked receive ends too."""
