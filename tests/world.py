@@ -16,6 +16,7 @@ from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
 from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.peer import PARTS_MAX
 from kvferry_proto.states import Role
 
 BLOCK = 4
@@ -197,7 +198,7 @@ class World:
             case out.Expect():
                 me.claims[effect.key, effect.handle, effect.first_token] = effect
             case out.CancelExpected():
-                gone = [c for c in me.claims if c[1] == effect.handle]
+                gone = [c for c in me.claims if c[1] // PARTS_MAX == effect.handle // PARTS_MAX]
                 for claim in gone:
                     del me.claims[claim]
                 return [out.ChunkMissed(*claim) for claim in gone]
@@ -248,7 +249,13 @@ class World:
     def _deliver_chunk(self, chunk: Chunk) -> None:
         source = "a" if chunk.to == "b" else "b"
         data = self._read_extent(source, chunk)
-        sent = out.ChunkSent(chunk.source_key, chunk.owner, 0, chunk.first_token, chunk.tokens)
+        sent = out.ChunkSent(
+            chunk.source_key,
+            chunk.owner,
+            chunk.handle % PARTS_MAX,
+            chunk.first_token,
+            chunk.tokens,
+        )
         self.feed(source, sent)
         me = self.machines[chunk.to]
         claim = me.claims.pop((chunk.key, chunk.handle, chunk.first_token), None)

@@ -91,7 +91,7 @@ class AsyncClient:
         """Open the source side; FerryError if it is refused. Cancelled, it leaves none open."""
         call = send_call(transfer_id, options)
         reply, pool = await self._open(call, Role.SOURCE)
-        return AsyncSending(self, SendLogic(pool, transfer_id, call.attempt), reply)
+        return AsyncSending(self, SendLogic(pool, call), reply)
 
     async def receive(
         self, transfer_id: str, **options: Unpack[ReceiveOptions]
@@ -99,7 +99,7 @@ class AsyncClient:
         """Open the sink side; FerryError if it is refused. Cancelled, it leaves none open."""
         call = receive_call(transfer_id, options)
         reply, pool = await self._open(call, Role.SINK)
-        logic = ReceiveLogic(pool, transfer_id, call.attempt, call.start_tokens)
+        logic = ReceiveLogic(pool, call)
         return AsyncReceiving(self, logic, reply)
 
     async def _open(
@@ -115,7 +115,11 @@ class AsyncClient:
 
     async def _tidy(self, call: worker.Send | worker.Receive, role: Role) -> None:
         """Nobody can name a transfer whose opening was cancelled: give it up here."""
-        name: dict[str, Any] = {"transfer_id": call.transfer_id, "attempt": call.attempt}
+        name: dict[str, Any] = {
+            "transfer_id": call.transfer_id,
+            "attempt": call.attempt,
+            "rank": call.rank,
+        }
         try:
             await self.call(worker.Abort(role=role, reason="its opening was cancelled", **name))
             await self.call(worker.Release(role=role, **name))

@@ -18,10 +18,13 @@ class SendOptions(TypedDict, total=False):
 
     ``attempt``: the router's retry number, the same on both sides. ``start_tokens``: the first
     token that this side has, a multiple of the block size. ``total_tokens``, ``aux``: if known
-    already. ``window_tokens``: how much of the pool to fill ahead of the sink.
+    already. ``window_tokens``: how much of the pool to fill ahead of the sink. ``rank``,
+    ``world_size``: which worker this is of a group that sends one payload together.
     """
 
     attempt: int
+    rank: int
+    world_size: int
     start_tokens: int
     total_tokens: int | None
     aux: dict[str, Any] | None
@@ -33,11 +36,14 @@ class ReceiveOptions(TypedDict, total=False):
 
     ``source``: the source daemon's peer address; None is this daemon. ``mode``: CONSUME takes
     window after window over, WHOLE keeps everything and needs ``max_tokens``. ``start_tokens``:
-    the first token to move, a multiple of the block size.
+    the first token to move, a multiple of the block size. ``rank``, ``world_size``: which worker
+    this is of a group that receives one payload together; all take the same windows over.
     """
 
     source: str | None
     attempt: int
+    rank: int
+    world_size: int
     mode: Mode
     start_tokens: int
     window_tokens: int | None

@@ -21,10 +21,14 @@ Steps = Generator[Any, Any, None]
 class TransferLogic:
     """One side of a transfer as its worker sees it."""
 
-    def __init__(self, pool: Pool, role: Role, transfer_id: str, attempt: int) -> None:
+    def __init__(self, pool: Pool, role: Role, call: worker.Send | worker.Receive) -> None:
         self.pool = pool
         self.role = role
-        self.name: dict[str, Any] = {"transfer_id": transfer_id, "attempt": attempt}
+        self.name: dict[str, Any] = {
+            "transfer_id": call.transfer_id,
+            "attempt": call.attempt,
+            "rank": call.rank,
+        }
         self.snapshot: worker.Snapshot | None = None
         self.released = False
 
@@ -96,9 +100,9 @@ class TransferLogic:
 class SendLogic(TransferLogic):
     """The source worker: fill, mark ready, finish."""
 
-    def __init__(self, pool: Pool, transfer_id: str, attempt: int) -> None:
-        super().__init__(pool, Role.SOURCE, transfer_id, attempt)
-        self.aux: dict[str, Any] | None = None
+    def __init__(self, pool: Pool, call: worker.Send) -> None:
+        super().__init__(pool, Role.SOURCE, call)
+        self.told_total = call.total_tokens is not None  # by this rank: each has to
 
     @property
     def edge_tokens(self) -> int:
@@ -119,6 +123,7 @@ class SendLogic(TransferLogic):
         """Mark tokens ready."""
         told = {"ready_tokens": ready, "total_tokens": total, "aux": aux}
         yield from self.ask(made(worker.Ready, {**told, **self.name}))
+        self.told_total |= total is not None
 
     def fill(self, first: int, arrays: dict[str, Any], aux: dict[str, Any] | None) -> Steps:
         """Copy (tokens, *shape) arrays in as room comes, marking each part ready."""
@@ -153,8 +158,8 @@ class SendLogic(TransferLogic):
     def finish(self, aux: dict[str, Any] | None) -> Steps:
         """The payload ends with what is ready; the worker is done with it."""
         now = self.now
-        if not self.ended and (now.total_tokens is None or aux is not None):
-            total = now.available_tokens if now.total_tokens is None else now.total_tokens
+        if not self.ended and (not self.told_total or aux is not None):
+            total = now.total_tokens if self.told_total else now.available_tokens
             yield from self.ready(now.available_tokens, total, aux)
         yield from self.release()
 
@@ -162,9 +167,9 @@ class SendLogic(TransferLogic):
 class ReceiveLogic(TransferLogic):
     """The sink worker: take windows over, resume, release."""
 
-    def __init__(self, pool: Pool, transfer_id: str, attempt: int, start_tokens: int) -> None:
-        super().__init__(pool, Role.SINK, transfer_id, attempt)
-        self.taken_tokens = start_tokens
+    def __init__(self, pool: Pool, call: worker.Receive) -> None:
+        super().__init__(pool, Role.SINK, call)
+        self.taken_tokens = call.start_tokens
         self.window: WindowView | None = None
 
     def next_window(self, min_tokens: int | None) -> Steps:

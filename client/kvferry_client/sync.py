@@ -125,13 +125,13 @@ class Client:
         """Open the source side; FerryError if it is refused."""
         call = send_call(transfer_id, options)
         reply, pool = self._open(call)
-        return Sending(self, SendLogic(pool, transfer_id, call.attempt), reply)
+        return Sending(self, SendLogic(pool, call), reply)
 
     def receive(self, transfer_id: str, **options: Unpack[ReceiveOptions]) -> "Receiving":
         """Open the sink side, pulling from the daemon at ``source`` (None: from this one)."""
         call = receive_call(transfer_id, options)
         reply, pool = self._open(call)
-        logic = ReceiveLogic(pool, transfer_id, call.attempt, call.start_tokens)
+        logic = ReceiveLogic(pool, call)
         return Receiving(self, logic, reply)
 
 

@@ -170,7 +170,7 @@ def test_an_exception_in_an_asyncio_block_aborts_both_sides(daemons: Daemons) ->
 
 
 def test_a_snapshot_that_was_overtaken_is_dropped() -> None:
-    logic = SendLogic(None, "t", 0)  # type: ignore[arg-type]
+    logic = SendLogic(None, worker.Send(transfer_id="t"))  # type: ignore[arg-type]
     for number, sent in ((5, 50), (3, 30), (6, 60)):
         seen = worker.Snapshot(
             role=Role.SOURCE, transfer_id="t", attempt=0, snapshot=number,

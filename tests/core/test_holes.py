@@ -1,7 +1,7 @@
 """The holes of the plain rule: one scenario each, which ours passes and the plain rule fails.
 
-Ranks of one group are two transfers here: that a rank cannot be moved beyond what it has is what a
-group will stand on. A group's own numbered snapshots do not exist yet.
+Ranks of one group are two transfers here, as the plain rule has them; ours of one transfer are in
+test_groups.py.
 """
 
 from collections.abc import Callable

@@ -66,7 +66,7 @@ class Ranks:
     @property
     def know_total(self) -> bool:
         """Whether each has said itself where the payload ends, or will write no more."""
-        return all([one.total_tokens is not None or one.released for one in self._ranks])
+        return all(one.total_tokens is not None or one.released for one in self._ranks)
 
     def of(self, session: str) -> list[int]:
         """The ranks of a session."""
