@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from kvferry_proto import control, peer, worker
 from kvferry_proto.codec import Codec
-from kvferry_proto.layout import Layout, Plane
+from kvferry_proto.layout import Layout, Order, Plane
 from kvferry_proto.versions import Versions
 
 Any_ = st.SearchStrategy[Any]
@@ -46,15 +46,37 @@ def messages(cls: type[BaseModel]) -> Any_:
     """Any message of a class; fields that have a default are left out now and then."""
     if cls is Layout:
         return _layouts()
+    if cls is Plane:
+        return _planes()
     if cls is Versions:
         pairs = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(sorted)
         return pairs.map(lambda pair: Versions(low=pair[0], high=pair[1]))
+    return _fields(cls).map(lambda fields: cls(**fields))
+
+
+def _fields(cls: type[BaseModel], without: tuple[str, ...] = ()) -> Any_:
     required: dict[str, Any_] = {}
     optional: dict[str, Any_] = {}
     for name, field in cls.model_fields.items():
-        into = required if field.is_required() else optional
-        into[name] = _values(field.annotation, field.metadata)
-    return st.fixed_dictionaries(required, optional=optional).map(lambda fields: cls(**fields))
+        if name not in without:
+            into = required if field.is_required() else optional
+            into[name] = _values(field.annotation, field.metadata)
+    return st.fixed_dictionaries(required, optional=optional)
+
+
+def _planes() -> Any_:
+    """Any plane whose fields go together: heads and their order need an axis."""
+
+    @st.composite
+    def draw_one(draw: st.DrawFn) -> Plane:
+        fields = draw(_fields(Plane, without=("heads_total", "order")))
+        if axes := fields.get("shape"):
+            ranks = draw(st.none() | st.integers(1, (1 << 24) // axes[0]))
+            fields["heads_total"] = ranks and axes[0] * ranks
+            fields["order"] = draw(st.sampled_from(Order))
+        return Plane(**fields)
+
+    return draw_one()
 
 
 def _layouts() -> Any_:

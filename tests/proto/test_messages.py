@@ -181,7 +181,7 @@ def test_wire_page_has_every_error_with_its_fault_and_remedy(code: Code) -> None
     assert f"| `{code.value}` | {advice.fault.value} | {advice.remedy} |" in section("Errors")
 
 
-@pytest.mark.parametrize("word", [*Role, *Mode, *StallReason, *layout.Dtype])
+@pytest.mark.parametrize("word", [*Role, *Mode, *StallReason, *layout.Dtype, *layout.Order])
 def test_wire_page_names_every_word(word: Any) -> None:
     assert f"`{word.value}`" in WIRE
 
@@ -203,6 +203,7 @@ def test_wire_page_has_the_limits_of_the_code() -> None:
         "PULLS_MAX": peer.PULLS_MAX,
         "TRANSFERS_MAX": control.TRANSFERS_MAX,
         "PLANES_MAX": layout.PLANES_MAX,
+        "STRIPS_MAX": layout.STRIPS_MAX,
         "AUX_BYTES_MAX": fields.AUX_BYTES_MAX,
         "WINDOW_BLOCKS_MAX": worker.WINDOW_BLOCKS_MAX,
         "BLOCK_BYTES_MAX": layout.BLOCK_BYTES_MAX,

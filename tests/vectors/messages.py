@@ -7,7 +7,7 @@ from kvferry_proto import peer as p
 from kvferry_proto import worker as w
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import TOKENS_MAX, ErrorInfo
-from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.layout import Dtype, Layout, Order, Plane
 from kvferry_proto.states import Mode, Role, StallReason, State
 from kvferry_proto.versions import Versions
 
@@ -41,9 +41,18 @@ EMBEDDING = Layout(
     aux=("rope_delta", "text"),
     block_size_tokens=7,
 )
+RANK = Layout(
+    planes=(
+        Plane(name="k", dtype=Dtype.FLOAT8_E4M3FN, shape=(2, 5), heads_total=8, order=Order.HND),
+        Plane(name="v", dtype=Dtype.BFLOAT16, shape=(1, 3), heads_total=2),
+        Plane(name="latent", dtype=Dtype.BFLOAT16, shape=(9,), order=Order.HND),
+    ),
+    block_size_tokens=16,
+)
 LAYOUTS = {
     "two planes of a cache": KV,
     "planes that need padding, scalars, aux": EMBEDDING,
+    "one rank's heads, and both orders": RANK,
     "one byte": Layout(planes=(Plane(name="x", dtype=Dtype.UINT8),), block_size_tokens=1),
 }
 
@@ -54,6 +63,7 @@ CALLS: dict[str, Any] = {
         call=BIG, lock="a-_9", layout=EMBEDDING, session=SECRET, worker="decode \u00e9", pid=1 << 31
     ),
     "hello of a newer client": w.Hello(lock="x", layout=KV, versions=Versions(low=1, high=65535)),
+    "hello of one rank": w.Hello(lock="r1", layout=RANK),
     "send": w.Send(transfer_id="req-1"),
     "send with everything": w.Send(
         call=2, transfer_id="!~" * 64, attempt=1 << 31, start_tokens=128, total_tokens=TOKENS_MAX,
