@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvferry_client.arrays import bits_of, checked, numpy_dtype
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.layout import Layout, Plane
+from kvferry_proto.layout import Layout, Order, Plane
 from kvferry_proto.worker import PoolInfo
 
 
@@ -35,22 +35,29 @@ class Pool:
             self._mapping = mmap.mmap(file.fileno(), info.blocks * info.block_bytes)
 
     def plane(self, name: str, run: Run) -> NDArray[Any]:
-        """A plane over a run: (blocks, block_size_tokens, *shape), strided, writable, no copy."""
+        """A plane over a run: (blocks, block_size_tokens, *shape), strided, writable, no copy.
+
+        The axes are the same whatever the plane's order; only the strides tell.
+        """
         plane = self.plane_named(name)
         place = self.layout.places[self.layout.planes.index(plane)]
+        size = self.layout.block_size_tokens
+        hnd = plane.order is Order.HND
+        lies = (plane.shape[0], size, *plane.shape[1:]) if hnd else (size, *plane.shape)
         dtype = numpy_dtype(plane)
         inner: list[int] = []
         step = dtype.itemsize
-        for extent in reversed(plane.shape):
+        for extent in reversed(lies):
             inner.insert(0, step)
             step *= extent
-        return np.ndarray(
-            (run.blocks, self.layout.block_size_tokens, *plane.shape),
+        array: NDArray[Any] = np.ndarray(
+            (run.blocks, *lies),
             dtype,
             self._mapping,
             run.first_block * self.layout.block_bytes + place.offset_bytes,
-            (self.layout.block_bytes, place.token_bytes, *inner),
+            (self.layout.block_bytes, *inner),
         )
+        return array.swapaxes(1, 2) if hnd else array
 
     def plane_named(self, name: str) -> Plane:
         """A plane of the layout; FerryError(bad_array) names those that there are."""

@@ -170,7 +170,7 @@ class Effects:
             tokens=tokens,
             block_size=layout.block_size_tokens,
             block_bytes=layout.block_bytes,
-            planes=layout.places,
+            strips=layout.strips,
         )
         return [pool.piece(offset, length) for offset, length in parts]
 

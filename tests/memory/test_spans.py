@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry_daemon.memory.spans import Span, spans
+from kvferry_proto.layout import Dtype, Layout, Order, Plane
 
 POOL_BLOCKS = 24
 
@@ -19,7 +20,7 @@ class Case(NamedTuple):
     tokens: int
     block_size: int
     block_bytes: int
-    planes: list[tuple[int, int]]
+    strips: list[tuple[int, int]]
 
     def spans(self, blocks: list[int] | None = None) -> list[Span]:
         return spans(
@@ -29,7 +30,7 @@ class Case(NamedTuple):
             tokens=self.tokens,
             block_size=self.block_size,
             block_bytes=self.block_bytes,
-            planes=self.planes,
+            strips=self.strips,
         )
 
 
@@ -46,9 +47,9 @@ def runs_of(blocks: list[int]) -> list[tuple[int, int]]:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     block_size = draw(st.integers(1, 5))
-    planes, end = [], 0
+    strips, end = [], 0
     for token_bytes in draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)):
-        planes.append((end, token_bytes))
+        strips.append((end, token_bytes))
         end += token_bytes * block_size + draw(st.integers(0, 2))  # and padding
     numbers = st.lists(st.integers(0, POOL_BLOCKS - 1), unique=True, min_size=1, max_size=8)
     first = draw(st.integers(0, POOL_BLOCKS - 8))
@@ -57,7 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
     held = len(blocks) * block_size
     skip = draw(st.integers(0, held - 1))
     tokens = draw(st.integers(1, held - skip))
-    return Case(blocks, base, base + skip, tokens, block_size, end, planes)
+    return Case(blocks, base, base + skip, tokens, block_size, end, strips)
 
 
 def bytes_of(found: list[Span]) -> list[int]:
@@ -65,7 +66,7 @@ def bytes_of(found: list[Span]) -> list[int]:
 
 
 def expected_bytes(case: Case) -> list[int]:
-    """Block by block: all of it if every token is wanted, else the wanted tokens of each plane."""
+    """Block by block: all of it if every token is wanted, else the wanted tokens of each strip."""
     first = case.first_token - case.base_token
     wanted = range(first, first + case.tokens)
     found: list[int] = []
@@ -75,7 +76,7 @@ def expected_bytes(case: Case) -> list[int]:
         if len(inside) == case.block_size:
             found += range(at, at + case.block_bytes)
             continue
-        for offset, token_bytes in case.planes:
+        for offset, token_bytes in case.strips:
             for token in inside:
                 start = at + offset + token * token_bytes
                 found += range(start, start + token_bytes)
@@ -112,7 +113,7 @@ LAYOUT = (4, 16, [(0, 2), (8, 1)])
 SHAPES: list[tuple[list[int], int, int, list[Span]]] = [
     ([0, 1, 2], 0, 12, [(0, 48)]),  # neighbours: one span with the padding
     ([5, 1, 2], 0, 12, [(80, 16), (16, 32)]),
-    ([0, 1, 2], 1, 2, [(2, 4), (9, 2)]),  # inside a block: one span a plane
+    ([0, 1, 2], 1, 2, [(2, 4), (9, 2)]),  # inside a block: one span a strip
     ([0, 1, 2], 4, 3, [(16, 6), (24, 3)]),
     ([0, 1, 2], 2, 8, [(4, 4), (10, 2), (16, 20), (40, 2)]),  # whole, and what touches it
     ([0, 1, 2], 5, 0, []),
@@ -128,3 +129,26 @@ def test_shapes(blocks: list[int], first: int, tokens: int, expected: list[Span]
 def test_tokens_outside_the_window_are_refused(first: int, tokens: int) -> None:
     with pytest.raises(ValueError, match=r"of a window \[8, 20\)"):
         Case([0, 1, 2], 8, first, tokens, *LAYOUT).spans()
+
+
+def test_a_part_of_a_block_with_planes_in_both_orders() -> None:
+    """Blocks of 4 tokens: 2 heads of 3 bytes head by head, then 2 of 1 byte token by token."""
+    k = Plane(name="k", dtype=Dtype.UINT8, shape=(2, 3), order=Order.HND)
+    v = Plane(name="v", dtype=Dtype.UINT8, shape=(2, 1))
+    layout = Layout(planes=(k, v), block_size_tokens=4)
+    assert (layout.places[1].offset_bytes, layout.block_bytes) == (64, 128)
+
+    def found(first: int, tokens: int) -> list[Span]:
+        return spans(
+            [(1, 1), (0, 1)],
+            base_token=0,
+            first_token=first,
+            tokens=tokens,
+            block_size=4,
+            block_bytes=128,
+            strips=layout.strips,
+        )
+
+    assert found(1, 2) == [(128 + 3, 6), (128 + 12 + 3, 6), (128 + 64 + 2, 4)]
+    assert found(0, 7) == [(128, 128), (0, 9), (12, 9), (64, 6)]
+    assert found(0, 8) == [(128, 128), (0, 128)]

@@ -13,15 +13,16 @@ def spans(
     tokens: int,
     block_size: int,
     block_bytes: int,
-    planes: Sequence[tuple[int, int]],
+    strips: Sequence[tuple[int, int]],
 ) -> list[Span]:
     """The spans of tokens [first_token, first_token + tokens), in the order they are sent.
 
-    ``runs`` are (first_block, blocks) from ``base_token`` on; ``planes`` are (offset_bytes,
-    token_bytes) within a block. Whole blocks are one span with all their planes and padding, and
-    neighbours are joined; a part of a block is one span a plane. The order of the bytes does not
-    depend on where the blocks lie. ValueError for tokens that the window does not hold: the
-    header of a chunk has promised all of them.
+    ``runs`` are (first_block, blocks) from ``base_token`` on; ``strips`` are (offset_bytes,
+    token_bytes) within a block: the planes, or the heads of those that lie head by head. Whole
+    blocks are one span with all their planes and padding, and neighbours are joined; a part of a
+    block is one span a strip. The order of the bytes does not depend on where the blocks lie.
+    ValueError for tokens that the window does not hold: the header of a chunk has promised all of
+    them.
     """
     found: list[Span] = []
     token, end = base_token, first_token + tokens
@@ -38,7 +39,7 @@ def spans(
                 position += whole * block_size
                 continue
             count = min(block_size - inside, high - position)
-            for offset, token_bytes in planes:
+            for offset, token_bytes in strips:
                 _append(found, at + offset + inside * token_bytes, count * token_bytes)
             position += count
         token = run_end
