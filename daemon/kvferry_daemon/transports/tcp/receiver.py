@@ -1,4 +1,7 @@
-"""One thread that receives chunks from one connection straight into claimed blocks."""
+"""One thread that receives chunks from one connection straight into claimed blocks.
+
+Slices of blocks come into a buffer first, and into the blocks once the bytes are known to be right.
+"""
 
 import contextlib
 import socket
@@ -9,6 +12,7 @@ from typing import NamedTuple
 import xxhash
 
 from kvferry_daemon.transports.tcp.events import Drained, Post, Received, Rejected, StreamDown
+from kvferry_daemon.transports.tcp.staging import Place, Staging, payload_bytes_of
 from kvferry_proto.chunk import (
     HEADER_BYTES,
     TRAILER_BYTES,
@@ -24,7 +28,7 @@ BUFFERS_MAX = 512  # of one recvmsg_into; the kernel's limit is 1024
 
 class _Claim(NamedTuple):
     tokens: int
-    views: list[memoryview]
+    place: Place
     payload_bytes: int
 
 
@@ -37,13 +41,13 @@ class StreamReceiver:
         self._post = post
         self._claims: dict[tuple[int, int], _Claim] = {}
         self._scratch = memoryview(bytearray(0))
+        self._staging = Staging()
         sock.settimeout(None)
         threading.Thread(target=self._run, name="kvferry-receive", daemon=True).start()
 
-    def claim(self, handle: int, first_token: int, tokens: int, views: list[memoryview]) -> None:
-        """Expect an extent; its bytes go into ``views``, in order."""
-        size = sum(len(view) for view in views)
-        self._claims[handle, first_token] = _Claim(tokens, views, size)
+    def claim(self, handle: int, first_token: int, tokens: int, place: Place) -> None:
+        """Expect an extent; its bytes go into ``place``: views are filled in order."""
+        self._claims[handle, first_token] = _Claim(tokens, place, payload_bytes_of(place))
 
     def cancel(self, handles: range) -> list[tuple[int, int]]:
         """Take back these handles' claims that were not begun; return (handle, first token).
@@ -82,7 +86,14 @@ class StreamReceiver:
         if claim is None:
             self._drain(header)
             return
-        if not self._receive(header, claim.views):
+        if isinstance(claim.place, list):
+            whole = self._receive(header, claim.place)
+        else:
+            staged = self._staging.view(header.payload_bytes)
+            whole = self._receive(header, [staged])
+            if whole:
+                claim.place.scatter(staged)
+        if not whole:
             why = "the checksum of the payload is wrong"
             self._post(Rejected(self._key, header.handle, header.first_token, why))
             raise BadChunk(why)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import xxhash
 
 from kvferry_daemon.transports.tcp.events import Post, Sent, StreamDown
+from kvferry_daemon.transports.tcp.staging import Place, Staging, payload_bytes_of
 from kvferry_proto.chunk import ChunkHeader, pack_trailer
 
 STEP_BYTES = 1 << 20  # of one sendmsg, and of one hashing step: the bytes are then still in cache
@@ -20,7 +21,7 @@ BUFFERS_MAX = 512  # of one sendmsg, and a trailer; the kernel's limit is 1024
 
 @dataclass(frozen=True, slots=True)
 class SendJob:
-    """An extent to send: its bytes are read from ``views`` until Sent or StreamDown.
+    """An extent to send: its bytes are read from ``place`` until Sent or StreamDown.
 
     ``owner`` comes back with Sent; ``handle`` is the other side's and goes out in the header.
     """
@@ -29,7 +30,7 @@ class SendJob:
     handle: int
     first_token: int
     tokens: int
-    views: list[memoryview]
+    place: Place
 
 
 class StreamSender:
@@ -41,6 +42,7 @@ class StreamSender:
         self._post = post
         self._checksum = checksum
         self._jobs: deque[SendJob] = deque()
+        self._staging = Staging()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.Lock()  # who writes to it must know that it is still open
         self._asleep = False
@@ -95,16 +97,21 @@ class StreamSender:
     def _send_queued(self) -> None:
         """Send what is queued, several small chunks in one call, up to about STEP_BYTES."""
         buffers: list[bytes | memoryview] = []
-        size, sent = 0, []
-        while self._jobs and size < STEP_BYTES // 2:
+        size, sent, staged = 0, [], False
+        while self._jobs and size < STEP_BYTES // 2 and not staged:  # its buffer must leave first
             job = self._jobs.popleft()
-            payload_bytes = sum(len(view) for view in job.views)
+            payload_bytes = payload_bytes_of(job.place)
             header = ChunkHeader(
                 job.handle, job.first_token, job.tokens, payload_bytes, self._checksum
             )
             buffers.append(header.pack())
             digest = xxhash.xxh3_64() if self._checksum else None
-            for piece in _pieces(job.views):
+            if isinstance(job.place, list):
+                views = job.place
+            else:
+                views, staged = [self._staging.view(payload_bytes)], True
+                job.place.gather(views[0])
+            for piece in _pieces(views):
                 if size + len(piece) > STEP_BYTES or len(buffers) >= BUFFERS_MAX:
                     self._send_all(buffers)
                     buffers, size = [], 0

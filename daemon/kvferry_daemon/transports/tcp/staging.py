@@ -1,0 +1,41 @@
+"""Where a chunk's bytes lie: in views, sent and received as they are, or strided in slices."""
+
+from typing import Protocol
+
+
+class Sliced(Protocol):
+    """Bytes that go through a buffer of the thread; the copies are the thread's work too."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of the buffer."""
+
+    def gather(self, out: memoryview) -> None:
+        """Fill the buffer from the pool."""
+
+    def scatter(self, data: memoryview) -> None:
+        """Write the buffer into the pool."""
+
+
+Place = list[memoryview] | Sliced
+
+
+def payload_bytes_of(place: Place) -> int:
+    """How many bytes there are."""
+    if isinstance(place, list):
+        return sum(len(view) for view in place)
+    return place.payload_bytes
+
+
+class Staging:
+    """One thread's buffer, used again for every sliced chunk: as large as the largest so far."""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(0))
+
+    def view(self, size_bytes: int) -> memoryview:
+        """The first bytes of it. What an earlier view showed is gone."""
+        if len(self._buffer) < size_bytes:
+            self._buffer = memoryview(bytearray(0))  # not both at once
+            self._buffer = memoryview(bytearray(size_bytes))
+        return self._buffer[:size_bytes]
