@@ -12,12 +12,12 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.records import PoolRecord
-from kvferry_daemon.core.window import Place
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
-from kvferry_daemon.memory.spans import spans
+from kvferry_daemon.memory.places import SlicePlans, whole
 from kvferry_daemon.probe import probe
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.transports.tcp.staging import Place
 
 log = logging.getLogger(__name__)
 PENDING_SLICE = 64  # events in one go before other callbacks of the loop get a turn
@@ -53,6 +53,7 @@ class Effects:
         self._timer_at_s = float("inf")
         self._tasks: set[asyncio.Future[Any]] = set()
         self._drops: list[Future[None]] = []
+        self._slice_plans = SlicePlans()
         self._memory = ThreadPoolExecutor(2, "kvferry-memory")
         self._moves: dict[type, Callable[[Any], None]] = {
             out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
@@ -160,24 +161,19 @@ class Effects:
 
     # --- bytes ---
 
-    def _views(self, pool_id: str, first_token: int, tokens: int, place: Place) -> list[memoryview]:
-        layout = self._node.books[pool_id].layout
-        pool = self._pools[pool_id]
-        parts = spans(
-            place.runs,
-            base_token=place.base_tokens,
-            first_token=first_token,
-            tokens=tokens,
-            block_size=layout.block_size_tokens,
-            block_bytes=layout.block_bytes,
-            strips=layout.strips,
-        )
-        return [pool.piece(offset, length) for offset, length in parts]
+    def _place(self, effect: out.Expect | out.Transmit) -> Place:
+        layout = self._node.books[effect.pool_id].layout
+        pool = self._pools[effect.pool_id]
+        runs, base_token = effect.place.runs, effect.place.base_tokens
+        extent = (runs, base_token, effect.first_token, effect.tokens)
+        if effect.slices is None:
+            return whole(pool, layout, *extent)
+        slices = (effect.slices.planes, effect.slices.wire_block_tokens)
+        return self._slice_plans.sliced(pool, layout, slices, *extent)
 
     def _expect(self, effect: out.Expect) -> None:
         assert self._streams is not None
-        views = self._views(effect.pool_id, effect.first_token, effect.tokens, effect.place)
-        if not self._streams.expect(effect, views):
+        if not self._streams.expect(effect, self._place(effect)):
             self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
@@ -187,8 +183,9 @@ class Effects:
 
     def _transmit(self, effect: out.Transmit) -> None:
         assert self._streams is not None
-        views = self._views(effect.pool_id, effect.first_token, effect.tokens, effect.place)
-        self._streams.transmit(effect, views)  # if it is gone, its end tells the transfer
+        self._streams.transmit(
+            effect, self._place(effect)
+        )  # if it is gone, its end tells the transfer
 
     # --- work off the loop ---
 

@@ -15,13 +15,12 @@ from kvferry_daemon.transports.tcp.bridge import LoopBridge
 from kvferry_daemon.transports.tcp.listener import ConnectError, Listener, connect
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
+from kvferry_daemon.transports.tcp.staging import Place
 from kvferry_proto.peer import PARTS_MAX
 
 CONNECT_S = 5.0
 CONNECTS_MAX = 256  # threads come only as they are needed: a few sick sources must not fill them
 log = logging.getLogger(__name__)
-
-Views = list[memoryview]
 
 
 class Streams:
@@ -76,12 +75,12 @@ class Streams:
         elif key in self._receivers:
             self._receivers[key].close()
 
-    def expect(self, effect: out.Expect, views: Views) -> bool:
+    def expect(self, effect: out.Expect, place: Place) -> bool:
         """Claim an extent; False if the connection is gone."""
         receiver = self._receivers.get(effect.key)
         if receiver is None:
             return False
-        receiver.claim(effect.handle, effect.first_token, effect.tokens, views)
+        receiver.claim(effect.handle, effect.first_token, effect.tokens, place)
         return True
 
     def cancel(self, handle: int) -> list[tuple[StreamKey, int, int]]:
@@ -115,13 +114,13 @@ class Streams:
 
     # --- source: connections that sinks open ---
 
-    def transmit(self, effect: out.Transmit, views: Views) -> bool:
+    def transmit(self, effect: out.Transmit, place: Place) -> bool:
         """Queue an extent; False if the connection is gone (its end is an event of its own)."""
         sender = self._senders.get(effect.key)
         if sender is None:
             return False
         owner = effect.owner, effect.part
-        sender.put(SendJob(owner, effect.handle, effect.first_token, effect.tokens, views))
+        sender.put(SendJob(owner, effect.handle, effect.first_token, effect.tokens, place))
         return True
 
     def expel(self, key: StreamKey) -> None:

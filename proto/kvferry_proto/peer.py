@@ -117,6 +117,7 @@ class Pull(Message):
     start_tokens: Tokens
     acked_tokens: Tokens
     world_size: WorldSize = 1  # the sink's ranks
+    layout: Layout | None = None  # the sink's own, once it has heard that the source's is another
     want: Annotated[list[Want], Field(max_length=WANTS_MAX)] = Field(default_factory=list)
 
 
@@ -142,7 +143,10 @@ class Progress(Message):
     total_tokens: Tokens | None = None
     aux: Aux | None = None
     error: ErrorInfo | None = None
-    layout: Layout | None = None  # the source's own, when the digests differ
+    layout: Layout | None = (
+        None  # the source's own, when it does not know the sink's, and they differ
+    )
+    world_size: WorldSize = 1  # the source's ranks; told with the layout
 
 
 class Progresses(_Linked):

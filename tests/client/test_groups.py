@@ -3,7 +3,6 @@
 import asyncio
 import multiprocessing
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from client.payloads import LAYOUT, WINDOW, Daemons, payload
+from client.ranks import Ranks
 from kvferry_client import AsyncClient, FerryError, Role, State, connect
 from kvferry_proto.worker import Watched
 from live import LiveDaemon
@@ -21,28 +21,6 @@ RANKS = 2
 def arrays_of(rank: int, tokens: int) -> dict[str, np.ndarray]:
     """Different bytes for every rank."""
     return {name: array + rank for name, array in payload(tokens).items()}
-
-
-class Ranks:
-    """Runs one function a rank, each in a thread; the first error is raised."""
-
-    def __init__(self, work: Callable[[int], None], ranks: int = RANKS) -> None:
-        self._errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._run, args=(work, r)) for r in range(ranks)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, work: Callable[[int], None], rank: int) -> None:
-        try:
-            work(rank)
-        except BaseException as error:  # noqa: BLE001  raised again by join
-            self._errors.append(error)
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        for error in self._errors:
-            raise error
 
 
 def send(directory: Path, rank: int, tokens: int, **more: Any) -> None:
@@ -80,9 +58,9 @@ def test_each_rank_gets_its_own_bytes_in_the_same_windows(
         for name, array in arrays_of(rank, tokens).items():
             np.testing.assert_array_equal(np.concatenate(parts[name]), array)
 
-    sinks = Ranks(receive)
+    sinks = Ranks(receive, RANKS)
     where = b if handoff else a
-    Ranks(lambda rank: send(where.directory, rank, tokens, window_tokens=size)).join()
+    Ranks(lambda rank: send(where.directory, rank, tokens, window_tokens=size), RANKS).join()
     sinks.join()
     assert windows[0] == windows[1]
     assert windows[0][-1] == tokens
@@ -213,8 +191,8 @@ def test_a_group_goes_on_after_both_daemons_were_killed(tmp_path: Path) -> None:
                     half_way.wait(30)
                     assert restarted.wait(30)
 
-    sources = Ranks(lambda rank: send(a.directory, rank, tokens, window_tokens=size))
-    sinks = Ranks(receive)
+    sources = Ranks(lambda rank: send(a.directory, rank, tokens, window_tokens=size), RANKS)
+    sinks = Ranks(receive, RANKS)
     half_way.wait(60)
     for daemon in (a, b):
         daemon.process.kill()

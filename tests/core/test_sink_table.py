@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_args
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.shape import whole_blocks
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.transfer import Opening, Transfer
 from kvferry_proto.errors import Code, FerryError
@@ -116,6 +117,21 @@ ResumeAt 4, local     | SF    | stays Free
 Fail, local           | BW    | FAILED WantBlocks SendDone
 Fail, local           | T     | FAILED WantBlocks SendDone Quarantine
 Fail, local           | SF    | absorbed
+Joined, group         | BWTSF | stays
+ActedOn, group        | BWTSF | stays
+Tick, 3 s on, group   | BWT   | stays SendPull
+Tick, a minute on, group | BW | FAILED SendDone
+ResumeAt 4, group     | T     | stays
+ResumeAt 4 by both, group | T | stays Free
+Release, group        | T     | FAILED SendDone CancelClaims Quarantine
+Release, group        | S     | stays
+Release by both, group | S    | stays Free
+WorkerLost, group     | SF    | stays
+WorkerLost dead, group | SF   | stays
+Shaped                | BWT   | stays SendPull
+Shaped                | SF    | absorbed
+Shaped anew           | BW    | stays SendPull
+Shaped anew           | T     | FAILED SendDone CancelClaims Quarantine
 ReadyTo               | BWTSF | absorbed
 Pulled                | BWTSF | absorbed
 Sent                  | BWTSF | absorbed
@@ -132,6 +148,8 @@ def frozen(thing: object) -> object:
         return {key: frozen(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple | deque):
         return [frozen(value) for value in thing]
+    if isinstance(thing, set):
+        return set(thing)
     if is_dataclass(thing) and not isinstance(thing, type):
         return {field.name: frozen(getattr(thing, field.name)) for field in fields(thing)}
     if thing is None or type(thing).__eq__ is not object.__eq__:
@@ -150,6 +168,7 @@ def shown(machine: Transfer) -> dict[str, Any]:
 def outcome(machine: Transfer, event: object) -> str:
     """What one event does, in the words of the tables."""
     before, version, seen = frozen(machine), machine.version, shown(machine)
+    was = machine.state
     try:
         effects = machine.handle(event)
     except FerryError as error:
@@ -160,7 +179,7 @@ def outcome(machine: Transfer, event: object) -> str:
     assert machine.version - version == (shown(machine) != seen), "one number for each change"
     if not effects and frozen(machine) == before:
         return "absorbed"
-    state = "stays" if machine.state is seen["state"] else machine.state.name
+    state = "stays" if machine.state is was else machine.state.name
     return " ".join([state, *(_name(effect) for effect in effects)])
 
 
@@ -270,6 +289,26 @@ def sink_in(state: State, **changes: Any) -> SinkTransfer:
     return sink
 
 
+def group_sink_in(state: State) -> SinkTransfer:
+    """Rank 0 of 2; once the sink moves the other one has come, and both have what one had above."""
+    sink = fresh_sink(world_size=2)
+    after(sink, ev.Tick(0.0), ev.PeerUp(), ev.StreamUp(KEY))
+    if state is not State.BOOTSTRAPPING:
+        after(sink, heard(1))
+    if state in (State.TRANSFERRING, State.SUCCESS, State.FAILED):
+        blocks = ev.Granted((lease(0, 2), lease(4, 2)))
+        after(sink, ev.Joined(1, "r"), heard(1, available_tokens=8), blocks)
+        after(sink, *(ev.Received(KEY, 0, part) for part in range(2)))
+        after(sink, *(ev.ActedOn(sink.version, rank) for rank in range(2)))
+    if state is State.SUCCESS:
+        after(sink, *(ev.Received(KEY, 4, part) for part in range(2)))
+        after(sink, heard(1, available_tokens=8, total_tokens=8))
+    if state is State.FAILED:
+        after(sink, ev.Fail(Code.ABORTED, "enough"))
+    assert sink.state is state
+    return sink
+
+
 def local_sink_in(state: State) -> SinkTransfer:
     """The source is in this daemon; once it moves one block of two is handed over."""
     sink = fresh_sink(source=None)
@@ -324,6 +363,18 @@ EVENTS: dict[str, object] = {
     "RoomAgain, local": ev.RoomAgain(),
     "ResumeAt 4, local": ev.ResumeAt(4),
     "Fail, local": ev.Fail(Code.ABORTED, "enough"),
+    "Joined, group": ev.Joined(1, "other"),
+    "ActedOn, group": ev.ActedOn(99, 1),
+    "Tick, 3 s on, group": ev.Tick(3.0),
+    "Tick, a minute on, group": ev.Tick(61.0),
+    "ResumeAt 4, group": ev.ResumeAt(4),
+    "ResumeAt 4 by both, group": ev.ResumeAt(4),
+    "Release, group": ev.Release(),
+    "Release by both, group": ev.Release(),
+    "WorkerLost, group": ev.WorkerLost(False, "silent"),
+    "WorkerLost dead, group": ev.WorkerLost(True, "gone"),
+    "Shaped": ev.Shaped(whole_blocks(BLOCK, 1)),
+    "Shaped anew": ev.Shaped(whole_blocks(2, 1)),
     "ReadyTo": ev.ReadyTo(4, None, None),
     "Pulled": pulled(1),
     "Sent": ev.Sent(KEY, 0),
@@ -334,8 +385,11 @@ EVENTS: dict[str, object] = {
 
 @pytest.mark.parametrize(("label", "state", "expected"), rows(TABLE))
 def test_an_event_in_a_state(label: str, state: State, expected: str) -> None:
-    sink = local_sink_in(state) if label.endswith("local") else sink_in(state)
+    kinds = {"local": local_sink_in, "group": group_sink_in}
+    sink = kinds.get(label.rpartition(", ")[2], sink_in)(state)
     after(sink, ev.Tick(0.1))  # so that progress, which moves the deadline, is seen too
+    if "by both" in label:
+        after(sink, replace(EVENTS[label], rank=1))  # type: ignore[type-var]
     assert outcome(sink, EVENTS[label]) == expected
 
 

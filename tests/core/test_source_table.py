@@ -19,6 +19,7 @@ from core.test_sink_table import (
     what_is_missing,
 )
 from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.shape import whole_blocks
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.transfer import Opening
 from kvferry_proto.errors import Code
@@ -109,6 +110,17 @@ TookOver              | BWTSF | absorbed
 RoomAgain             | BWTSF | absorbed
 ResumeAt              | BWTSF | absorbed
 DoneNoted             | BWTSF | absorbed
+Joined, group         | BW    | stays WantBlocks
+Joined, group         | TSF   | stays
+ReadyTo 8 of 8, group | T     | stays
+ReadyTo 8 of 9, group | T     | refused: total_changed
+Release, group        | B     | FAILED
+Release, group        | W     | FAILED SendProgress
+Release, group        | T     | stays
+Release, group        | SF    | stays
+WorkerLost, group     | SF    | stays
+ActedOn               | BWTSF | absorbed
+Shaped                | BWTSF | absorbed
 """
 
 
@@ -141,6 +153,27 @@ def source_in(state: State, **changes: Any) -> SourceTransfer:
         after(source, pulled(1))
     if state in (State.TRANSFERRING, State.SUCCESS, State.FAILED):
         after(source, ev.ReadyTo(8, None, None), pulled(2, 0, want(0)))
+    if state is State.SUCCESS:
+        after(source, ev.ReadyTo(8, 8, None), ev.Done(State.SUCCESS, None))
+    if state is State.FAILED:
+        after(source, ev.Fail(Code.ABORTED, "enough"))
+    assert source.state is state
+    return source
+
+
+def group_source_in(state: State) -> SourceTransfer:
+    """Rank 0 of 2; once the source moves the other one has come, and both have their blocks ready.
+
+    Rank 1 has told that there are 8 tokens; rank 0 has not.
+    """
+    source = fresh_source(world_size=2)
+    after(source, ev.Tick(0.0))
+    if state is not State.BOOTSTRAPPING:
+        after(source, pulled(1))
+    if state in (State.TRANSFERRING, State.SUCCESS, State.FAILED):
+        roles = (lease(0, 2, Role.SOURCE), lease(4, 2, Role.SOURCE))
+        after(source, ev.Joined(1, "r"), ev.Granted(roles))
+        after(source, ev.ReadyTo(8, None, None), ev.ReadyTo(8, 8, None, 1), pulled(2, 0, want(0)))
     if state is State.SUCCESS:
         after(source, ev.ReadyTo(8, 8, None), ev.Done(State.SUCCESS, None))
     if state is State.FAILED:
@@ -198,12 +231,20 @@ EVENTS: dict[str, object] = {
     "RoomAgain": ev.RoomAgain(),
     "ResumeAt": ev.ResumeAt(0),
     "DoneNoted": ev.DoneNoted(),
+    "Joined, group": ev.Joined(1, "other"),
+    "ReadyTo 8 of 8, group": ev.ReadyTo(8, 8, None),
+    "ReadyTo 8 of 9, group": ev.ReadyTo(8, 9, None, 1),
+    "Release, group": ev.Release(),
+    "WorkerLost, group": ev.WorkerLost(False, "silent"),
+    "ActedOn": ev.ActedOn(1, 0),
+    "Shaped": ev.Shaped(whole_blocks(BLOCK, 1)),
 }
 
 
 @pytest.mark.parametrize(("label", "state", "expected"), rows(TABLE))
 def test_an_event_in_a_state(label: str, state: State, expected: str) -> None:
-    source = lease_over() if label.endswith("lease over") else source_in(state)
+    group = group_source_in if label.endswith("group") else source_in
+    source = lease_over() if label.endswith("lease over") else group(state)
     after(source, ev.Tick(source.now_s + 0.1))  # so that progress is seen too
     assert (source.state, outcome(source, EVENTS[label])) == (state, expected)
 

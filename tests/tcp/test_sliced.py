@@ -135,7 +135,7 @@ def test_a_chunk_that_nobody_claimed_any_more_touches_no_block(checked: Line) ->
     before = [bytes(pool) for pool in move.sink.pools]
     for handle in (1, 2):
         checked.receiver.claim(handle, 0, 8, move.extents(move.parts[0], 0, 8)[1])
-    assert checked.receiver.cancel(1) == [0]
+    assert checked.receiver.cancel(range(1, 2)) == [(1, 0)]
     checked.one.sendall(by_hand(move, 1))
     assert isinstance(checked.received.get(timeout=WAIT_S), te.Drained)
     assert move.sink.pools == before

@@ -40,6 +40,11 @@ class Claims:
         return bool(self._streams)
 
     @property
+    def streams(self) -> list[StreamKey]:
+        """The connections that new claims may be made on."""
+        return list(self._streams.values())
+
+    @property
     def streams_claimed(self) -> list[StreamKey]:
         """Connections through which somebody may still write."""
         return sorted({key for key, _ in self._made.values()})

@@ -119,6 +119,7 @@ class EffectDesk:
                 effect.first_token,
                 effect.tokens,
                 effect.place,
+                _slices(transfer, effect.part),
             )
         )
 
@@ -143,6 +144,7 @@ class EffectDesk:
             start_tokens=opening.start_tokens,
             acked_tokens=effect.acked_tokens,
             world_size=opening.world_size,
+            layout=self._book(transfer).layout if effect.show_layout else None,
             want=list(effect.want),
         )
         if opening.source is None:
@@ -233,6 +235,7 @@ class EffectDesk:
                 effect.first_token,
                 effect.tokens,
                 effect.place,
+                _slices(transfer, effect.part),
             )
         )
 
@@ -252,3 +255,8 @@ class EffectDesk:
         node.counters["blocks_handed_over"] += blocks
         node.post(sink_key, ev.TookOver(leases, effect.tokens))
         self._hand_out(book)  # the source's quota has room for others now
+
+
+def _slices(transfer: AnyTransfer, part: int) -> out.Slices | None:
+    shape = transfer.shape
+    return None if shape.slices is None else out.Slices(shape.wire_block_tokens, shape.slices[part])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.shape import Shape
 from kvferry_daemon.core.window import Place
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
@@ -144,6 +145,13 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Shaped:
+    """The source's layout or ranks are not ours, but fit: the payload comes in these parts."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A claimed extent is in place, its bytes verified."""
 
@@ -215,6 +223,7 @@ class Pulled:
     sink: str
     daemon: str
     pull: Pull
+    shape: Shape | None = None  # where blocks of another shape are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +319,7 @@ class SendPull:
     number: int
     acked_tokens: int
     want: tuple[Want, ...]
+    show_layout: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +342,6 @@ class SendProgress:
     number: int
     sink: str
     error: ErrorInfo | None = None
-    show_layout: bool = False
 
 
 @dataclass(frozen=True, slots=True)

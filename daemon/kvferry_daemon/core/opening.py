@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.events import Key
+from kvferry_daemon.core.shape import Side, check_side
 from kvferry_daemon.core.transfer import Opening
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -33,6 +34,7 @@ def opening_of(
     size, ranks = book.layout.block_size_tokens, call.world_size
     if call.rank >= ranks:
         raise FerryError(Code.BAD_RANK, f"rank {call.rank} of a group of {ranks}")
+    check_side(Side.of(book.layout, ranks), "group" if ranks > 1 else "worker")
     if call.start_tokens % size:
         raise FerryError(
             Code.START_UNALIGNED,

@@ -1,6 +1,7 @@
 """What reaches the node from outside, and what it wants done there."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.events import Key, StreamKey
@@ -10,6 +11,7 @@ from kvferry_daemon.core.records import Row
 from kvferry_daemon.core.window import Place
 from kvferry_proto import peer, worker
 from kvferry_proto.layout import Layout
+from kvferry_proto.parts import SideSlice
 
 WorkerCall = (
     worker.Hello | worker.Send | worker.Ready | worker.Receive | worker.Poll | worker.Resume
@@ -224,6 +226,13 @@ class Expel:
     key: StreamKey
 
 
+class Slices(NamedTuple):
+    """What of the blocks a part has, where they do not travel whole."""
+
+    wire_block_tokens: int
+    planes: tuple[SideSlice, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Expect:
     """Claim: receive this extent, from this connection only, into these blocks."""
@@ -234,6 +243,7 @@ class Expect:
     first_token: int
     tokens: int
     place: Place
+    slices: Slices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +268,7 @@ class Transmit:
     first_token: int
     tokens: int
     place: Place
+    slices: Slices | None = None
 
 
 @dataclass(frozen=True, slots=True)

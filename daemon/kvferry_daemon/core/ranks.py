@@ -61,7 +61,12 @@ class Ranks:
         """The level that all have reached."""
         if self.size == 1:
             return self._ranks[0].level_tokens
-        return min([rank.level_tokens for rank in self._ranks])
+        return min(self.levels)
+
+    @property
+    def levels(self) -> list[int]:
+        """How far each is."""
+        return [rank.level_tokens for rank in self._ranks]
 
     @property
     def know_total(self) -> bool:

@@ -17,6 +17,7 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import Progress, Want
 from kvferry_proto.states import StallReason, State
 
+OURS_TOO = (Code.STALE_ATTEMPT, Code.START_MISMATCH, Code.LAYOUT_MISMATCH)
 ACK_PARTS = 8  # an ack travels at least every window/8 tokens, so that the source can slide too
 
 
@@ -33,17 +34,22 @@ class SinkTransfer(Transfer):
         self.done_noted = False
         self._number = 0
         self._acked = -1
-        self._take_parts(opening.world_size)
+        self._take_parts()
+        self._shows_layout = False
         self._asked_at = 0  # the snapshot number under which `_shown_ask` was shown first
         self._shown_ask = super()._ask
         self._resend_at_s = now_s  # a pull is due at once
         self._resend_s = timing.resend_s
         self._drain_at_s = NEVER_S
 
-    def _take_parts(self, parts: int) -> None:
-        """The payload comes in so many parts, one after the other for each rank."""
+    def _take_parts(self) -> None:
+        """The payload comes in the parts of ``shape``; all have what is counted as sent."""
+        parts = len(self.shape.ranks)
         self._committed = [ExtentSet() for _ in range(parts)]
         self._claims = Claims(self.opening.chunk_tokens, parts)
+        if self.sent_tokens > self.opening.start_tokens:
+            for part in self._committed:
+                part.add(self.opening.start_tokens, self.sent_tokens)
 
     # --- what others may ask ---
 
@@ -100,9 +106,7 @@ class SinkTransfer(Transfer):
         self.known_at = 0 if record.known else None  # our numbers begin anew
         self.peer_met |= record.peer_met
         self.done_noted = record.done_noted
-        if self.sent_tokens > self.opening.start_tokens:
-            for part in self._committed:
-                part.add(self.opening.start_tokens, self.sent_tokens)
+        self._take_parts()
         self._shown_ask = super()._ask
         if record.shown is not None:
             shown = record.shown
@@ -171,7 +175,11 @@ class SinkTransfer(Transfer):
             self.state = State.TRANSFERRING
 
     def _edge_to_fetch(self) -> int:
-        return min(self.available_tokens, self.target_tokens)
+        """What the source has, in whole blocks of ours, which may be larger than its own."""
+        available = self.available_tokens
+        if available != self.total_tokens:
+            available -= available % self.opening.block_size_tokens
+        return min(available, self.target_tokens)
 
     def _blocks_up_to(self, edge_tokens: int) -> int:
         size = self.opening.block_size_tokens
@@ -202,9 +210,9 @@ class SinkTransfer(Transfer):
             return False
         limit = min(self.window.edge_tokens, self._edge_to_fetch())
         fresh = []
-        for part in range(len(self._committed)):
+        for part, rank in enumerate(self.shape.ranks):
             for key, want in self._claims.make(self.sent_tokens, limit, part):
-                place = self.window.cover(want.first_token, want.tokens, part)
+                place = self.window.cover(want.first_token, want.tokens, rank)
                 self._emit(ev.Claim(key, want.first_token, want.tokens, place, part))
                 fresh.append(want)
         if fresh:
@@ -220,7 +228,7 @@ class SinkTransfer(Transfer):
         self._number += 1
         self._acked = self.sent_tokens
         self._resend_at_s = self.now_s + self._resend_s
-        self._emit(ev.SendPull(self._number, self.sent_tokens, want))
+        self._emit(ev.SendPull(self._number, self.sent_tokens, want, self._shows_layout))
 
     def _why_waiting(self) -> StallReason | None:
         if not self.peer_up or not self.ranks.complete:
@@ -260,6 +268,20 @@ class SinkTransfer(Transfer):
         """A claim is bound to its connection, so it ends here and may be made anew elsewhere."""
         self._claims.stream_down(event.key)
 
+    def _on_shaped(self, event: ev.Shaped) -> None:
+        """It may come again: a source that was started anew does not know our layout any more."""
+        if event.shape != self.shape:
+            if self._claims:
+                self._fail(Code.LAYOUT_MISMATCH, "the source's layout or ranks have changed")
+                return
+            streams = self._claims.streams
+            self.shape = event.shape
+            self._take_parts()
+            for key in streams:
+                self._claims.stream_up(key)
+        self._shows_layout = True
+        self._resend_at_s = self.now_s
+
     def _on_missed(self, event: ev.Missed) -> None:
         self._claims.drop(event.key, event.first_token, event.part)
 
@@ -296,6 +318,7 @@ class SinkTransfer(Transfer):
             if self.known_at is not None and news.number > self.known_at:
                 self._fail(Code.SOURCE_LOST, "the source daemon no longer knows this attempt")
             return
+        self._shows_layout = False
         if self.known_at is None:
             self.known_at = self._number
             self._progressed()
@@ -312,7 +335,7 @@ class SinkTransfer(Transfer):
         self.aux = news.aux if self.aux is None else self.aux
 
     def _what_is_wrong(self, news: Progress) -> tuple[Code, str] | None:
-        if news.error is not None and news.error.code in (Code.STALE_ATTEMPT, Code.START_MISMATCH):
+        if news.error is not None and news.error.code in OURS_TOO:
             return Code(news.error.code), news.error.message
         if news.error is not None or news.state is State.FAILED:
             said = news.error
@@ -417,6 +440,7 @@ SinkTransfer.LIVE = {
     ev.Missed: SinkTransfer._on_missed,
     ev.TookOver: SinkTransfer._on_took_over,
     ev.RoomAgain: SinkTransfer._on_room_again,
+    ev.Shaped: SinkTransfer._on_shaped,
     ev.Heard: SinkTransfer._on_heard,
     ev.ResumeAt: SinkTransfer._on_resume,
     ev.Release: SinkTransfer._on_release,

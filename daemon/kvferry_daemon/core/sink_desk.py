@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
@@ -111,12 +112,15 @@ class SinkDesk:
         if key not in self._sinks_of.get(address, ()):
             return
         if progress.layout is not None:
-            ours = node.books[node.transfers[key].opening.pool_id].layout
-            difference = ours.first_difference(progress.layout)
-            if difference is not None:
-                message = f"sink and source differ in {difference}"
-                node.post(key, ev.Fail(Code.LAYOUT_MISMATCH, message))
-                return
+            opening = node.transfers[key].opening
+            ours = Side.of(node.books[opening.pool_id].layout, opening.world_size)
+            try:
+                _, shape = shapes(Side.of(progress.layout, progress.world_size), ours)
+            except FerryError as error:
+                node.post(key, ev.Fail(error.code, error.message))
+            else:
+                node.post(key, ev.Shaped(shape))
+            return
         node.post(key, ev.Heard(progress))
 
     def on_slept(self, for_s: float) -> None:

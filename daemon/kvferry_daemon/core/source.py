@@ -52,8 +52,7 @@ class SourceTransfer(Transfer):
         return self.ranks[rank].level_tokens
 
     def _visible(self) -> tuple[object, ...]:
-        levels = self.ranks.mark if self.ranks.size > 1 else None  # else available says it
-        return (*super()._visible(), levels)
+        return (*super()._visible(), self.ranks.levels)
 
     @property
     def servable_tokens(self) -> int:
@@ -287,6 +286,8 @@ class SourceTransfer(Transfer):
         self._lease_until_s = self.now_s + self.timing.lease_s
         self._number = max(self._number, pull.number)
         self._ack(pull.acked_tokens)
+        if event.shape is not None:
+            self.shape = event.shape
         for want in pull.want:
             self._serve(event.sink, pull, want)
         self._told = self._news()
@@ -312,12 +313,12 @@ class SourceTransfer(Transfer):
 
     def _serve(self, sink: str, pull: Pull, want: Want) -> None:
         first, end = want.first_token, want.first_token + want.tokens
-        size = self.opening.block_size_tokens
+        size = self.shape.wire_block_tokens
         if first % size or (end % size and end != self.total_tokens):
             return  # asked for token by token, a window would be a million pieces
         if first < max(self.window.base_tokens, self.sent_tokens) or end > self.servable_tokens:
             return  # an old pull, or one that asks beyond what was told
-        if want.part >= self.ranks.size:
+        if want.part >= len(self.shape.ranks):
             return
         key = ev.StreamKey(sink, want.stream, want.connection)
         served = self._served.setdefault(key, {}).setdefault(want.part, ExtentSet())
@@ -325,7 +326,7 @@ class SourceTransfer(Transfer):
             return  # it is on its way on this very connection
         served.add(first, end)
         self._reading.add((key, first, want.part))
-        place = self.window.cover(first, want.tokens, want.part)
+        place = self.window.cover(first, want.tokens, self.shape.ranks[want.part])
         self._emit(ev.Serve(key, pull.handle, first, want.tokens, place, want.part))
 
     def _on_sent(self, event: ev.Sent) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
@@ -121,12 +123,32 @@ class SourceDesk:
             if node.tombstones.get(key) is None:
                 self.keep_unmet(key, event)
             return
-        layout = node.books[transfer.opening.pool_id].layout
-        if pull.layout_digest != layout.digest:
+        layout, ranks = node.books[transfer.opening.pool_id].layout, transfer.ranks.size
+        asked_as = (pull.layout_digest, pull.world_size)
+        if asked_as == (layout.digest, ranks) or (
+            transfer.shape.slices is not None and pull.layout is None
+        ):
+            node.post(key, event)
+        elif pull.layout is not None:
+            self._on_pull_of_another_shape(key, event, Side.of(layout, ranks))
+        else:
             progress = self.answer_without_transfer(key, pull.number)
-            self.say_progress(sink, progress.model_copy(update={"layout": layout, "known": True}))
+            ours = {"layout": layout, "world_size": ranks, "known": True}
+            self.say_progress(sink, progress.model_copy(update=ours))
+
+    def _on_pull_of_another_shape(self, key: ev.Key, event: ev.Pulled, ours: Side) -> None:
+        """The sink's layout or ranks are not ours: both work out what goes where."""
+        pull = event.pull
+        assert pull.layout is not None
+        try:
+            shape, _ = shapes(ours, Side.of(pull.layout, pull.world_size))
+        except FerryError as error:
+            refusal = self.answer_without_transfer(key, pull.number)
+            info = ErrorInfo.of(error.code, error.message)
+            failed = {"state": State.FAILED, "known": True, "error": info}
+            self.say_progress(event.sink, refusal.model_copy(update=failed))
             return
-        node.post(key, event)
+        self._node.post(key, replace(event, shape=shape))
 
     def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
         """What a pull gets when no such attempt is open here."""

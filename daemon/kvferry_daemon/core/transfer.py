@@ -22,6 +22,7 @@ from kvferry_daemon.core.events import (
 from kvferry_daemon.core.pool import Lease
 from kvferry_daemon.core.ranks import Ranks
 from kvferry_daemon.core.records import RankRecord, TransferRecord
+from kvferry_daemon.core.shape import whole_blocks
 from kvferry_daemon.core.window import Window
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
@@ -81,6 +82,7 @@ class Transfer:
         self.total_tokens: int | None = None
         self.available_tokens = 0
         self.aux: Aux | None = None
+        self.shape = whole_blocks(opening.block_size_tokens, opening.world_size)
         self.quarantined = False
         self._join_by_s = now_s + timing.stall_s
         self._ended_s = NEVER_S
@@ -350,7 +352,7 @@ class Transfer:
     def _on_worker_lost_ended(self, event: WorkerLost) -> None:
         if event.dead:
             self.ranks.let_go(event.rank)
-        else:
+        elif self.ranks.size > 1:
             self.ranks.wait_not_for(event.rank)
 
     def _by(self, rank: int) -> str:

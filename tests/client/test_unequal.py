@@ -1,0 +1,193 @@
+"""Source and sink groups of different sizes, block sizes and orders: every byte, and every refusal."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.payloads import Daemons
+from client.ranks import Ranks
+from kvferry_client import Dtype, FerryError, Layout, Plane, connect
+from kvferry_proto.layout import Order
+from live import LiveDaemon
+
+HEADS, DIM, LATENT = 8, 4, 6
+TOKENS = 203  # neither whole blocks nor whole windows
+WINDOW_TOKENS = 64  # of a rank
+
+
+def layout(ranks: int, block: int = 16, order: Order = Order.NHD, heads: int = HEADS) -> Layout:
+    """What one rank has: its share of the heads, and the whole of what is no head's."""
+    share = max(1, heads // ranks)
+    return Layout(
+        planes=(
+            Plane(
+                name="k",
+                dtype=Dtype.BFLOAT16,
+                shape=(share, DIM),
+                heads_total=heads,
+                order=order,
+            ),
+            Plane(
+                name="v",
+                dtype=Dtype.FLOAT32,
+                shape=(share, DIM),
+                heads_total=heads,
+                order=order,
+            ),
+            Plane(name="latent", dtype=Dtype.UINT8, shape=(LATENT,)),
+            Plane(name="ids", dtype=Dtype.INT64),
+        ),
+        aux=("first_token",),
+        block_size_tokens=block,
+    )
+
+
+def model(heads: int) -> dict[str, np.ndarray]:
+    """The payload of all ranks together."""
+    rng = np.random.default_rng(heads)
+    return {
+        "k": rng.integers(0, 1 << 16, (TOKENS, heads, DIM), dtype=np.uint16),
+        "v": rng.standard_normal((TOKENS, heads, DIM), dtype=np.float32),
+        "latent": rng.integers(0, 256, (TOKENS, LATENT), dtype=np.uint8),
+        "ids": np.arange(TOKENS, dtype=np.int64),
+    }
+
+
+def share_of(whole: dict[str, np.ndarray], rank: int, ranks: int) -> dict[str, np.ndarray]:
+    """What a rank has of it."""
+    heads = whole["k"].shape[1]
+    first = rank * heads // ranks
+    mine = slice(first, first + max(1, heads // ranks))
+    return {n: a[:, mine] if n in ("k", "v") else a for n, a in whole.items()}
+
+
+def send(a: LiveDaemon, kind: Layout, whole: dict[str, np.ndarray], rank: int, ranks: int) -> None:
+    with (
+        connect(a.directory, kind) as client,
+        client.send("t", rank=rank, world_size=ranks, window_tokens=WINDOW_TOKENS) as sending,
+    ):
+        sending.fill(0, share_of(whole, rank, ranks), {"first_token": 9})
+        sending.finish()
+        sending.wait(30)
+
+
+def receive(a: LiveDaemon, b: LiveDaemon, kind: Layout, rank: int, ranks: int) -> Any:
+    parts: dict[str, list[np.ndarray]] = {plane.name: [] for plane in kind.planes}
+    with (
+        connect(b.directory, kind) as client,
+        client.receive(
+            "t", source=a.address, rank=rank, world_size=ranks, window_tokens=WINDOW_TOKENS
+        ) as receiving,
+    ):
+        for window in receiving:
+            for name, got in parts.items():
+                got.append(window.gather(name))
+        assert receiving.aux == {"first_token": 9}
+    return {name: np.concatenate(got) for name, got in parts.items()}
+
+
+def moves(daemons: Daemons, source: Layout, sources: int, sink: Layout, sinks: int) -> None:
+    """One payload from one group to the other; every rank's bytes are its share of the whole."""
+    a, b = daemons
+    whole = model(source.planes[0].heads_total or 0)
+    got: dict[int, Any] = {}
+
+    def take(rank: int) -> None:
+        got[rank] = receive(a, b, sink, rank, sinks)
+
+    taking = Ranks(take, sinks)
+    Ranks(lambda rank: send(a, source, whole, rank, sources), sources).join()
+    taking.join()
+    for rank in range(sinks):
+        for name, wanted in share_of(whole, rank, sinks).items():
+            np.testing.assert_array_equal(got[rank][name], wanted)
+
+
+@pytest.fixture
+def roomy(tmp_path: Any) -> Any:
+    """Daemons with room for the windows of four ranks."""
+    flags = {"pool_tokens": 2 * 4 * 128, "window_tokens": WINDOW_TOKENS}
+    with LiveDaemon(tmp_path / "a", **flags) as a, LiveDaemon(tmp_path / "b", **flags) as b:
+        yield a, b
+        for daemon in (a, b):
+            daemon.wait_until_free()
+            assert "Traceback" not in daemon.log()
+
+
+@pytest.mark.parametrize(("sources", "sinks"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 4), (4, 2)])
+def test_ranks_of_other_numbers(roomy: Daemons, sources: int, sinks: int) -> None:
+    moves(roomy, layout(sources), sources, layout(sinks), sinks)
+
+
+@pytest.mark.parametrize(("block", "other"), [(16, 64), (64, 16)])
+@pytest.mark.parametrize(("order", "turned"), [(Order.NHD, Order.HND), (Order.HND, Order.NHD)])
+def test_blocks_of_other_sizes_and_orders(
+    roomy: Daemons, block: int, other: int, order: Order, turned: Order
+) -> None:
+    moves(roomy, layout(2, block, order), 2, layout(1, other, turned), 1)
+
+
+def test_heads_before_tokens_on_both_sides(roomy: Daemons) -> None:
+    moves(roomy, layout(2, 16, Order.HND), 2, layout(2, 16, Order.HND), 2)
+
+
+def test_fewer_heads_than_ranks(roomy: Daemons) -> None:
+    moves(roomy, layout(4, heads=2), 4, layout(1, heads=2), 1)
+
+
+REFUSED = {
+    "heads of two models": (layout(2), 2, layout(1, heads=4), 1, "heads_total: 8"),
+    "no multiple": (layout(1, 16), 1, layout(1, 24), 1, "neither is a multiple"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_with_the_reason(roomy: Daemons, name: str) -> None:
+    a, b = roomy
+    source, sources, sink, sinks, why = REFUSED[name]
+    errors = []
+    with connect(a.directory, source) as one, connect(b.directory, sink) as two:
+        sends = [
+            one.send("t", rank=rank, world_size=sources, window_tokens=48)
+            for rank in range(sources)
+        ]
+        receives = [
+            two.receive("t", source=a.address, rank=rank, world_size=sinks, window_tokens=48)
+            for rank in range(sinks)
+        ]
+        for transfer in (*receives, *sends):
+            with pytest.raises(FerryError) as caught:
+                transfer.wait(20)
+            errors.append((str(caught.value.code), why in caught.value.message))
+            transfer.release()
+    assert errors == [("layout_mismatch", True)] * sinks + [("sink_failed", True)] * sources
+
+
+def test_a_rank_whose_layout_is_not_its_share_is_refused_at_once(roomy: Daemons) -> None:
+    a, _ = roomy
+    with connect(a.directory, layout(2)) as client:
+        with pytest.raises(FerryError) as caught:
+            client.send("t", rank=0, world_size=4, window_tokens=16)
+        assert caught.value.code == "layout_mismatch"
+        assert "8 heads over 4 ranks needs 2 a rank, the layout has 4" in caught.value.message
+
+
+def test_a_source_killed_on_the_way_goes_on_with_other_ranks(tmp_path: Any) -> None:
+    """After its restart it does not know the sink's layout any more, and asks for it."""
+    flags = {"pool_tokens": 2 * 4 * 128, "window_tokens": WINDOW_TOKENS}
+    a, b = LiveDaemon(tmp_path / "a", **flags), LiveDaemon(tmp_path / "b", **flags)
+    whole = model(HEADS)
+    sending = Ranks(lambda rank: send(a, layout(2), whole, rank, 2), 2)
+    parts = []
+    with b, connect(b.directory, layout(1, 64)) as client:
+        with client.receive("t", source=a.address, window_tokens=WINDOW_TOKENS) as receiving:
+            for number, window in enumerate(receiving):
+                parts.append(window.gather("v"))
+                if number == 0:
+                    a.process.kill()
+                    a = a.again()
+        sending.join()
+    with a:
+        a.wait_until_free()
+    np.testing.assert_array_equal(np.concatenate(parts), whole["v"])
