@@ -4,7 +4,7 @@ from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
 from kvferry_client.sync import Client, Receiving, Sending, connect
 from kvferry_client.views import Pool, Run, WindowView
 from kvferry_proto.errors import Code, Fault, FerryError
-from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.layout import Dtype, Layout, Order, Plane
 from kvferry_proto.states import Mode, Role, StallReason, State
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "FerryError",
     "Layout",
     "Mode",
+    "Order",
     "Plane",
     "Pool",
     "Receiving",

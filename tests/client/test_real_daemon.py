@@ -10,8 +10,12 @@ from client.payloads import BLOCK, LAYOUT, WINDOW, Daemons, payload, pieces
 from kvferry_client import (
     AsyncClient,
     Client,
+    Dtype,
     FerryError,
+    Layout,
     Mode,
+    Order,
+    Plane,
     Role,
     State,
     connect,
@@ -19,6 +23,23 @@ from kvferry_client import (
 from kvferry_client.logic import SendLogic
 from kvferry_proto import worker
 from live import LiveDaemon
+
+
+@pytest.mark.parametrize("tokens", [BLOCK - 3, WINDOW - 1])
+def test_planes_that_lie_head_by_head_arrive_to_the_last_token(
+    daemons: Daemons, tokens: int
+) -> None:
+    k = Plane(name="k", dtype=Dtype.FLOAT32, shape=(2, 3), order=Order.HND)
+    layout = Layout(planes=(k, *LAYOUT.planes[1:]), block_size_tokens=BLOCK)
+    a, b = daemons
+    arrays = payload(tokens)
+    with connect(a.directory, layout) as source, connect(b.directory, layout) as sink:
+        with source.send("t") as sending:
+            sending.fill(0, arrays)
+        with sink.receive("t", source=a.address) as receiving:
+            (window,) = receiving
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(window.gather(name), array)
 
 
 @pytest.mark.parametrize("tokens", [1, WINDOW, 3 * WINDOW + 5])
