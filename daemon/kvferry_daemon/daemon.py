@@ -137,6 +137,7 @@ class Daemon:
             try:
                 for session in self._liveness.dead():
                     self.effects.feed(out.LockDropped(session))
+                self._liveness.sweep()
             except OSError as error:
                 log.error("cannot look at the workers' locks: %s", error)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvferry_proto import worker
 from kvferry_proto.states import Role
-from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
+from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
 
 def test_torch_is_not_loaded_for_host_pools(daemon: LiveDaemon) -> None:
@@ -96,3 +96,19 @@ def test_a_pool_that_nobody_uses_makes_room_for_another_layout(tmp_path: Path) -
             assert isinstance(welcome, worker.Welcome)
             assert Path(welcome.pool.path).exists()
             assert not old.exists()
+
+
+def test_a_worker_that_dies_before_its_hello_leaves_no_file(daemon: LiveDaemon) -> None:
+    """Its lock file was there until the daemon's next start: one for every such death."""
+    workers = daemon.directory / "workers"
+    with RawWorker(daemon.directory, hello=False) as unlucky:
+        lock = workers / unlucky.lock_name
+        os.utime(lock, (0, 0))
+        living = RawWorker(daemon.directory, hello=False)
+        os.utime(workers / living.lock_name, (0, 0))
+    until = time.monotonic() + WAIT_S
+    while lock.exists():
+        assert time.monotonic() < until, list(workers.iterdir())
+        time.sleep(0.02)
+    assert (workers / living.lock_name).exists()  # it may say hello yet
+    living.close()

@@ -1,9 +1,13 @@
 """Proof of death: each worker holds a flock on a file; the kernel drops it with the process."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
+
+UNSEEN_S = 5.0  # a lock without a hello for so long, that nobody holds, is a dead worker's
 
 
 class Liveness:
@@ -57,6 +61,22 @@ class Liveness:
             for session, name in self._watched.items()
             if session in self._gone or _take(self._open[name])
         ]
+
+    def sweep(self) -> None:
+        """Remove the files of workers that died before they were welcome.
+
+        Not new ones: between a file's making and its lock a living worker holds it no more than a
+        dead one does. One that is that slow is told ``worker_not_locked`` and takes a new file.
+        """
+        ours = self._open.keys() | self._watched.values()
+        with os.scandir(self._directory) as found:
+            entries = list(found)
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # its worker was the quicker one
+                if entry.name not in ours and entry.is_file(follow_symlinks=False):
+                    made_s = entry.stat(follow_symlinks=False).st_mtime
+                    if time.time() - made_s > UNSEEN_S and not self.is_held(entry.name):
+                        os.unlink(entry.path)
 
     def forget(self, session: str) -> None:
         """The session is over; remove its file."""
