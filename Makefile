@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench sim model clean
+.PHONY: demo test check bench soak sim model clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -35,6 +35,11 @@ model: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
+
+# A minute at 10,000 calls/s with 2,000 live transfers, then ten minutes of traffic with kills.
+# Less: make soak ARGS='--seconds 5 --minutes 1'
+soak: $(INSTALLED)
+	$(BIN)/python -m bench.load $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
