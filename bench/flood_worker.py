@@ -33,7 +33,7 @@ BLOCK_WORDS = LAYOUT.block_bytes // 8
 CREDIT = 256  # calls under way, polls that wait not counted
 WAITING_MAX = 32
 BATCH_CALLS = 8
-ANSWER_S = 60.0  # for the last answers, when nothing more is sent
+ANSWER_S = 20.0  # for the last answers, when nothing more is sent
 STEP = 1.02  # of the latencies' histogram
 # What the traffic is made of. A move is a ready or a resume; where none is due, a poll.
 MIX = (
@@ -266,16 +266,23 @@ class Flood:
         while self.under_way and time.perf_counter() < until_s:
             self.read()
             self.socket.poll(5)
-        for number, (kind, _, _) in list(self.under_way.items())[:VIOLATIONS_MAX]:
+        for number, (kind, _, sides) in self.under_way.items():
             self.violation(f"call {number}, a {kind}, was never answered")
+            for side in sides:
+                side.is_busy = False
+        self.under_way.clear()
+        self.waiting = 0
 
     def finish(self, seconds: float) -> int:
         """End every payload where it is, take the rest over, release; how many came to Success."""
         self.ending = True
         until_s = time.perf_counter() + seconds
         turn = itertools.cycle(self.sides)
-        while time.perf_counter() < until_s:
+        answered, heard_s = 0, time.perf_counter()
+        while (now_s := time.perf_counter()) < min(until_s, heard_s + ANSWER_S):
             self.read()
+            if self.answered.total() != answered:
+                answered, heard_s = self.answered.total(), now_s
             left = [side for side in self.sides if not side.released]
             if not left:
                 break

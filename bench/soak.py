@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from typing import Any
 from bench.soak_traffic import Traffic
 from bench.soak_worker import BLOCK_TOKENS, WINDOW_TOKENS
 from bench.watched import WatchedDaemon
+from kvferry_daemon.ledger import rows_of
 
 GROWTH_BYTES_MAX = 2 << 20
 SAMPLE_S = 0.5
@@ -134,7 +136,9 @@ class _Soak:
         steady = self._traffic("steady", size.steady_s, None, sampler)
         after = {name: _quiet(daemon, size, before[name]) for name, daemon in daemons.items()}
         result: dict[str, Any] = {"restarts": restarts, "warm_up": warm, "steady": steady}
-        for name in daemons:
+        for name, daemon in daemons.items():
+            daemon.kill()  # a ledger can be read by one process only
+            self.violations += [f"{name}: {words}" for words in remembered(daemon)]
             result[name] = _told(sampler, name, before[name], after[name])
             self._judge(name, before[name], after[name], sampler.growth_bytes(name))
         return result | {"violations": self.violations}
@@ -212,6 +216,13 @@ def stray(told: dict[str, Any]) -> list[str]:
         if told["objects"].get(kind):
             found.append(f"{told['objects'][kind]} objects of type {kind} are left")
     return found
+
+
+def remembered(daemon: WatchedDaemon) -> list[str]:
+    """What the ledger of a daemon without workers still speaks of."""
+    kinds = Counter(name.partition(":")[0] for name, _ in rows_of(daemon.directory / "ledger.db"))
+    del kinds["daemon"], kinds["pool"]
+    return [f"{count} rows of kind {kind} are left in the ledger" for kind, count in kinds.items()]
 
 
 def grown(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
