@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench soak sim model clean
+.PHONY: demo test check bench soak sim faults model clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -28,6 +28,12 @@ ifdef SEED
 else
 	$(BIN)/python -m sim.run --seeds $(SEEDS) --first $(FIRST) --jobs 2
 endif
+
+# Every point of tests/faults/points.py, every process killed and stopped: minutes. A few of them:
+# make faults ONLY=sink.ledger or ONLY=kill-decode; SEED draws which hit of a point it is.
+faults: export PYTHONPATH = tests
+faults: $(INSTALLED)
+	$(BIN)/python -m faults.run --all --jobs 2 $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 model: export PYTHONPATH = tests
 model: $(INSTALLED)
