@@ -111,12 +111,12 @@ class Daemon:
     async def close(self) -> None:
         """Take everything down; what workers still have is kept for the next life."""
         self._watch.cancel()
+        self.effects.close()  # first: what it still does goes out by what is closed below
         for link in (self._workers, self._control, self._peers):
             link.close()
         for dealer in self._dealers.values():
             dealer.close()
         self.streams.close()
-        self.effects.close()
         self._liveness.close()
         self._context.term()
         self.directory.close(keep=bool(self.node.sessions))

@@ -49,6 +49,7 @@ class Effects:
         self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
         self._events: deque[out.NodeEvent] = deque()
         self._feeding = False
+        self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = float("inf")
         self._tasks: set[asyncio.Future[Any]] = set()
@@ -86,8 +87,9 @@ class Effects:
 
     def feed(self, event: out.NodeEvent) -> None:
         """Let the node handle an event; events that come up meanwhile wait their turn."""
-        self._events.append(event)
-        self._feed_waiting()
+        if not self._closed:  # threads still tell of their ends then
+            self._events.append(event)
+            self._feed_waiting()
 
     def _feed_waiting(self) -> None:
         if self._feeding:
@@ -114,6 +116,8 @@ class Effects:
 
     def on_written(self, number: int) -> None:
         """The ledger holds all rows up to this number."""
+        if self._closed:
+            return
         while self._unwritten and self._unwritten[0][0] <= number:
             for effect in self._unwritten.popleft()[1]:
                 self._perform(effect)
@@ -135,14 +139,15 @@ class Effects:
             self._pools[pool.pool_id] = mapped
 
     def close(self) -> None:
-        """Stop timers and threads; the pools' files stay."""
+        """Do what only waits for the ledger; stop timers and threads. The pools' files stay."""
+        if self._ledger is not None:
+            self.on_written(self._ledger.close())
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
             task.cancel()
         self._memory.shutdown(wait=True)
-        if self._ledger is not None:
-            self._ledger.close()
 
     # --- time ---
 

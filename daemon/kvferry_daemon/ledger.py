@@ -40,6 +40,7 @@ class Ledger:
         self._closing = False
         self._number = 0
         self._written = 0
+        self._kept = 0  # rows up to this number
         self.commits = 0
         self._db = _open(path)
         self._thread = threading.Thread(target=self._run, name="kvferry-ledger", daemon=True)
@@ -52,11 +53,12 @@ class Ledger:
         self._wake.set()
         return self._number
 
-    def close(self) -> None:
-        """Write what is left, then let go of the file."""
+    def close(self) -> int:
+        """Write what is left, then let go of the file; return up to which number rows are kept."""
         self._closing = True
         self._wake.set()
         self._thread.join()
+        return self._kept
 
     def _run(self) -> None:
         while True:
@@ -69,7 +71,8 @@ class Ledger:
                     self._written += 1
                 if not self._keep(rows):
                     return
-                self._tell(self._on_written, self._written)
+                self._kept = self._written
+                self._tell(self._on_written, self._kept)
             if self._closing:
                 self._db.close()
                 return
