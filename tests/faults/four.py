@@ -196,7 +196,7 @@ class Four:
         for daemon in self.daemons.values():
             assert daemon.end(WAIT_S) == 0, daemon.log()
             assert daemon.files() == {"daemon.lock": 1}, daemon.files()
-            assert "ERROR" not in daemon.log()
+            assert "Traceback" not in daemon.log()
         assert not processes_of(self.directory)
 
 
