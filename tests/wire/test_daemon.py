@@ -11,11 +11,12 @@ from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
 
-def test_torch_is_not_loaded_for_host_pools(daemon: LiveDaemon) -> None:
+def test_neither_torch_nor_numpy_is_loaded_for_host_pools(daemon: LiveDaemon) -> None:
     with RawWorker(daemon.directory):
         maps = Path(f"/proc/{daemon.process.pid}/maps").read_text()
     assert "msgpack" in maps, "the check itself would see nothing"
     assert "libtorch" not in maps
+    assert "_multiarray_umath" not in maps  # numpy; the path of this test has its name
 
 
 def test_everything_in_the_runtime_directory_is_private(daemon: LiveDaemon) -> None:

@@ -1,15 +1,19 @@
 """Copies slices of planes between a pool's blocks and the contiguous bytes of a sliced chunk.
 
 The bytes of a chunk are, for every wire block, for every slice, an array (tokens, heads, *rest).
-numpy does the copies: strided on both sides, and without the GIL.
+numpy does the copies: strided on both sides, and without the GIL. It is loaded by the first thread
+that copies: most daemons move whole blocks, and it costs more memory than all of ours.
 """
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator, Sequence
 from math import gcd
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 from kvferry_proto.layout import Layout, Order
 from kvferry_proto.parts import SideSlice
@@ -80,7 +84,7 @@ class SlicePlan:
         base_token: int,
         first_token: int,
         tokens: int,
-    ) -> "SlicedExtent":
+    ) -> SlicedExtent:
         """Tokens [first_token, first_token + tokens) of a window in ``pool``, the whole of it.
 
         ``runs`` are (first_block, blocks) from ``base_token`` on. ValueError for tokens that the
@@ -141,6 +145,9 @@ class SlicePlan:
         self, pool: memoryview, areas: list[_Area], chunk: memoryview
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """The same bytes in the pool and in the chunk, as arrays of one shape."""
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else it starts a thread a core
+        import numpy as np
+
         for area in areas:
             for group in self._groups:
                 item = np.dtype(f"u{gcd(group.row_bytes, ITEM_BYTES_MAX)}")
