@@ -2,8 +2,9 @@
 
 from core.stories import SINK, SOURCE, Story
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.sink_desk import IDLE_PEER_S, PEERS_MAX
-from kvferry_proto import worker
+from kvferry_daemon.core.peers import Say
+from kvferry_daemon.core.sink_desk import FRAME_PULLS_MAX, IDLE_PEER_S, PEERS_MAX
+from kvferry_proto import peer, worker
 from kvferry_proto.states import TERMINAL, Role, State
 from world import World, layout
 
@@ -102,3 +103,28 @@ def test_a_lock_that_belongs_to_a_session_is_nobody_elses() -> None:
         reply = getattr(effect, "reply", None)
     assert isinstance(reply, worker.Failure)
     assert reply.error.code == "worker_not_locked"
+
+
+def test_many_transfers_that_are_due_at_once_are_worked_off_in_turns() -> None:
+    """Two thousand of them held the event loop up for a second."""
+    world = World(blocks=400)
+    world.hello("b", SINK)
+    for number in range(90):
+        world.call("b", SINK, worker.Receive(transfer_id=f"t{number}", source="tcp://a:1"))
+    world.wait(0.1)
+    node = world.machines["b"].node
+    world.now_s += 1.5
+    node._sweep_at_s = world.now_s + 1.0  # it is no sleep
+    turns: list[int] = []
+    asked: set[str] = set()
+    while node.wake_at_s <= world.now_s:
+        pulls = [
+            effect.message.pulls
+            for effect in node.handle(out.TimePassed(), world.now_s)
+            if isinstance(effect, Say) and isinstance(effect.message, peer.Pulls)
+        ]
+        assert all(len(frame) <= FRAME_PULLS_MAX for frame in pulls)
+        turns.append(sum(len(frame) for frame in pulls))
+        asked |= {pull.transfer_id for frame in pulls for pull in frame}
+    assert 1 < max(turns) <= 50
+    assert len(asked) == 90

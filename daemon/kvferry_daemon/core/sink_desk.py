@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node
 
 FRAME_WANTS_MAX = 4096  # bounds a frame well below its limit
+FRAME_PULLS_MAX = 16  # so that the other daemon is not held up by one frame for long
 IDLE_PEER_S = 60.0
 PEERS_MAX = 1000  # each costs a socket
 
@@ -207,7 +208,7 @@ class SinkDesk:
             wants = 0
             for pull in due:
                 if frame and (
-                    wants + len(pull.want) > FRAME_WANTS_MAX or len(frame) >= wire.PULLS_MAX
+                    wants + len(pull.want) > FRAME_WANTS_MAX or len(frame) >= FRAME_PULLS_MAX
                 ):
                     self._say_pulls(peer, frame)
                     frame, wants = [], 0

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node
 
 UNMET_MAX = 4096
+FRAME_PROGRESSES_MAX = 16  # so that the other daemon is not held up by one frame for long
 STREAMS_MAX_PER_SINK = wire.STREAMS_MAX
 TICKET_S = 10.0
 
@@ -256,8 +257,8 @@ class SourceDesk:
         """Send the news of this turn."""
         news, self._progresses = self._progresses, {}
         for sink, progresses in news.items():
-            for first in range(0, len(progresses), wire.PULLS_MAX):
-                part = progresses[first : first + wire.PULLS_MAX]
+            for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):
+                part = progresses[first : first + FRAME_PROGRESSES_MAX]
                 message = wire.Progresses.model_construct(
                     kind="progresses",
                     progresses=part,

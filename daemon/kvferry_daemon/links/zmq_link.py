@@ -6,12 +6,13 @@ or the socket falls silent. (Measured faster than zmq.asyncio: fewer tasks a mes
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 
 import zmq
 
 from kvferry_proto.codec import FRAME_BYTES_MAX
 
-MESSAGES_A_TURN = 128  # then other sockets and timers get their turn
+TURN_S = 0.001  # of messages in one go; then other sockets and timers get their turn
 
 
 class ZmqLink:
@@ -60,16 +61,17 @@ class ZmqLink:
         self._is_drain_due = False
         self._draining = True  # a send from within needs no drain of its own: we look again below
         is_empty = False
+        until_s = monotonic() + TURN_S  # the loop's own clock stands still within a turn
         try:
-            for _ in range(MESSAGES_A_TURN):
-                if self._closed:
-                    return
+            while not self._closed:
                 try:
                     frames = self._socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
                     is_empty = True
                     return
                 self._on_message(frames)
+                if monotonic() >= until_s:
+                    return
         finally:
             self._draining = False
             if not is_empty:  # there may be more, also behind a message that raised
