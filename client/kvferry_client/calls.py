@@ -19,7 +19,9 @@ class SendOptions(TypedDict, total=False):
     ``attempt``: the router's retry number, the same on both sides. ``start_tokens``: the first
     token that this side has, a multiple of the block size. ``total_tokens``, ``aux``: if known
     already. ``window_tokens``: how much of the pool to fill ahead of the sink. ``rank``,
-    ``world_size``: which worker this is of a group that sends one payload together.
+    ``world_size``: which worker this is of a group that sends one payload together. ``stall_s``,
+    ``lease_s``: fail after so long without progress, or without a word of the sink; the daemon's
+    own where they are not given.
     """
 
     attempt: int
@@ -29,6 +31,8 @@ class SendOptions(TypedDict, total=False):
     total_tokens: int | None
     aux: dict[str, Any] | None
     window_tokens: int | None
+    stall_s: float | None
+    lease_s: float | None
 
 
 class ReceiveOptions(TypedDict, total=False):
@@ -38,6 +42,8 @@ class ReceiveOptions(TypedDict, total=False):
     window after window over, WHOLE keeps everything and needs ``max_tokens``. ``start_tokens``:
     the first token to move, a multiple of the block size. ``rank``, ``world_size``: which worker
     this is of a group that receives one payload together; all take the same windows over.
+    ``stall_s``, ``hold_s``: fail after so long without progress; keep the window so long after the
+    end; the daemon's own where they are not given.
     """
 
     source: str | None
@@ -48,6 +54,8 @@ class ReceiveOptions(TypedDict, total=False):
     start_tokens: int
     window_tokens: int | None
     max_tokens: int | None
+    stall_s: float | None
+    hold_s: float | None
 
 
 def made(kind: type[M], fields: dict[str, Any]) -> M:

@@ -46,6 +46,17 @@ class Deadlines(BaseModel):
     lost_s: Seconds = 3.0
     tombstone_s: Seconds = 600.0
     stop_s: Seconds = 30.0
+    deadline_max_s: Seconds = 3600.0
+
+    @model_validator(mode="after")
+    def _fit(self) -> "Deadlines":
+        for name in ("stall_s", "lease_s", "hold_s"):
+            if getattr(self, name) > self.deadline_max_s:
+                raise ValueError(
+                    f"{name}: {getattr(self, name):g} is over deadline_max_s, "
+                    f"{self.deadline_max_s:g}"
+                )
+        return self
 
 
 class Config(Deadlines):

@@ -16,7 +16,7 @@ from kvferry_daemon.core.records import DaemonRecord
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
-FORMAT = 1  # of the ledger; another one is not read
+FORMAT = 2  # of the ledger; another one is not read
 MACHINE_BOOT = Path("/proc/sys/kernel/random/boot_id")
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
 
 def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) -> Settings:
     """The part of the config that the node works with, for one life of the daemon."""
-    deadlines = config.deadlines.model_dump(exclude={"stop_s"})
+    deadlines = config.deadlines.model_dump(exclude={"stop_s", "deadline_max_s"})
     return Settings(
         boot_id=secrets.token_hex(16),
         daemon_id=daemon_id,
@@ -100,6 +100,7 @@ def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) ->
         chunk_bytes=int(config.chunk_bytes),
         transfers_max=config.transfers_max,
         workers_max=config.workers_max,
+        deadline_max_s=config.deadline_max_s,
     )
 
 

@@ -39,6 +39,7 @@ class Code(StrEnum):
     RANK_TAKEN = "rank_taken"
     RANK_MISSING = "rank_missing"
     GROUP_DIFFERS = "group_differs"
+    BAD_DEADLINE = "bad_deadline"
     TOTAL_MISMATCH = "total_mismatch"
     START_UNALIGNED = "start_unaligned"
     START_MISMATCH = "start_mismatch"
@@ -97,6 +98,7 @@ ADVICE: dict[Code, Advice] = {
     Code.RANK_TAKEN: Advice(_C, "give each worker of a group a rank of its own"),
     Code.RANK_MISSING: Advice(_C, "open every rank of the group at this one daemon"),
     Code.GROUP_DIFFERS: Advice(_C, "open every rank of a group with the same parameters"),
+    Code.BAD_DEADLINE: Advice(_C, "ask for one within the limits, or have deadline_max_s raised"),
     Code.TOTAL_MISMATCH: Advice(_C, "all ranks of a group must have the same number of tokens"),
     Code.START_UNALIGNED: Advice(_C, "start_tokens must be a multiple of block_size_tokens"),
     Code.START_MISMATCH: Advice(_C, "let both sides start where the sink's prefix ends"),

@@ -49,6 +49,9 @@ Rank = Annotated[int, Field(ge=0, lt=RANKS_MAX)]
 WorldSize = Annotated[int, Field(ge=1, le=RANKS_MAX)]
 
 
+Deadline = Annotated[float, Field(gt=0, le=86400)]  # seconds from whatever it counts from
+
+
 class _Call(Message):
     call: Call = 0
 
@@ -85,6 +88,8 @@ class Send(_Named):
     total_tokens: Tokens | None = None
     aux: Aux | None = None
     window_tokens: Tokens | None = None
+    stall_s: Deadline | None = None  # these beat the daemon's own, up to its deadline_max_s
+    lease_s: Deadline | None = None
 
 
 class Ready(_Named):
@@ -106,6 +111,8 @@ class Receive(_Named):
     start_tokens: Tokens = 0
     window_tokens: Tokens | None = None
     max_tokens: Tokens | None = None  # whole mode: what is reserved before anything moves
+    stall_s: Deadline | None = None  # these beat the daemon's own, up to its deadline_max_s
+    hold_s: Deadline | None = None
 
 
 class Watched(Message):

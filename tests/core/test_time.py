@@ -1,5 +1,7 @@
 """Time in which the daemon itself did not run, links that come and go, timers that are over."""
 
+import pytest
+
 from core.stories import SINK, SOURCE, Story
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.peers import Say
@@ -29,6 +31,21 @@ def test_a_daemon_that_stood_still_blames_nobody() -> None:
     story.world.beat()
     end = story.run()
     story.check(end)
+
+
+def test_no_moment_to_fall_asleep_at_costs_a_worker_its_transfers() -> None:
+    """It beats once a second and is lost after three, of which two were not seen to be slept."""
+    for tenths in range(12):
+        story = Story(3 * WINDOW)
+        story.open()
+        story.world.wait(1)
+        story.world.beat()
+        story.world.wait(tenths / 10)
+        story.world.now_s += 2.3  # stopped
+        for name in ("a", "b"):
+            story.world.feed(name, out.TimePassed())
+        story.world.beat()
+        assert story.source().state not in TERMINAL
 
 
 def test_time_that_passes_turn_by_turn_is_silence() -> None:
@@ -128,3 +145,70 @@ def test_many_transfers_that_are_due_at_once_are_worked_off_in_turns() -> None:
         asked |= {pull.transfer_id for frame in pulls for pull in frame}
     assert 1 < max(turns) <= 50
     assert len(asked) == 90
+
+
+@pytest.mark.parametrize(("stall_s", "ends_s"), [(None, 60), (5.0, 5), (120.0, 120)])
+def test_a_transfer_may_have_deadlines_of_its_own(stall_s: float | None, ends_s: int) -> None:
+    world = World()
+    for role, call in (
+        (Role.SOURCE, worker.Send(transfer_id="t", stall_s=stall_s)),
+        (Role.SINK, worker.Receive(transfer_id="t", source="tcp://c:1", stall_s=stall_s)),
+    ):
+        where = "a" if role is Role.SOURCE else "b"
+        world.hello(where, SOURCE)
+        world.call(where, SOURCE, call)
+        world.machines[where].node.sinks.peers.clear()  # nobody is there, and nobody says so
+    for second in range(1, ends_s + 3):
+        world.wait(1)
+        world.beat()
+        for role, where in ((Role.SOURCE, "a"), (Role.SINK, "b")):
+            seen = world.snapshot(where, SOURCE, role)
+            if second < ends_s - 1:
+                assert seen.state not in TERMINAL
+            elif second > ends_s + 1:
+                assert seen.error is not None
+                assert seen.error.code == "stalled"
+
+
+def test_a_lease_of_its_own_ends_a_source_that_nobody_asks() -> None:
+    story = Story(3 * WINDOW)
+    call = worker.Send(transfer_id="t", lease_s=5.0)
+    story.world.call("a", SOURCE, call)
+    story.open_sink()
+    story.world.wait(1)
+    for second in range(1, 8):
+        story.world.now_s += 1
+        story.world.feed("a", out.TimePassed())  # the sink's daemon says nothing more
+        story.world.beat()
+        error = story.source().error
+        assert (error is not None) == (second >= 5), (second, error)
+    assert error is not None
+    assert error.code == "lease_expired"
+
+
+def test_a_hold_of_its_own_quarantines_what_is_not_released() -> None:
+    story = Story(WINDOW // 2, late=False)
+    story.open_source()
+    call = worker.Receive(transfer_id="t", source="tcp://a:1", hold_s=5.0)
+    story.world.call("b", SINK, call)
+    assert story.run().state is State.SUCCESS
+    pool = next(iter(story.world.machines["b"].node.books.values())).pool
+    for second in range(1, 8):
+        assert (pool.quarantined_blocks > 0) == (second > 5)
+        story.world.wait(1)
+        story.world.beat()
+
+
+@pytest.mark.parametrize(
+    ("asked", "limits"),
+    [
+        ({"stall_s": 3601.0}, "stall_s 3601 is not between 0 and 3600"),
+        ({"lease_s": 3.9}, "lease_s 3.9 is not between 4 and 3600"),
+    ],
+)
+def test_deadlines_beyond_the_limits_are_refused(asked: dict[str, float], limits: str) -> None:
+    world = World()
+    world.hello("a", SOURCE)
+    reply = world.call("a", SOURCE, worker.Send(transfer_id="t", **asked))  # type: ignore[arg-type]
+    assert (reply.error.code, limits in reply.error.message) == ("bad_deadline", True)
+    assert not world.machines["a"].node.transfers

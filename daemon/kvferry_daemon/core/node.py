@@ -31,8 +31,7 @@ from kvferry_proto.states import Role
 TIMERS_A_TURN = 32  # then what else waits gets its turn: a pull costs some 30 us
 TIMERS_SPARE = 256  # wake-ups that are over, before they are swept out
 STALE_CLOCK_S = 0.005  # a transfer's clock may lag so much before an event brings it a Tick
-SWEEP_S = 1.0
-SLEPT_S = 1.0  # we are woken for every sweep; who comes so much too late has not run
+SWEEP_S = 1.0  # at most; see Node.sweep_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,7 @@ class Settings:
     chunk_bytes: int
     transfers_max: int
     workers_max: int
+    deadline_max_s: float = 3600.0
 
     def pool_path(self, pool_id: str) -> str:
         """Where a pool's file lies."""
@@ -101,7 +101,10 @@ class Node:
         self._timers: list[tuple[float, int, object]] = []
         self._timer_count = 0
         self._due: dict[object, float] = {}
-        self._sweep_at_s = now_s + SWEEP_S
+        # We are woken for every sweep; who comes a whole one too late has not run. Of a sleep two of
+        # them are not noticed: with a worker's beat, that must stay below what it is lost after.
+        self.sweep_s = min(SWEEP_S, settings.timing.lost_s / 4)
+        self._sweep_at_s = now_s + self.sweep_s
         self.workers = WorkerDesk(self)
         self.sources = SourceDesk(self)
         self.sinks = SinkDesk(self)
@@ -269,7 +272,7 @@ class Node:
     def _notice_sleep(self, now_s: float) -> None:
         """Time in which this process did not run is nobody's silence: a pause, a moved machine."""
         slept_s = now_s - max(self.now_s, self._sweep_at_s)
-        if slept_s < SLEPT_S:
+        if slept_s < self.sweep_s:
             return
         self.counters["slept"] += 1
         self.workers.on_slept(slept_s)
@@ -297,7 +300,7 @@ class Node:
             else:
                 self.sinks.tick(str(thing))
         if self.now_s >= self._sweep_at_s:
-            self._sweep_at_s = self.now_s + SWEEP_S
+            self._sweep_at_s = self.now_s + self.sweep_s
             self._sweep()
 
     def _wake_transfer(self, key: ev.Key) -> None:

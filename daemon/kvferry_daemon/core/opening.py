@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core.blocks import PoolBook
-from kvferry_daemon.core.events import Key
+from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.shape import Side, check_side
 from kvferry_daemon.core.transfer import Opening
 from kvferry_proto import worker
@@ -79,6 +80,27 @@ def opening_of(
         world_size=ranks,
         chunk_tokens=max(1, settings.chunk_bytes // book.layout.block_bytes) * size,
     )
+
+
+def timing_of(call: worker.Send | worker.Receive, settings: Settings) -> Timing:
+    """The deadlines of one transfer: the daemon's, where the call names no others.
+
+    Raises FerryError(bad_deadline) for one beyond what the operator allows.
+    """
+    timing = settings.timing
+    asked = {
+        name: value
+        for name in ("stall_s", "lease_s", "hold_s")
+        if (value := getattr(call, name, None)) is not None
+    }
+    for name, value in asked.items():
+        low = 2 * timing.resend_max_s if name == "lease_s" else 0.0  # it lives by the sink's pulls
+        if not low <= value <= settings.deadline_max_s:
+            raise FerryError(
+                Code.BAD_DEADLINE,
+                f"{name} {value:g} is not between {low:g} and {settings.deadline_max_s:g}",
+            )
+    return replace(timing, **asked)
 
 
 def checked_address(address: str | None) -> str | None:

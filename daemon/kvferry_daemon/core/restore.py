@@ -8,6 +8,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.opening import timing_of
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease
 from kvferry_daemon.core.records import PoolRecord, SessionRecord, StoneRecord, TransferRecord
@@ -16,10 +17,12 @@ from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.tombstones import Tombstone
 from kvferry_daemon.core.transfer import Opening
 from kvferry_daemon.core.welcome import DEVICE
+from kvferry_proto import worker
+from kvferry_proto.errors import FerryError
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import AnyTransfer, Node
+    from kvferry_daemon.core.node import AnyTransfer, Node, Settings
 
 
 def restore(node: Node, past: Past) -> None:
@@ -97,7 +100,7 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
         world_size=told.call.world_size,
     )
     kind = SinkTransfer if key.role is Role.SINK else SourceTransfer
-    transfer: AnyTransfer = kind(opening, node.settings.timing, node.now_s)
+    transfer: AnyTransfer = kind(opening, _timing(told.call, node.settings), node.now_s)
     aux = past.aux.get(key)
     leases = _leases(book, key, record)
     transfer.take_up(record, leases, None if aux is None else aux.aux)
@@ -112,6 +115,13 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     for session in transfer.ranks.sessions:
         if session in node.sessions:
             node.sessions[session].keys.add(key)
+
+
+def _timing(call: worker.Send | worker.Receive, settings: Settings) -> ev.Timing:
+    try:
+        return timing_of(call, settings)
+    except FerryError:  # the limits are others now
+        return settings.timing
 
 
 def _restore_stone(node: Node, past: Past, key: ev.Key, record: StoneRecord) -> None:

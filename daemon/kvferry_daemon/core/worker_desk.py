@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.opening import opening_of
+from kvferry_daemon.core.opening import opening_of, timing_of
 from kvferry_daemon.core.polls import WaitingPoll
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
@@ -151,7 +151,7 @@ class WorkerDesk:
             raise FerryError(
                 Code.RESOURCE_EXHAUSTED, f"{len(node.transfers)} transfers are open already"
             )
-        timing, now_s = node.settings.timing, node.now_s
+        timing, now_s = timing_of(call, node.settings), node.now_s
         if isinstance(call, worker.Receive):
             node.sinks.check_room(opening.source)
             self._supersede(key, newest)
