@@ -1,14 +1,18 @@
 """Time in which the daemon itself did not run, links that come and go, timers that are over."""
 
+from dataclasses import replace
+
 import pytest
 
 from core.stories import SINK, SOURCE, Story
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.events import Timing
+from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.sink_desk import FRAME_PULLS_MAX, IDLE_PEER_S, PEERS_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.states import TERMINAL, Role, State
-from world import World, layout
+from world import Machine, World, layout
 
 WINDOW = 8
 
@@ -34,18 +38,21 @@ def test_a_daemon_that_stood_still_blames_nobody() -> None:
 
 
 def test_no_moment_to_fall_asleep_at_costs_a_worker_its_transfers() -> None:
-    """It beats once a second and is lost after three, of which two were not seen to be slept."""
+    """What the daemon slept for was a worker's silence, as far as no sweep had been due."""
+    timing = Timing(lost_s=1.5, heartbeat_s=0.4)
     for tenths in range(12):
-        story = Story(3 * WINDOW)
-        story.open()
-        story.world.wait(1)
-        story.world.beat()
-        story.world.wait(tenths / 10)
-        story.world.now_s += 2.3  # stopped
-        for name in ("a", "b"):
-            story.world.feed(name, out.TimePassed())
-        story.world.beat()
-        assert story.source().state not in TERMINAL
+        world = World()
+        settings = replace(world.machines["a"].node.settings, timing=timing)
+        world.machines = {"a": Machine(Node(settings, world._secret, 1, 0.0))}
+        world.hello("a", SOURCE)
+        world.call("a", SOURCE, worker.Send(transfer_id="t"))
+        world.wait(tenths / 10)
+        world.beat()
+        world.wait(0.4)
+        world.now_s += 1.3  # stopped
+        world.feed("a", out.TimePassed())
+        world.beat()
+        assert world.snapshot("a", SOURCE, Role.SOURCE).state not in TERMINAL
 
 
 def test_time_that_passes_turn_by_turn_is_silence() -> None:
