@@ -127,7 +127,7 @@ def test_layouts_that_differ_are_refused_naming_the_field(
         end = consumer.wait_end(Role.SINK)
         assert end.error is not None
         assert end.error.code == "layout_mismatch"
-        assert "planes[1] (ids) dtype: int32 and int64" in end.error.message
+        assert "planes[1] (ids) dtype: int64 at the source, int32 at the sink" in end.error.message
         assert source.wait_end(Role.SOURCE).state is State.FAILED
 
 
