@@ -191,3 +191,41 @@ def test_a_source_killed_on_the_way_goes_on_with_other_ranks(tmp_path: Any) -> N
     with a:
         a.wait_until_free()
     np.testing.assert_array_equal(np.concatenate(parts), whole["v"])
+
+
+def aligned(order: Order) -> Layout:
+    """As many bytes in a slice of every plane as in a whole block of it: only the order differs."""
+    planes = tuple(
+        Plane(name=name, dtype=Dtype.FLOAT32, shape=(HEADS, DIM), heads_total=HEADS, order=order)
+        for name in ("k", "v")
+    )
+    return Layout(planes=planes, aux=("first_token",), block_size_tokens=16)
+
+
+SINKS_KILLED = {
+    "other ranks": (layout(2), 2, layout(1, 64)),
+    "another order, the same size": (aligned(Order.NHD), 1, aligned(Order.HND)),
+}
+
+
+@pytest.mark.parametrize("name", SINKS_KILLED)
+def test_a_sink_killed_on_the_way_goes_on_with_what_the_source_is(tmp_path: Any, name: str) -> None:
+    """After its restart it must not ask for whole blocks of a source that brings it slices."""
+    source, sources, sink = SINKS_KILLED[name]
+    flags = {"pool_tokens": 2 * 4 * 128, "window_tokens": WINDOW_TOKENS}
+    a, b = LiveDaemon(tmp_path / "a", **flags), LiveDaemon(tmp_path / "b", **flags)
+    whole = model(HEADS) | {"k": model(HEADS)["v"] if sources == 1 else model(HEADS)["k"]}
+    whole = {plane.name: whole[plane.name] for plane in sink.planes}
+    parts = []
+    with a, connect(b.directory, sink) as client:
+        sending = Ranks(lambda rank: send(a, source, whole, rank, sources), sources)
+        with client.receive("t", source=a.address, window_tokens=WINDOW_TOKENS) as receiving:
+            for number, window in enumerate(receiving):
+                parts.append(window.gather("v"))
+                if number == 0:
+                    b.process.kill()
+                    b = b.again()
+        sending.join()
+        with b:
+            b.wait_until_free()
+    np.testing.assert_array_equal(np.concatenate(parts), whole["v"])

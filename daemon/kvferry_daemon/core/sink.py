@@ -31,6 +31,7 @@ class SinkTransfer(Transfer):
         super().__init__(opening, timing, now_s)
         self.peer_up = self.peer_met = opening.source is None
         self.known_at: int | None = None  # the pull number current at the first real answer
+        self._heard = False  # a real answer in this life: the shape is what the source has, too
         self.done_noted = False
         self._number = 0
         self._acked = -1
@@ -206,7 +207,7 @@ class SinkTransfer(Transfer):
 
     def _claim(self) -> bool:
         """Claim what the window has room for and the source has; say whether it was pulled."""
-        if not self.peer_up or not self._claims.has_stream:
+        if not self.peer_up or not self._claims.has_stream or not self._heard:
             return False
         limit = min(self.window.edge_tokens, self._edge_to_fetch())
         fresh = []
@@ -319,6 +320,7 @@ class SinkTransfer(Transfer):
                 self._fail(Code.SOURCE_LOST, "the source daemon no longer knows this attempt")
             return
         self._shows_layout = False
+        self._heard = True
         if self.known_at is None:
             self.known_at = self._number
             self._progressed()
@@ -358,7 +360,7 @@ class SinkTransfer(Transfer):
     def _resend_soon(self) -> None:
         self._resend_s = self.timing.resend_s
         self._resend_at_s = min(self._resend_at_s, self.now_s + self._resend_s)
-        if self.known_at is None:
+        if not self._heard:
             self._resend_at_s = self.now_s
 
     def _on_resume(self, event: ev.ResumeAt) -> None:

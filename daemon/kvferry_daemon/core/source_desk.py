@@ -126,9 +126,9 @@ class SourceDesk:
             return
         layout, ranks = node.books[transfer.opening.pool_id].layout, transfer.ranks.size
         asked_as = (pull.layout_digest, pull.world_size)
-        if asked_as == (layout.digest, ranks) or (
-            transfer.shape.slices is not None and pull.layout is None
-        ):
+        sliced = transfer.shape.slices is not None
+        known = sliced and getattr(transfer, "sink", None) == sink  # one started anew asks anew
+        if asked_as == (layout.digest, ranks) or (known and pull.layout is None):
             node.post(key, event)
         elif pull.layout is not None:
             self._on_pull_of_another_shape(key, event, Side.of(layout, ranks))
