@@ -206,3 +206,41 @@ def test_a_smaller_chunk_after_a_larger_one_is_its_own(line: Line) -> None:
         assert isinstance(line.received.get(timeout=WAIT_S), te.Received)
     assert [sink.got for sink in sinks] == payloads
     sender.close()
+
+
+class Broken(Slow):
+    """Slices whose copies fail: no memory, no numpy, a mistake of ours."""
+
+    def gather(self, out: memoryview) -> None:
+        raise MemoryError("no room")
+
+    def scatter(self, data: memoryview) -> None:
+        raise MemoryError("no room")
+
+
+def test_a_copy_that_fails_ends_its_stream_and_says_why(
+    line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was "closed by the other side", which sends people to look at the wrong daemon."""
+    good, bad = Slow(b"0123", line.sent), Broken(b"0123", line.sent)
+    line.receiver.claim(1, 0, 4, bad)
+    sender = line.send()
+    sender.put(SendJob("owner", 1, 0, 4, good))
+    assert line.sent.get(timeout=WAIT_S) == te.Sent("key", "owner", 0, 4)
+    down = line.received.get(timeout=WAIT_S)
+    assert isinstance(down, te.StreamDown), "nothing is received that is not in the blocks"
+    assert "no room" in down.reason
+    down = line.sent.get(timeout=WAIT_S)
+    assert isinstance(down, te.StreamDown)
+    assert "closed" in down.reason
+    assert [record.name.rpartition(".")[2] for record in caplog.records] == ["receiver"]
+
+
+def test_a_source_that_cannot_copy_says_why(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    sender = line.send()
+    sender.put(SendJob("owner", 1, 0, 4, Broken(b"0123", line.sent)))
+    down = line.sent.get(timeout=WAIT_S)
+    assert isinstance(down, te.StreamDown)
+    assert "no room" in down.reason
+    assert isinstance(line.received.get(timeout=WAIT_S), te.StreamDown)
+    assert [record.name.rpartition(".")[2] for record in caplog.records] == ["sender"]

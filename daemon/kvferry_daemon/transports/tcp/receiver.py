@@ -4,6 +4,7 @@ Slices of blocks come into a buffer first, and into the blocks once the bytes ar
 """
 
 import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Hashable
@@ -24,6 +25,7 @@ from kvferry_proto.chunk import (
 
 STEP_BYTES = 1 << 20  # of one hashing step: the bytes are then still in cache
 BUFFERS_MAX = 512  # of one recvmsg_into; the kernel's limit is 1024
+log = logging.getLogger(__name__)
 
 
 class _Claim(NamedTuple):
@@ -71,6 +73,9 @@ class StreamReceiver:
                 self._take_chunk(read_header(header))
         except (OSError, BadChunk) as error:
             reason = str(error)
+        except Exception as error:
+            reason = f"our own fault: {error!r}"
+            log.exception("stream %s: cannot receive", self._key)
         finally:
             self._claims.clear()
             self._sock.close()

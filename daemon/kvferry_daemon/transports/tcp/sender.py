@@ -1,6 +1,7 @@
 """One thread that sends chunks out of the pool over one connection."""
 
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -17,6 +18,7 @@ from kvferry_proto.chunk import ChunkHeader, pack_trailer
 
 STEP_BYTES = 1 << 20  # of one sendmsg, and of one hashing step: the bytes are then still in cache
 BUFFERS_MAX = 512  # of one sendmsg, and a trailer; the kernel's limit is 1024
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,9 @@ class StreamSender:
                 self._send_queued()
         except OSError as error:
             reason = error.strerror or str(error)
+        except Exception as error:
+            reason = f"our own fault: {error!r}"
+            log.exception("stream %s: cannot send", self._key)
         finally:
             with self._wake_lock:
                 self._over = True
