@@ -26,8 +26,11 @@ DOWN_S_MAX = 1.0
 TAKE_OVER_S = 1.0
 VIOLATIONS_MAX = 20
 KILLED = "killed"
-# What a daemon's absence may lead to where the machine is slow to start it again.
-DEADLINES = ("stalled", "lease_expired", "daemon_unreachable", "peer_unreachable")
+# What a daemon's absence may lead to where the machine is slow to start it again. The last one: a
+# soak's tombstones are kept for seconds, so that its books come to rest.
+DEADLINES = (
+    "stalled", "lease_expired", "daemon_unreachable", "peer_unreachable", "unknown_transfer",
+)  # fmt: skip
 
 
 class SoakProcess:
@@ -188,7 +191,11 @@ class Traffic:
             "attempt": transfer.attempt,
             "tokens": transfer.tokens,
             "window_tokens": rng.choice((None, None, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 1)),
+            "world_size": 1 if transfer.mode == Mode.WHOLE else rng.choice((1, 1, 1, 2, 3)),
         }
+        if common["world_size"] > 1:
+            common["window_tokens"] = BLOCK_TOKENS  # of each: the quota is for all of them
+            self.counters["groups"] += 1
         for role, daemon in (("source", source), ("sink", sink)):
             job = Job(
                 **common,

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,19 @@ class Job:
     abort_at_tokens: int | None = None
     begin_after_s: float = 0.0
     window_tokens: int | None = None
+    world_size: int = 1
+    rank: int = 0  # of a group, whose ranks are threads of one worker
 
     @property
     def seed(self) -> int:
-        """The same on both sides, another one for every attempt."""
-        return random.Random(f"{self.transfer_id} {self.attempt}").randrange(1 << 20)
+        """The same on both sides, another one for every attempt and rank."""
+        name = f"{self.transfer_id} {self.attempt} {self.rank}"
+        return random.Random(name).randrange(1 << 20)
+
+    @property
+    def aux(self) -> dict[str, int]:
+        """All ranks tell the same."""
+        return {"first_token": replace(self, rank=0).seed}
 
 
 def content(job: Job, first: int, end: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -71,10 +80,12 @@ def content(job: Job, first: int, end: int) -> dict[str, np.ndarray[Any, Any]]:
 def send(client: Client, job: Job) -> str:
     """The source side, from opening to the sink's last token."""
     rng = random.Random(job.seed)
-    aux = {"first_token": job.seed}
+    aux: dict[str, Any] = dict(job.aux)
     with client.send(
         job.transfer_id,
         attempt=job.attempt,
+        rank=job.rank,
+        world_size=job.world_size,
         total_tokens=job.tokens if job.is_total_early else None,
         aux=aux if job.is_total_early else None,
         window_tokens=job.window_tokens,
@@ -98,6 +109,8 @@ def receive(client: Client, job: Job) -> str:
     with client.receive(
         job.transfer_id,
         attempt=job.attempt,
+        rank=job.rank,
+        world_size=job.world_size,
         source=job.source,
         mode=Mode(job.mode),
         max_tokens=job.tokens + 3 if job.mode == Mode.WHOLE.value else None,
@@ -110,7 +123,7 @@ def receive(client: Client, job: Job) -> str:
                 receiving.abort("as planned")
                 return ABORTED
         assert taken == receiving.total_tokens == job.tokens, (taken, receiving.snapshot)
-        assert receiving.aux == {"first_token": job.seed}, receiving.snapshot
+        assert receiving.aux == job.aux, receiving.snapshot
     return DONE
 
 
@@ -123,16 +136,27 @@ def check(job: Job, window: WindowView, taken: int) -> None:
         assert not len(wrong), f"{name}: {len(wrong)} tokens are wrong, the first is {wrong[0]}"
 
 
-def work(client: Client, job: Job, saying: threading.Lock) -> None:
-    """Do one job and say how it ended."""
-    detail = ""
-    time.sleep(job.begin_after_s)
+def one_rank(client: Client, job: Job) -> tuple[str, str]:
+    """Do one rank's part; how it ended, and why."""
     try:
-        outcome = (send if job.role == "source" else receive)(client, job)
+        return (send if job.role == "source" else receive)(client, job), ""
     except FerryError as error:
-        outcome, detail = FAILED, f"{error.code}: {error}"
+        return FAILED, f"{error.code}: {error}"
     except AssertionError as error:
-        outcome, detail = WRONG, str(error)
+        return WRONG, f"rank {job.rank}: {error}"
+
+
+def work(client: Client, job: Job, saying: threading.Lock) -> None:
+    """Do one job and say how it ended: for a group, as it did for the worst off of its ranks."""
+    time.sleep(job.begin_after_s)
+    ranks = [
+        replace(job, rank=rank, abort_at_tokens=None if rank else job.abort_at_tokens)
+        for rank in range(job.world_size)
+    ]
+    with ThreadPoolExecutor(job.world_size) as pool:
+        ends = list(pool.map(lambda rank: one_rank(client, rank), ranks))
+    order = (WRONG, ABORTED, FAILED, DONE)
+    outcome, detail = min(ends, key=lambda end: order.index(end[0]))
     line = json.dumps({"job": asdict(job), "outcome": outcome, "detail": detail[:400]})
     with saying:
         print(line, flush=True)

@@ -33,5 +33,5 @@ def test_nothing_is_lost_and_nothing_is_left() -> None:
     assert running.returncode == 0, stderr
     assert result["flood"]["calls"].keys() >= {"ready", "poll", "wait", "beat", "batch", "resume"}
     steady = result["soak"]["steady"]
-    assert {"handoff", "network", "consume", "whole", "workers_killed"} <= steady.keys()
+    assert {"handoff", "network", "consume", "whole", "groups", "workers_killed"} <= steady.keys()
     assert result["soak"]["restarts"]["daemons_killed"] > 0
