@@ -202,3 +202,18 @@ def test_who_holds_nothing_gets_one_block_first_and_then_stands_in_line() -> Non
     pool.free_front(held, 4)
     given = [(key, sum(lease.run.blocks for lease in grant.leases)) for key, grant in book.grants()]
     assert given == [(begins, 1), (waits, 3)]
+
+
+def test_a_group_that_came_first_is_not_passed_by_while_it_waits_for_a_block_a_rank() -> None:
+    """Room for one block went to whoever needed no more than that, each time there was some."""
+    pool = BlockPool(8, 4, 4)
+    book = PoolBook("p", "/p", "cpu", layout(), pool, 4, 4)
+    one, other = (pool.grant(99, Role.SINK, 1).leases[0] for _ in range(2))
+    pool.grant(98, Role.SINK, 2)
+    group, small = Key(Role.SINK, "group", 0), Key(Role.SINK, "small", 0)
+    book.want(group, WantBlocks(2, urgent=True, ranks=2))
+    book.want(small, WantBlocks(1, whole=True))
+    pool.free_front(one, 1)
+    assert list(book.grants()) == []
+    pool.free_front(other, 1)
+    assert [key for key, _ in book.grants()] == [group]

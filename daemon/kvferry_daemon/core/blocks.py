@@ -129,6 +129,8 @@ class PoolBook:
         some = _head(self._queues[role, "urgent"]) or _head(self._queues[role, "more"])
         fits = whole is not None and self._room(whole[0]) >= whole[1].blocks
         if some is not None and self._room(some[0]) < some[1].ranks:
+            if whole is None or self._arrived[some[0]] < self._arrived[whole[0]]:
+                return None  # a group that came first: it needs a block a rank
             some = None
         if whole is None or some is None:
             return whole if fits else some
