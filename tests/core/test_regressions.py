@@ -2,7 +2,7 @@
 
 from core.stories import Story
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
@@ -136,3 +136,28 @@ def test_an_empty_payload_may_tell_its_aux_after_it_was_opened() -> None:
     story.world.settle()
     assert story.sink().state is State.SUCCESS
     assert story.sink().aux == {"rope": 1}
+
+
+def test_a_pull_that_came_early_is_kept_without_its_layout() -> None:
+    """4096 of them are kept, and a layout may have a thousand planes."""
+    world = World()
+    world.hello("a", b"p")
+    node = world.machines["a"].node
+    world.feed(
+        "a", out.SinkSaid(b"c", peer.PeerHello(boot_id="c" * 16, daemon_id="d" * 16, life=1))
+    )
+    kind = layout(block=2 * BLOCK)
+    pull = peer.Pull(
+        transfer_id="t",
+        attempt=0,
+        number=1,
+        handle=0,
+        layout_digest=kind.digest,
+        start_tokens=0,
+        acked_tokens=0,
+        layout=kind,
+    )
+    pulls = peer.Pulls(source_boot_id="a" * 16, sink_boot_id="c" * 16, pulls=[pull])
+    world.feed("a", out.SinkSaid(b"c", pulls))
+    kept, _ = node.sources._unmet[Key(Role.SOURCE, "t", 0)]
+    assert kept.pull.layout is None

@@ -177,7 +177,7 @@ class SourceDesk:
 
     def keep_unmet(self, key: ev.Key, event: ev.Pulled) -> None:
         """A pull came before its source: keep who asked, not what for."""
-        pull = event.pull.model_copy(update={"want": []})
+        pull = event.pull.model_copy(update={"want": [], "layout": None})
         self._unmet[key] = (ev.Pulled(event.sink, event.daemon, pull), self._node.now_s)
         if len(self._unmet) > UNMET_MAX:
             self._unmet.popitem(last=False)
