@@ -20,9 +20,11 @@ class Tombstone:
     sessions: tuple[str, ...]
     until_s: float
 
-    def owner(self, rank: int) -> str:
-        """The session that a rank belongs to; empty if nobody ever came for it."""
-        return self.sessions[rank] if rank < len(self.sessions) else ""
+    def owner(self, rank: int) -> str | None:
+        """The session that a rank belongs to; empty if nobody ever came, None if there was none."""
+        if not self.sessions:
+            return ""  # of an attempt that nobody here has opened
+        return self.sessions[rank] if rank < len(self.sessions) else None
 
     def shown_to(self, rank: int) -> Snapshot:
         """What a rank is answered."""

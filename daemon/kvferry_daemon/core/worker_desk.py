@@ -139,6 +139,8 @@ class WorkerDesk:
         if call.attempt < newest:
             raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
         if self._is_repeated(session, key, call):
+            if isinstance(call, worker.Send) and call.world_size > 1:
+                node.run_now(key, _told(call))  # its own: no parameters of the group
             return
         if key in node.transfers or node.tombstones.get(key) is not None:
             self._join(session, key, call)
@@ -160,7 +162,7 @@ class WorkerDesk:
             node.sinks.attach(key)
             return
         source = SourceTransfer(opening, timing, now_s)
-        told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
+        told = _told(call)
         source.check_ready(told)
         self._supersede(key, newest)
         self.opened_by[key] = call.model_copy(update={"call": 0})
@@ -209,11 +211,14 @@ class WorkerDesk:
             raise FerryError(Code.GROUP_DIFFERS, f"of the ranks before and this one {different}")
         if transfer is None:
             return  # over: the snapshot says how
-        session.keys.add(key)
+        told = _told(call) if isinstance(call, worker.Send) else None
+        if told is not None and isinstance(transfer, SourceTransfer) and not transfer.ended:
+            transfer.check_ready(told)  # who is refused has not come
         node.run_now(key, ev.Joined(call.rank, session.secret))
-        if isinstance(call, worker.Send):
-            told = ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
+        if told is not None:
             node.run_now(key, told)
+        if key in node.transfers:  # else its time was up, and it is forgotten by now
+            session.keys.add(key)
 
     def forget(self, key: ev.Key) -> None:
         """The tombstone of a transfer is gone."""
@@ -368,6 +373,11 @@ class WorkerDesk:
 
 OF_A_RANK = {"call", "rank"}  # what each worker of a group says for itself
 OF_A_GROUPS_RANK = OF_A_RANK | {"total_tokens", "aux"}
+
+
+def _told(call: worker.Send) -> ev.ReadyTo:
+    """What a source's rank says of itself as it comes."""
+    return ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
 
 
 def _difference(before: worker.Send | worker.Receive, now: worker.Send | worker.Receive) -> str:
