@@ -22,7 +22,7 @@ SHORT_SOAK = soak.SoakSize(
     at_once=8,
     worker_kill_s=1.5,
     daemon_kill_s=2,
-    tombstone_s=3.0,
+    tombstone_s=8.0,
     stall_s=8.0,
     growth_bytes_max=None,
 )

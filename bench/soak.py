@@ -15,7 +15,9 @@ median in the first and in the last fifth of the time after the warm-up.
 
 What is remembered grows by design up to its bound: ended transfers for ``tombstone_s`` (10 minutes
 by default), pulls that came before their source for ``stall_s``. Both are small here, so that the
-bound is met in the warm-up; and what is more than before gets that long to go away.
+bound is met in the warm-up; and what is more than before gets that long to go away. An ended transfer
+must be remembered until its worker has asked again, though: a client repeats a poll whose answer
+died with its daemon after 5.5 s.
 """
 
 import statistics
@@ -53,7 +55,7 @@ class SoakSize:
     at_once: int = 16
     worker_kill_s: float = 6.0
     daemon_kill_s: float = 8.0
-    tombstone_s: float = 5.0
+    tombstone_s: float = 10.0
     stall_s: float = 10.0
     growth_bytes_max: int | None = GROWTH_BYTES_MAX
     seed: int = 1
@@ -151,7 +153,7 @@ class _Soak:
         sampler: Sampler | None = None,
     ) -> dict[str, int]:
         begun_s = time.monotonic()
-        traffic = Traffic(self.daemons, self.size.at_once, self.size.seed)
+        traffic = Traffic(phase, self.daemons, self.size.at_once, self.size.seed)
         traffic.open()
         if sampler is not None:
             sampler.start()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from bench.soak_worker import ABORTED, BLOCK_TOKENS, DONE, WINDOW_TOKENS, WRONG, Job
@@ -26,11 +27,8 @@ DOWN_S_MAX = 1.0
 TAKE_OVER_S = 1.0
 VIOLATIONS_MAX = 20
 KILLED = "killed"
-# What a daemon's absence may lead to where the machine is slow to start it again. The last one: a
-# soak's tombstones are kept for seconds, so that its books come to rest.
-DEADLINES = (
-    "stalled", "lease_expired", "daemon_unreachable", "peer_unreachable", "unknown_transfer",
-)  # fmt: skip
+# What a daemon's absence may lead to where the machine is slow to start it again.
+DEADLINES = ("stalled", "lease_expired", "daemon_unreachable", "peer_unreachable")
 
 
 class SoakProcess:
@@ -102,7 +100,11 @@ class Transfer:
 class Traffic:
     """Keeps so many transfers going at once."""
 
-    def __init__(self, daemons: dict[str, WatchedDaemon], at_once: int, seed: int) -> None:
+    def __init__(
+        self, name: str, daemons: dict[str, WatchedDaemon], at_once: int, seed: int
+    ) -> None:
+        """``name`` is in every transfer's: no daemon may ever hear one of them twice."""
+        self.name = name
         self.daemons = daemons
         self.at_once = at_once
         self.rng = random.Random(seed)
@@ -168,13 +170,15 @@ class Traffic:
         rng = self.rng
         self.count += 1
         ends = (rng.choice(list(self.daemons)), rng.choice(list(self.daemons)))
+        if self.count <= len(self.daemons) ** 2:  # each pair has its link, however slow the machine
+            ends = list(product(self.daemons, repeat=2))[self.count - 1]
         mode = rng.choice((Mode.CONSUME, Mode.CONSUME, Mode.WHOLE)).value
         tokens = rng.choice(
             (*SIZES, rng.randrange(SIZE_TOKENS_MAX), rng.randrange(SIZE_TOKENS_MAX))
         )
         if mode == Mode.WHOLE.value:
             tokens = min(tokens, WHOLE_TOKENS_MAX)
-        transfer = Transfer(f"soak-{self.count}", tokens, ends, mode)
+        transfer = Transfer(f"{self.name}-{self.count}", tokens, ends, mode)
         self.live[transfer.name] = transfer
         self.counters["handoff" if ends[0] == ends[1] else "network"] += 1
         self.counters[mode] += 1
