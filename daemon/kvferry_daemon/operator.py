@@ -81,7 +81,10 @@ def status_for_people(answer: control.Status) -> str:
 
 
 def transfers_for_people(answer: control.Transfers) -> str:
-    """A table of transfers, and below it the error of each that failed."""
+    """A table of transfers, and below it the error of each that failed.
+
+    ``behind``: the ranks that a group waits for.
+    """
     rows = (
         (
             row.snapshot.transfer_id,
@@ -92,11 +95,16 @@ def transfers_for_people(answer: control.Transfers) -> str:
             str(row.snapshot.sent_tokens),
             "?" if row.snapshot.total_tokens is None else str(row.snapshot.total_tokens),
             f"{row.snapshot.base_tokens}+{row.snapshot.allocated_tokens}",
+            str(row.snapshot.world_size),
+            ",".join(map(str, row.behind)),
             "" if row.ended else f"{row.idle_s:.1f} s",
         )
         for row in answer.transfers
     )
-    names = ("transfer", "role", "try", "state", "waits for", "sent", "total", "window", "idle")
+    names = (
+        *("transfer", "role", "try", "state", "waits for", "sent", "total", "window"),
+        *("ranks", "behind", "idle"),
+    )
     errors = [
         f"{seen.transfer_id}: {seen.error.code} (fault: {seen.error.fault}): "
         f"{seen.error.message}. Remedy: {seen.error.remedy}"

@@ -7,7 +7,7 @@ from pydantic import Field
 from kvferry_proto.codec import Codec
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import BootId, Call, Count, ErrorInfo, Message, TransferId, WireRole
-from kvferry_proto.worker import Snapshot
+from kvferry_proto.worker import RANKS_MAX, Rank, Snapshot
 
 TRANSFERS_MAX = 1000
 
@@ -58,7 +58,11 @@ class PeerStatus(Message):
 
 
 class TransferStatus(Message):
-    """A snapshot, and what only an operator asks for."""
+    """A snapshot, and what only an operator asks for.
+
+    ``state``, ``stall``, ``sent_tokens`` and ``available_tokens`` in it are the group's as they are,
+    also where its ranks are not shown them yet.
+    """
 
     snapshot: Snapshot
     worker: str
@@ -68,6 +72,8 @@ class TransferStatus(Message):
     idle_s: float = 0.0
     blocks: Count = 0
     ended: bool = False
+    workers: Annotated[list[str], Field(max_length=RANKS_MAX)] = Field(default_factory=list)
+    behind: Annotated[list[Rank], Field(max_length=RANKS_MAX)] = Field(default_factory=list)
 
 
 class Status(Message):

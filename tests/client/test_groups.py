@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cli.processes import kvferry
 from client.payloads import LAYOUT, WINDOW, Daemons, payload
 from client.ranks import Ranks
 from kvferry_client import AsyncClient, FerryError, Role, State, connect
@@ -219,3 +220,39 @@ def test_operators_see_one_transfer_a_group(daemons: Daemons) -> None:
         assert a.status().transfers == {State.BOOTSTRAPPING.name.lower(): 1}
         for sending in sendings:
             sending.abort()
+
+
+def test_operators_see_which_ranks_hold_a_group_up(daemons: Daemons) -> None:
+    """A rank is shown what it is to act on when all can act on it; an operator is shown it now."""
+    a, b = daemons
+    size: dict[str, Any] = {"world_size": RANKS, "window_tokens": 32}
+
+    def held_up(daemon: LiveDaemon, stall: str, behind: list[int]) -> Any:
+        return daemon.wait_for_transfer(
+            "t", lambda row: (row.snapshot.stall, row.behind) == (stall, behind)
+        )
+
+    with connect(a.directory, LAYOUT, "prefill") as client, connect(b.directory, LAYOUT) as sink:
+        first = client.send("t", rank=0, **size)
+        assert held_up(a, "waiting_for_peer", [1]).workers == ["prefill", ""]
+        second = client.send("t", rank=1, **size)
+        first.fill(0, arrays_of(0, 32), {"first_token": 1})
+        sinks = [sink.receive("t", source=a.address, rank=1, **size)]
+        held_up(b, "waiting_for_peer", [0])
+        row = held_up(a, "waiting_for_input", [1])
+        assert (row.snapshot.available_tokens, row.workers) == (0, ["prefill"] * 2)
+        sinks.insert(0, sink.receive("t", source=a.address, rank=0, **size))
+        second.fill(0, arrays_of(1, 32))
+        assert held_up(b, "waiting_for_resume", [0, 1]).snapshot.sent_tokens == 32
+        assert b.status().stalls == {"waiting_for_resume": 1}
+        watched = [Watched(role=Role.SINK, transfer_id="t", rank=r, after=1000) for r in (0, 1)]
+        sink.poll(watched[0])
+        held_up(b, "waiting_for_resume", [1])
+        sink.poll(watched[1])
+        held_up(b, "waiting_for_resume", [0, 1])
+        sinks[0].resume(32)
+        held_up(b, "waiting_for_resume", [1])
+        out = kvferry("transfers", "t", "--runtime-dir", b.directory).stdout.splitlines()
+        assert out[1].split()[-3] == "1", out
+        for one in (first, second, *sinks):
+            one.abort()

@@ -204,7 +204,7 @@ CONTROL: dict[str, Any] = {
             c.TransferStatus(snapshot=SNAPSHOT, worker="w"),
             c.TransferStatus(
                 snapshot=FULL, worker="", source="tcp://a:1", transport="tcp", age_s=1.5,
-                idle_s=0.125, blocks=64, ended=True,
+                idle_s=0.125, blocks=64, ended=True, workers=["", "w"], behind=[0],
             ),
         ],
     ),

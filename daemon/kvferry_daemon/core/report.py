@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import control
-from kvferry_proto.states import Role
+from kvferry_proto.states import Role, StallReason
 from kvferry_proto.versions import OURS
 from kvferry_proto.worker import Snapshot
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def status(node: Node, call: int, runtime_dir: str, now_s: float) -> control.Status:
     """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
-    snapshots = [t.snapshot() for t in node.transfers.values()]
+    snapshots = [_as_it_is(t) for t in node.transfers.values()]
     states = Counter(s.state.name.lower() for s in snapshots)
     states.update(s.state.name.lower() for s in node.tombstones.snapshots())
     stalls = Counter(s.stall.value for s in snapshots if s.stall is not None)
@@ -102,7 +103,7 @@ def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferSt
     source = transfer.opening.source
     local = _is_local(node, transfer)
     return control.TransferStatus(
-        snapshot=transfer.snapshot(),
+        snapshot=_as_it_is(transfer),
         worker=session.name if session else "",
         source=source,
         transport="handoff" if local else "tcp",
@@ -110,7 +111,55 @@ def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferSt
         idle_s=round(now_s - transfer.progress_s, 3),
         blocks=transfer.window.blocks,
         ended=transfer.ended,
+        workers=_workers(node, transfer),
+        behind=_behind(transfer),
     )
+
+
+def _as_it_is(transfer: AnyTransfer) -> Snapshot:
+    """A snapshot without what a group's ranks are shown later, or see of themselves alone."""
+    shown = transfer.snapshot()
+    if transfer.ranks.size == 1:
+        return shown
+    return shown.model_copy(
+        update={
+            "state": transfer.state,
+            "stall": transfer.stall,
+            "sent_tokens": transfer.sent_tokens,
+            "available_tokens": transfer.available_tokens,
+        }
+    )
+
+
+def _workers(node: Node, transfer: AnyTransfer) -> list[str]:
+    """The names of a group's workers, by rank."""
+    if transfer.ranks.size == 1:
+        return []
+    sessions = [node.sessions.get(secret) for secret in transfer.ranks.sessions]
+    return [session.name if session else "" for session in sessions]
+
+
+def _behind(transfer: AnyTransfer) -> list[int]:
+    """The ranks that a group waits for."""
+    ranks = transfer.ranks
+    numbers = range(ranks.size)
+    if ranks.size == 1:
+        return []
+    if ranks.missing and not transfer.ended:
+        return ranks.missing
+    shown, true = transfer.snapshot(), _as_it_is(transfer)
+    if (shown.state, shown.stall, shown.sent_tokens) != (true.state, true.stall, true.sent_tokens):
+        lowest = min(ranks[number].acted_at for number in numbers if ranks[number].session)
+        return [n for n in numbers if ranks[n].session and ranks[n].acted_at == lowest]
+    if transfer.ended:
+        here = [n for n in numbers if ranks[n].session and not ranks[n].released]
+        return here if transfer.window.blocks else []
+    if transfer.stall is StallReason.WAITING_FOR_RESUME and isinstance(transfer, SinkTransfer):
+        return [n for n in numbers if ranks[n].level_tokens < transfer.sent_tokens]
+    if transfer.stall is StallReason.WAITING_FOR_INPUT and isinstance(transfer, SourceTransfer):
+        lowest = ranks.lowest_tokens
+        return [n for n in numbers if ranks[n].level_tokens == lowest]
+    return []
 
 
 def _is_local(node: Node, transfer: AnyTransfer) -> bool:
