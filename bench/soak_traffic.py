@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 from bench.soak_worker import ABORTED, BLOCK_TOKENS, DONE, WINDOW_TOKENS, WRONG, Job
@@ -169,9 +168,10 @@ class Traffic:
     def _begin(self) -> None:
         rng = self.rng
         self.count += 1
-        ends = (rng.choice(list(self.daemons)), rng.choice(list(self.daemons)))
-        if self.count <= len(self.daemons) ** 2:  # each pair has its link, however slow the machine
-            ends = list(product(self.daemons, repeat=2))[self.count - 1]
+        pairs = [(one, two) for one in self.daemons for two in self.daemons]
+        ends = rng.choice(pairs)
+        if self.count <= len(pairs):  # each has its link, however slow the machine
+            ends = pairs[self.count - 1]
         mode = rng.choice((Mode.CONSUME, Mode.CONSUME, Mode.WHOLE)).value
         tokens = rng.choice(
             (*SIZES, rng.randrange(SIZE_TOKENS_MAX), rng.randrange(SIZE_TOKENS_MAX))
