@@ -13,13 +13,13 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import CLEAN, MIXED, RunAllocator
 from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
+from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.pool import BlockPool, Grant
 from kvferry_daemon.core.ranks import Ranks
 from kvferry_daemon.core.records import TransferRecord
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
-from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role
 from sim.life import Life
@@ -108,9 +108,9 @@ def old_chunk(patch: pytest.MonkeyPatch) -> None:
 
 def inherited_progress(patch: pytest.MonkeyPatch) -> None:
     """A retry goes on where the attempt before it had come to."""
-    right = WorkerDesk._supersede
+    right = Openings._supersede
 
-    def wrong(self: WorkerDesk, key: ev.Key, newest: int) -> None:
+    def wrong(self: Openings, key: ev.Key, newest: int) -> None:
         old = self._node.transfers.get(key._replace(attempt=newest))
         if isinstance(old, SinkTransfer):
             reached[key] = old.sent_tokens
@@ -123,7 +123,7 @@ def inherited_progress(patch: pytest.MonkeyPatch) -> None:
         begin(self, opening, timing, now_s)
         self.sent_tokens = max(self.sent_tokens, reached.get(opening.key, 0))
 
-    patch.setattr(WorkerDesk, "_supersede", wrong)
+    patch.setattr(Openings, "_supersede", wrong)
     patch.setattr(SinkTransfer, "__init__", inherit)
 
 

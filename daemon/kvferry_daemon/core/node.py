@@ -318,7 +318,7 @@ class Node:
             name = (key.role, key.transfer_id)
             if self.current.get(name) == key.attempt and key not in self.transfers:
                 del self.current[name]
-            self.workers.forget(key)
+            self.workers.openings.forget(key)
             self.notes.stone_gone(key)
         self.sources.expire()
 

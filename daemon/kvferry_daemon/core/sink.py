@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.claims import Claims
 from kvferry_daemon.core.extents import ExtentSet
+from kvferry_daemon.core.news import what_is_wrong
 from kvferry_daemon.core.pool import Lease
 from kvferry_daemon.core.records import Shown, TransferRecord
 from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening, Transfer
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.peer import Progress, Want
+from kvferry_proto.peer import Want
 from kvferry_proto.states import StallReason, State
 
-OURS_TOO = (Code.STALE_ATTEMPT, Code.START_MISMATCH, Code.LAYOUT_MISMATCH)
 ACK_PARTS = 8  # an ack travels at least every window/8 tokens, so that the source can slide too
 
 
@@ -324,7 +324,7 @@ class SinkTransfer(Transfer):
         if self.known_at is None:
             self.known_at = self._number
             self._progressed()
-        wrong = self._what_is_wrong(news)
+        wrong = what_is_wrong(self, news)
         if wrong is not None:
             self._fail(*wrong)
             return
@@ -335,27 +335,6 @@ class SinkTransfer(Transfer):
         self.available_tokens = max(self.available_tokens, news.available_tokens)
         self.total_tokens = news.total_tokens if self.total_tokens is None else self.total_tokens
         self.aux = news.aux if self.aux is None else self.aux
-
-    def _what_is_wrong(self, news: Progress) -> tuple[Code, str] | None:
-        if news.error is not None and news.error.code in OURS_TOO:
-            return Code(news.error.code), news.error.message
-        if news.error is not None or news.state is State.FAILED:
-            said = news.error
-            return Code.SOURCE_FAILED, f"{said.code}: {said.message}" if said else "no reason given"
-        if news.state is State.SUCCESS:
-            return Code.SOURCE_LOST, "the source has ended, and its payload went elsewhere"
-        total, known = news.total_tokens, self.total_tokens
-        if total is not None and known is not None and total != known:
-            return Code.TOTAL_CHANGED, f"the source said {known} tokens, then {total}"
-        end = max(total or 0, news.available_tokens)
-        limit = self.opening.max_tokens
-        if limit is not None and end > limit:
-            return Code.MAX_TOKENS_EXCEEDED, f"the payload has {end} tokens or more, over {limit}"
-        most = max(self.sent_tokens, self.available_tokens, news.available_tokens)
-        told = known if total is None else total
-        if told is not None and told < most:
-            return Code.TOTAL_TOO_SMALL, f"total {told}, but {most} tokens are there already"
-        return None
 
     def _resend_soon(self) -> None:
         self._resend_s = self.timing.resend_s

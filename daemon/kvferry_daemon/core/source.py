@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.readiness import check_ready, total_mismatch
 from kvferry_daemon.core.records import TransferRecord
 from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening, Transfer
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.peer import Pull, Want
 from kvferry_proto.states import StallReason, State
@@ -195,9 +196,9 @@ class SourceTransfer(Transfer):
         self._emit(ev.Free(event.leases))
 
     def _on_ready(self, event: ev.ReadyTo) -> None:
-        self.check_ready(event)
+        check_ready(self, event)
         rank = self.ranks[event.rank]
-        mismatch = self._total_mismatch(event)
+        mismatch = total_mismatch(self, event)
         if mismatch is not None:
             self._fail(Code.TOTAL_MISMATCH, mismatch)
             return
@@ -211,65 +212,6 @@ class SourceTransfer(Transfer):
             self.total_tokens = rank.total_tokens = event.total_tokens
         if grew:
             self._progressed()
-
-    def check_ready(self, event: ev.ReadyTo) -> None:
-        """Raise FerryError for a ReadyTo that would be refused."""
-        rank = self.ranks[event.rank]
-        known = self.total_tokens if self.ranks.size == 1 else rank.total_tokens
-        total = known if event.total_tokens is None else event.total_tokens
-        ready = max(event.ready_tokens, rank.level_tokens)
-        if known is not None and total != known:
-            raise FerryError(Code.TOTAL_CHANGED, f"total_tokens was {known}, now {total}")
-        if total is not None and total < ready:
-            raise FerryError(
-                Code.TOTAL_TOO_SMALL, f"total_tokens {total} is below the {ready} tokens ready"
-            )
-        if event.ready_tokens > max(self.window.edge_tokens, self.opening.start_tokens):
-            raise FerryError(
-                Code.READY_BEYOND_WINDOW,
-                f"ready_tokens {event.ready_tokens}, but the window ends at "
-                f"{self.window.edge_tokens}",
-            )
-        if total is None:
-            total = self.total_tokens  # another rank has told it
-        self._refuse_bad_aux(event, is_last=self._is_last(event.rank, ready, total))
-
-    def _is_last(self, rank: int, ready: int, total: int | None) -> bool:
-        """Whether the payload is complete with this, so that nothing may be missing."""
-        others = [
-            self.ranks[other].level_tokens for other in range(self.ranks.size) if other != rank
-        ]
-        return ready == total and ready > self.opening.start_tokens and {ready}.issuperset(others)
-
-    def _total_mismatch(self, event: ev.ReadyTo) -> str | None:
-        """Ranks that disagree on the length: both numbers, and who said them."""
-        known, told = self.total_tokens, event.total_tokens
-        if known is not None and told not in (None, known):
-            teller = next(
-                n for n in range(self.ranks.size) if self.ranks[n].total_tokens is not None
-            )
-            return f"rank {event.rank} says {told} tokens in all, rank {teller} said {known}"
-        total = told if known is None else known
-        for number in range(self.ranks.size):
-            ready = self.ranks[number].level_tokens
-            if number == event.rank:
-                ready = max(ready, event.ready_tokens)
-            if total is not None and ready > total:
-                return f"rank {number} has {ready} tokens ready, but they are {total} in all"
-        return None
-
-    def _refuse_bad_aux(self, event: ev.ReadyTo, *, is_last: bool) -> None:
-        aux, names = event.aux, self.opening.aux_names
-        if aux is not None and self.aux is not None and aux != self.aux:
-            raise FerryError(Code.AUX_CHANGED, f"aux was {self.aux}, now {aux}")
-        if aux is not None and set(aux) != set(names):
-            raise FerryError(
-                Code.AUX_MISSING, f"the layout has aux {sorted(names)}, got {sorted(aux)}"
-            )
-        if is_last and names and aux is None and self.aux is None:
-            raise FerryError(
-                Code.AUX_MISSING, f"the last token is ready, but aux {sorted(names)} is not told"
-            )
 
     def _on_pulled(self, event: ev.Pulled) -> None:
         pull = event.pull

@@ -1,0 +1,159 @@
+"""How workers open transfers: at first, again, as one more rank of a group, or as a retry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.opening import opening_of, timing_of
+from kvferry_daemon.core.readiness import check_ready
+from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.source import SourceTransfer
+from kvferry_proto import worker
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.states import Role
+
+if TYPE_CHECKING:
+    from kvferry_daemon.core.node import Node, Session
+
+OF_A_RANK = {"call", "rank"}  # what each worker of a group says for itself
+OF_A_GROUPS_RANK = OF_A_RANK | {"total_tokens", "aux"}
+
+
+class Openings:
+    """Knows what was opened with what, and whose it is."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}  # by the first rank
+
+    def open(self, session: Session, call: worker.Send | worker.Receive, role: Role) -> None:
+        """Open a transfer, join its group, or find that this worker has done so before."""
+        node = self._node
+        key = ev.Key(role, call.transfer_id, call.attempt)
+        newest = node.current.get((role, call.transfer_id), -1)
+        if call.attempt < newest:
+            raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
+        if self._is_repeated(session, key, call):
+            if isinstance(call, worker.Send) and call.world_size > 1:
+                node.run_now(key, _told(call))  # its own: no parameters of the group
+            return
+        if key in node.transfers or node.tombstones.get(key) is not None:
+            self._join(session, key, call)
+            return
+        book = node.books[session.pool_id]
+        opening = opening_of(key, session, book, node.settings, call)  # refuses bad numbers
+        if node.draining:
+            raise FerryError(Code.DRAINING, "no new transfers are taken")
+        if len(node.transfers) >= node.settings.transfers_max:
+            raise FerryError(
+                Code.RESOURCE_EXHAUSTED, f"{len(node.transfers)} transfers are open already"
+            )
+        timing, now_s = timing_of(call, node.settings), node.now_s
+        if isinstance(call, worker.Receive):
+            node.sinks.check_room(opening.source)
+            self._supersede(key, newest)
+            self.opened_by[key] = call.model_copy(update={"call": 0})
+            node.open(SinkTransfer(opening, timing, now_s), self.opened_by[key])
+            node.sinks.attach(key)
+            return
+        source = SourceTransfer(opening, timing, now_s)
+        told = _told(call)
+        check_ready(source, told)
+        self._supersede(key, newest)
+        self.opened_by[key] = call.model_copy(update={"call": 0})
+        node.open(source, self.opened_by[key])
+        node.run_now(key, told)
+        node.sources.replay_unmet(key)
+
+    def _supersede(self, key: ev.Key, newest: int) -> None:
+        """A higher attempt has come: the one before it ends."""
+        old = key._replace(attempt=newest)
+        if old in self._node.transfers:
+            message = f"attempt {key.attempt} took over"
+            self._node.run_now(old, ev.Fail(Code.SUPERSEDED, message))
+
+    def _is_repeated(
+        self, session: Session, key: ev.Key, call: worker.Send | worker.Receive
+    ) -> bool:
+        """Whether this worker has opened it before; FerryError if it was not quite this."""
+        owner = self._owner(key, call.rank)
+        before = self.opened_by.get(key)
+        if owner is None or (not owner and before is not None):
+            return False
+        different = before and _difference(before, call)
+        if owner not in ("", session.secret) and call.world_size > 1 and not different:
+            raise FerryError(
+                Code.RANK_TAKEN, f"rank {call.rank} of {key.transfer_id!r} is another session's"
+            )
+        self.check_owner(session, key, call.rank)
+        if different:
+            raise FerryError(Code.PARAMETERS_DIFFER, different)
+        return True
+
+    def _join(self, session: Session, key: ev.Key, call: worker.Send | worker.Receive) -> None:
+        """One more rank of a group: it must have come for the same."""
+        node = self._node
+        before = self.opened_by[key]
+        different = _difference(before, call)
+        if call.rank >= before.world_size and not different:
+            raise FerryError(Code.BAD_RANK, f"rank {call.rank} of a group of {before.world_size}")
+        transfer = node.transfers.get(key)
+        if transfer is not None and transfer.opening.pool_id != session.pool_id:
+            ours = node.books[transfer.opening.pool_id].layout
+            layouts = ours.first_difference(node.books[session.pool_id].layout)
+            different = different or f"the layouts differ in {layouts}"
+        if different:
+            raise FerryError(Code.GROUP_DIFFERS, f"of the ranks before and this one {different}")
+        if transfer is None:
+            return  # over: the snapshot says how
+        told = _told(call) if isinstance(call, worker.Send) else None
+        if told is not None and isinstance(transfer, SourceTransfer) and not transfer.ended:
+            check_ready(transfer, told)  # who is refused has not come
+        node.run_now(key, ev.Joined(call.rank, session.secret))
+        if told is not None:
+            node.run_now(key, told)
+        if key in node.transfers:  # else its time was up, and it is forgotten by now
+            session.keys.add(key)
+
+    def forget(self, key: ev.Key) -> None:
+        """The tombstone of a transfer is gone."""
+        self.opened_by.pop(key, None)
+
+    def _owner(self, key: ev.Key, rank: int) -> str | None:
+        """Whose a rank is; empty if nobody has come for it, None without such a transfer."""
+        transfer = self._node.transfers.get(key)
+        if transfer is not None:
+            return transfer.ranks[rank].session if rank < transfer.ranks.size else ""
+        stone = self._node.tombstones.get(key)
+        return None if stone is None else stone.owner(rank)
+
+    def check_owner(self, session: Session, key: ev.Key, rank: int) -> None:
+        """Raise FerryError unless a rank of a transfer is this worker's."""
+        owner = self._owner(key, rank)
+        if owner == session.secret:
+            return
+        if owner is None or (not owner and key in self._node.transfers):
+            which = f" rank {rank}" if rank else ""
+            raise FerryError(
+                Code.UNKNOWN_TRANSFER,
+                f"no {key.role} transfer {key.transfer_id!r} attempt {key.attempt}{which} here",
+            )
+        if owner:
+            raise FerryError(
+                Code.NOT_YOUR_TRANSFER, f"{key.transfer_id!r} was opened by another session"
+            )
+
+
+def _told(call: worker.Send) -> ev.ReadyTo:
+    """What a source's rank says of itself as it comes."""
+    return ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
+
+
+def _difference(before: worker.Send | worker.Receive, now: worker.Send | worker.Receive) -> str:
+    """The first parameter that the same call, or another rank's, must not have changed."""
+    own = OF_A_RANK if before.world_size == now.world_size == 1 else OF_A_GROUPS_RANK
+    for name in type(before).model_fields:
+        if name not in own and getattr(before, name) != getattr(now, name):
+            return f"{name} was {getattr(before, name)}, now {getattr(now, name)}"
+    return ""
