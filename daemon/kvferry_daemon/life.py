@@ -16,6 +16,7 @@ from kvferry_daemon.core.records import DaemonRecord
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
+DAEMON = "daemon"  # the name of the row that says so
 FORMAT = 2  # of the ledger; another one is not read
 MACHINE_BOOT = Path("/proc/sys/kernel/random/boot_id")
 log = logging.getLogger(__name__)
@@ -60,12 +61,12 @@ def begin(directory: RuntimeDir, config: Config, now_s: float) -> Life:
 
 def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
     past = Past()
-    for name, body in rows_of(directory.ledger):
+    for name, body in sorted(rows_of(directory.ledger), key=lambda row: row[0] != DAEMON):
         past.add(name, body)
+        if past.daemon is not None and past.daemon.format != FORMAT:  # its rows are read otherwise
+            raise LedgerWrong(f"its format is {past.daemon.format}, not {FORMAT}")
     if past.daemon is None:
         raise LedgerWrong("it does not say whose it is")
-    if past.daemon.format != FORMAT:
-        raise LedgerWrong(f"its format is {past.daemon.format}, not {FORMAT}")
     if past.daemon.machine_boot != machine_boot():
         raise LedgerWrong("the machine was started anew since")
     past.check()

@@ -167,6 +167,7 @@ def damage(directory: Path, how: str) -> None:
     match how:
         case "of another format":
             rows["daemon"] = RECORDS.encode(daemon.model_copy(update={"format": 99}))
+            rows["aux:source:0:t"] = b"\xff\xff"  # whatever that means there
         case "of another machine's life":
             rows["daemon"] = RECORDS.encode(daemon.model_copy(update={"machine_boot": "x"}))
         case "with a row that is none":
@@ -209,6 +210,7 @@ def test_a_ledger_that_cannot_be_trusted_is_set_aside(tmp_path: Path, how: str) 
         damage(daemon.directory, how)
         daemon = daemon.again()
         assert "beginning anew" in daemon.log()
+        assert (how == "of another format") == ("its format is 99, not" in daemon.log())
         assert (daemon.directory / "ledger.bad.db").exists()
         watched = worker.Watched(role=Role.SOURCE, transfer_id="t")
         assert client.poll(watched).refused[0].error.code == "unknown_transfer"
