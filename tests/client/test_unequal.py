@@ -62,29 +62,40 @@ def share_of(whole: dict[str, np.ndarray], rank: int, ranks: int) -> dict[str, n
     return {n: a[:, mine] if n in ("k", "v") else a for n, a in whole.items()}
 
 
-def send(a: LiveDaemon, kind: Layout, whole: dict[str, np.ndarray], rank: int, ranks: int) -> None:
+def send(
+    a: LiveDaemon,
+    kind: Layout,
+    whole: dict[str, np.ndarray],
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    name: str = "t",
+    window_tokens: int = WINDOW_TOKENS,
+) -> None:
     with (
         connect(a.directory, kind) as client,
-        client.send("t", rank=rank, world_size=ranks, window_tokens=WINDOW_TOKENS) as sending,
+        client.send(name, rank=rank, world_size=ranks, window_tokens=window_tokens) as sending,
     ):
         sending.fill(0, share_of(whole, rank, ranks), {"first_token": 9})
         sending.finish()
         sending.wait(30)
 
 
-def receive(a: LiveDaemon, b: LiveDaemon, kind: Layout, rank: int, ranks: int) -> Any:
+def receive(
+    a: LiveDaemon, b: LiveDaemon, kind: Layout, rank: int = 0, ranks: int = 1, *, name: str = "t"
+) -> Any:
     parts: dict[str, list[np.ndarray]] = {plane.name: [] for plane in kind.planes}
     with (
         connect(b.directory, kind) as client,
         client.receive(
-            "t", source=a.address, rank=rank, world_size=ranks, window_tokens=WINDOW_TOKENS
+            name, source=a.address, rank=rank, world_size=ranks, window_tokens=WINDOW_TOKENS
         ) as receiving,
     ):
         for window in receiving:
-            for name, got in parts.items():
-                got.append(window.gather(name))
+            for plane, got in parts.items():
+                got.append(window.gather(plane))
         assert receiving.aux == {"first_token": 9}
-    return {name: np.concatenate(got) for name, got in parts.items()}
+    return {plane: np.concatenate(got) for plane, got in parts.items()}
 
 
 def moves(daemons: Daemons, source: Layout, sources: int, sink: Layout, sinks: int) -> None:
@@ -126,6 +137,30 @@ def test_blocks_of_other_sizes_and_orders(
     roomy: Daemons, block: int, other: int, order: Order, turned: Order
 ) -> None:
     moves(roomy, layout(2, block, order), 2, layout(1, other, turned), 1)
+
+
+def test_a_window_smaller_than_the_other_sides_block(roomy: Daemons) -> None:
+    a, b = roomy
+    whole = model(HEADS)
+    sending = Ranks(lambda _: send(a, layout(1), whole, window_tokens=16), 1)
+    np.testing.assert_array_equal(receive(a, b, layout(1, 64), 0, 1)["v"], whole["v"])
+    sending.join()
+
+
+def test_sources_that_each_have_room_for_less_than_a_block_of_the_sink(tmp_path: Any) -> None:
+    """Each waited for the blocks of the others to fill one of the sink's."""
+    whole, got = model(HEADS), {}
+    flags = {"pool_tokens": 2 * 64, "window_tokens": 64}  # for each role
+    with LiveDaemon(tmp_path / "a", **flags) as a, LiveDaemon(tmp_path / "b", **flags) as b:
+
+        def take(number: int) -> None:
+            got[number] = receive(a, b, layout(1, 64), name=f"t{number}")
+
+        taking = Ranks(take, 3)
+        Ranks(lambda n: send(a, layout(1), whole, name=f"t{n}"), 3).join()
+        taking.join()
+    for parts in got.values():
+        np.testing.assert_array_equal(parts["v"], whole["v"])
 
 
 def test_heads_before_tokens_on_both_sides(roomy: Daemons) -> None:

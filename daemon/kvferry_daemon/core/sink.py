@@ -176,10 +176,13 @@ class SinkTransfer(Transfer):
             self.state = State.TRANSFERRING
 
     def _edge_to_fetch(self) -> int:
-        """What the source has, in whole blocks of ours, which may be larger than its own."""
+        """What the source has, in whole blocks of the wire.
+
+        One of ours may be larger than all that the source has room for, so it is filled bit by bit.
+        """
         available = self.available_tokens
         if available != self.total_tokens:
-            available -= available % self.opening.block_size_tokens
+            available -= available % self.shape.wire_block_tokens
         return min(available, self.target_tokens)
 
     def _blocks_up_to(self, edge_tokens: int) -> int:
