@@ -3,6 +3,7 @@
 from core.stories import Story
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key, StreamKey
+from kvferry_daemon.core.shape import shapes
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
@@ -161,3 +162,31 @@ def test_a_pull_that_came_early_is_kept_without_its_layout() -> None:
     world.feed("a", out.SinkSaid(b"c", pulls))
     kept, _ = node.sources._unmet[Key(Role.SOURCE, "t", 0)]
     assert kept.pull.layout is None
+
+
+def test_a_sink_has_one_shape_for_as_long_as_it_lives() -> None:
+    """Each pull could bring another layout, and each new one cost the loop a tenth of a second."""
+    world = World()
+    world.hello("a", SOURCE)
+    world.call("a", SOURCE, worker.Send(transfer_id="t"))
+    hello = peer.PeerHello(boot_id="c" * 16, daemon_id="d" * 16, life=1)
+    world.feed("a", out.SinkSaid(b"c", hello))
+
+    def pull(number: int, blocks: int) -> peer.Pull:
+        kind = layout(block=blocks * BLOCK)
+        return peer.Pull(
+            transfer_id="t",
+            attempt=0,
+            number=number,
+            handle=0,
+            layout_digest=kind.digest,
+            start_tokens=0,
+            acked_tokens=0,
+            layout=kind,
+        )
+
+    before = shapes.cache_info().misses
+    pulls = [pull(1, 3), pull(2, 5), pull(3, 7)]
+    said = peer.Pulls(source_boot_id="a" * 16, sink_boot_id="c" * 16, pulls=pulls)
+    world.feed("a", out.SinkSaid(b"c", said))
+    assert shapes.cache_info().misses == before + 1

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kvferry_proto.layout import Layout
 from kvferry_proto.parts import SideSlice, check_ranks, is_plain, plan, wire_block_tokens
 
-CACHED = 256  # pairs of layouts: a plan over hundreds of planes costs a millisecond
+CACHED = 32  # pairs of layouts: a plan over a thousand planes and 64 ranks costs a second, 16 MB
 
 
 class Shape(NamedTuple):

@@ -128,7 +128,7 @@ class SourceDesk:
         asked_as = (pull.layout_digest, pull.world_size)
         sliced = transfer.shape.slices is not None
         known = sliced and getattr(transfer, "sink", None) == sink  # one started anew asks anew
-        if asked_as == (layout.digest, ranks) or (known and pull.layout is None):
+        if known or asked_as == (layout.digest, ranks):
             node.post(key, event)
         elif pull.layout is not None:
             self._on_pull_of_another_shape(key, event, Side.of(layout, ranks))
@@ -138,7 +138,7 @@ class SourceDesk:
             self.say_progress(sink, progress.model_copy(update=ours))
 
     def _on_pull_of_another_shape(self, key: ev.Key, event: ev.Pulled, ours: Side) -> None:
-        """The sink's layout or ranks are not ours: both work out what goes where."""
+        """The sink's layout or ranks are not ours: both work out what goes where, once a life."""
         pull = event.pull
         assert pull.layout is not None
         try:
@@ -149,7 +149,7 @@ class SourceDesk:
             failed = {"state": State.FAILED, "known": True, "error": info}
             self.say_progress(event.sink, refusal.model_copy(update=failed))
             return
-        self._node.post(key, replace(event, shape=shape))
+        self._node.run_now(key, replace(event, shape=shape))  # no other one in the same frame
 
     def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
         """What a pull gets when no such attempt is open here."""
