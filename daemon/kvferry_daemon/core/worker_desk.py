@@ -194,7 +194,8 @@ class WorkerDesk:
         transfer = self._node.transfers.get(key)
         if transfer is not None and transfer.ranks.size > 1:
             seen = min(watched.after, transfer.version)
-            self._node.run_now(key, ev.ActedOn(seen, watched.rank))
+            if seen > transfer.ranks[watched.rank].acted_at:
+                self._node.run_now(key, ev.ActedOn(seen, watched.rank))
 
     def _refused(self, watched: worker.Watched, error: FerryError) -> worker.Refused:
         return worker.Refused(
