@@ -95,8 +95,12 @@ ADVICE: dict[Code, Advice] = {
     ),
     Code.AUX_CHANGED: Advice(_C, "aux values are told once; start a higher attempt"),
     Code.BAD_RANK: Advice(_C, "ranks count from 0 to world_size - 1"),
-    Code.RANK_TAKEN: Advice(_C, "give each worker of a group a rank of its own"),
-    Code.RANK_MISSING: Advice(_C, "open every rank of the group at this one daemon"),
+    Code.RANK_TAKEN: Advice(
+        _C, "give each worker of a group its own rank; one started again uses attempt + 1"
+    ),
+    Code.RANK_MISSING: Advice(
+        _C, "open every rank at this one daemon, no later than stall_s after the first"
+    ),
     Code.GROUP_DIFFERS: Advice(_C, "open every rank of a group with the same parameters"),
     Code.BAD_DEADLINE: Advice(_C, "ask for one within the limits, or have deadline_max_s raised"),
     Code.TOTAL_MISMATCH: Advice(_C, "all ranks of a group must have the same number of tokens"),
@@ -105,7 +109,10 @@ ADVICE: dict[Code, Advice] = {
     Code.BAD_ADDRESS: Advice(_C, "give the source as tcp://host:port of its peer socket"),
     Code.WINDOW_TOO_LARGE: Advice(_C, "ask for a smaller window, or give the pool more memory"),
     Code.MAX_TOKENS_EXCEEDED: Advice(_C, "name a larger max_tokens, or use consume mode"),
-    Code.LAYOUT_MISMATCH: Advice(_C, "run both engines with the same model, dtype and block size"),
+    Code.LAYOUT_MISMATCH: Advice(
+        _C,
+        "run both engines with one model and dtype, on ranks and block sizes that divide each other",
+    ),
     Code.POOL_REFUSED: Advice(
         _O, "raise the memory budget, or what backs it, or shrink the window"
     ),
