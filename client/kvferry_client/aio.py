@@ -124,7 +124,8 @@ class AsyncClient:
             await self.call(worker.Abort(role=role, reason="its opening was cancelled", **name))
             await self.call(worker.Release(role=role, **name))
         except FerryError as error:
-            if error.code not in (Code.UNKNOWN_TRANSFER, Code.CLIENT_CLOSED):
+            refused = (Code.CLIENT_CLOSED, Code.NOT_YOUR_TRANSFER)  # it was not opened, then
+            if error.code not in refused and not nothing_left(error):
                 raise
 
 

@@ -1,6 +1,5 @@
 """The blocking client, for an engine's scheduler thread."""
 
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from kvferry_client.calls import ReceiveOptions, SendOptions, made, receive_call
 from kvferry_client.connection import Connection, Heart
 from kvferry_client.logic import Progress, ReceiveLogic, SendLogic, nothing_left
 from kvferry_client.session import CALL_S, Session
+from kvferry_client.turns import Turns
 from kvferry_client.views import Pool, WindowView
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -32,7 +32,7 @@ class Client:
     def __init__(self, runtime_dir: Path, layout: Layout, name: str = "") -> None:
         self._session = Session(runtime_dir, layout, name[:128])
         self._idle: deque[Connection] = deque()
-        self._room = threading.Semaphore(CONNECTIONS_MAX)
+        self._room = Turns(CONNECTIONS_MAX)
         self._closed = False
         try:
             with self._connection() as connection:

@@ -1,14 +1,16 @@
 """Calls that wait, are cancelled or fail half-way: nobody is held up, and nothing is left."""
 
 import asyncio
+import gc
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from client.payloads import BLOCK, LAYOUT, WINDOW, Daemons, payload
-from kvferry_client import AsyncClient, FerryError, Layout, Role, connect
+from kvferry_client import AsyncClient, FerryError, Layout, Role, connect, sync
 from kvferry_proto import worker
 from live import LiveDaemon
 
@@ -26,7 +28,7 @@ def locks(daemon: LiveDaemon) -> list[str]:
 def test_a_poll_that_waits_holds_up_no_other_thread(daemons: Daemons) -> None:
     with connect(daemons[0].directory, LAYOUT) as client:
         client.receive("t")
-        waiting = threading.Thread(target=client.poll, args=(WATCHED,), kwargs={"wait_s": 30})
+        waiting = threading.Thread(target=client.poll, args=(WATCHED,), kwargs={"wait_s": 3})
         waiting.start()
         sending = client.send("u")
         sending.fill(0, payload(BLOCK), aux={"first_token": 1})
@@ -57,6 +59,33 @@ def test_many_tasks_wait_at_once_and_hold_up_nobody(daemons: Daemons) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(run())
+
+
+def test_threads_that_wait_again_and_again_let_the_others_in(
+    daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 33rd rank of a group in one process was not opened within 60 s."""
+    monkeypatch.setattr(sync, "CONNECTIONS_MAX", 2)
+    with connect(daemons[0].directory, LAYOUT) as client:
+        receiving = client.receive("t")
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.is_set():
+                client.poll(WATCHED, wait_s=0.02)
+
+        looking = [threading.Thread(target=look) for _ in range(4)]
+        for thread in looking:
+            thread.start()
+        asking = threading.Thread(target=lambda: [client.poll(WATCHED) for _ in range(20)])
+        asking.start()
+        asking.join(10)
+        was_let_in = not asking.is_alive()
+        over.set()
+        for thread in (*looking, asking):
+            thread.join()
+        receiving.abort()
+        assert was_let_in
 
 
 def test_a_resume_that_was_cut_short_is_made_again(daemons: Daemons) -> None:
@@ -128,6 +157,32 @@ def test_a_cancelled_opening_leaves_no_transfer(daemons: Daemons) -> None:
             assert all(not row.snapshot.runs for row in rows)
 
     asyncio.run(run())
+
+
+def test_a_cancelled_opening_of_a_rank_that_is_taken_troubles_nobody(daemons: Daemons) -> None:
+    a, _ = daemons
+    troubles: list[dict[str, Any]] = []
+    group: dict[str, Any] = {"rank": 0, "world_size": 2, "window_tokens": BLOCK}
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: troubles.append(told))
+        async with (
+            AsyncClient(a.directory, LAYOUT) as one,
+            AsyncClient(a.directory, LAYOUT) as two,
+        ):
+            sending = await one.send("t", **group)
+            opening = asyncio.create_task(two.send("t", **group))
+            await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            await asyncio.wait(two._tidying)
+            gc.collect()
+            (row,) = await asyncio.to_thread(a.transfers, "t")
+            assert not row.ended
+            await sending.abort()
+
+    asyncio.run(run())
+    assert not troubles
 
 
 def test_a_cancelled_join_leaves_nothing(daemons: Daemons) -> None:
