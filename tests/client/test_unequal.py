@@ -1,5 +1,8 @@
 """Source and sink groups of different sizes, block sizes and orders: every byte, and every refusal."""
 
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,8 +85,16 @@ def send(
 
 
 def receive(
-    a: LiveDaemon, b: LiveDaemon, kind: Layout, rank: int = 0, ranks: int = 1, *, name: str = "t"
+    a: LiveDaemon,
+    b: LiveDaemon,
+    kind: Layout,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    name: str = "t",
+    between: Callable[[], None] = lambda: None,
 ) -> Any:
+    """Every plane, window by window; ``between`` them."""
     parts: dict[str, list[np.ndarray]] = {plane.name: [] for plane in kind.planes}
     with (
         connect(b.directory, kind) as client,
@@ -94,6 +105,7 @@ def receive(
         for window in receiving:
             for plane, got in parts.items():
                 got.append(window.gather(plane))
+            between()
         assert receiving.aux == {"first_token": 9}
     return {plane: np.concatenate(got) for plane, got in parts.items()}
 
@@ -264,3 +276,32 @@ def test_a_sink_killed_on_the_way_goes_on_with_what_the_source_is(tmp_path: Any,
         with b:
             b.wait_until_free()
     np.testing.assert_array_equal(np.concatenate(parts), whole["v"])
+
+
+def test_groups_of_other_sizes_go_on_after_both_daemons_were_killed(tmp_path: Path) -> None:
+    """The next lives know neither the other side's layout nor what came behind a gap."""
+    flags = {"pool_tokens": 2 * 4 * 128, "window_tokens": WINDOW_TOKENS, "lost_s": 15.0}
+    a, b = LiveDaemon(tmp_path / "a", **flags), LiveDaemon(tmp_path / "b", **flags)
+    source, sink, whole = layout(2, 16, Order.HND), layout(1, 64), model(HEADS)
+    half_way, restarted = threading.Event(), threading.Event()
+    got: dict[str, Any] = {}
+
+    def wait_half_way() -> None:
+        if not half_way.is_set():
+            half_way.set()
+            assert restarted.wait(30)
+
+    sinks = Ranks(lambda _: got.update(receive(a, b, sink, between=wait_half_way)), 1)
+    sources = Ranks(lambda rank: send(a, source, whole, rank, 2), 2)
+    assert half_way.wait(30)
+    for daemon in (a, b):
+        daemon.process.kill()
+    with a.again() as a_again, b.again() as b_again:
+        restarted.set()
+        sources.join()
+        sinks.join()
+        for daemon in (a_again, b_again):
+            daemon.wait_until_free()
+            assert "Traceback" not in daemon.log()
+    for name, wanted in whole.items():
+        np.testing.assert_array_equal(got[name], wanted)
