@@ -175,8 +175,8 @@ def test_a_cancelled_opening_of_a_rank_that_is_taken_troubles_nobody(daemons: Da
             await asyncio.sleep(0)
             opening.cancel()
             await asyncio.gather(opening, return_exceptions=True)
-            while two._tidying:  # nobody awaits it, so that its trouble would be told
-                await asyncio.sleep(0)
+            if two._tidying:  # waited for, not awaited: its trouble would be told
+                await asyncio.wait(two._tidying)
             gc.collect()
             (row,) = await asyncio.to_thread(a.transfers, "t")
             assert not row.ended

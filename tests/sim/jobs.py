@@ -12,6 +12,7 @@ from sim.sides import Side, SinkSide, SourceSide
 if TYPE_CHECKING:
     from sim.world import World
 
+Group = tuple[int, str]  # attempt, and the daemon that knows of it
 SIDES: dict[Role, type[SourceSide | SinkSide]] = {
     Role.SOURCE: SourceSide,
     Role.SINK: SinkSide,
@@ -58,8 +59,8 @@ class Job:
         self.source_address = f"tcp://{plan.source}:1"
         self.attempt = 0
         self.sides: dict[tuple[Role, int], Side] = {}
-        self.taken: dict[tuple[int, int], list[int]] = {}  # (attempt, rank) -> what it took up to
-        self.shown: dict[tuple[Role, int, int], tuple[object, ...]] = {}
+        self.taken: dict[tuple[Group, int], list[int]] = {}  # by rank: what it took up to
+        self.shown: dict[tuple[Role, Group, int], tuple[object, ...]] = {}  # by snapshot number
         self._consumed: set[tuple[int, int]] = set()  # (attempt, rank)
         self.done = False  # consumed to the end
         self.cancelled = False
@@ -140,19 +141,19 @@ class Job:
         if side.process.alive:
             side.process.later(0.0, lambda: side.give_up(abort=abort))
 
-    def took(self, attempt: int, rank: int, end: int) -> None:
+    def took(self, group: Group, rank: int, end: int) -> None:
         """I10: ranks take the same tokens over, each in its own time."""
-        mine = self.taken.setdefault((attempt, rank), [])
+        mine = self.taken.setdefault((group, rank), [])
         mine.append(end)
         for other in range(self.plan.ranks):
-            theirs = self.taken.get((attempt, other), [])
+            theirs = self.taken.get((group, other), [])
             both = min(len(mine), len(theirs))
             if mine[:both] != theirs[:both]:
                 raise Broken(f"I10: rank {rank} took {mine}, rank {other} {theirs}")
 
-    def was_shown(self, role: Role, attempt: int, number: int, what: tuple[object, ...]) -> None:
+    def was_shown(self, role: Role, group: Group, number: int, what: tuple[object, ...]) -> None:
         """I10: a snapshot number shows all ranks the same."""
-        before = self.shown.setdefault((role, attempt, number), what)
+        before = self.shown.setdefault((role, group, number), what)
         if before != what:
             raise Broken(f"I10: snapshot {number} of the {role} showed {before}, then {what}")
 

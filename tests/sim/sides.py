@@ -48,6 +48,12 @@ class Side:
 
     # --- its life ---
 
+    @property
+    def group(self) -> tuple[int, str]:
+        """Which attempt, and at which daemon: one that began anew knows nothing of the others."""
+        life = self.process.life
+        return self.key.attempt, life.node.settings.daemon_id if life is not None else ""
+
     def start(self) -> None:
         """Open it."""
         self.process.sides[self.key, self.rank] = self
@@ -149,7 +155,7 @@ class Side:
                     raise Broken(f"I2: {self.key} was told {self.seen.sent_tokens}, now {seen}")
                 if seen.rank != self.rank:
                     raise Broken(f"I10: {self.key} rank {self.rank} is shown {seen}")
-                self.job.was_shown(self.role, self.key.attempt, seen.snapshot, _common(seen))
+                self.job.was_shown(self.role, self.group, seen.snapshot, _common(seen))
                 self.seen = seen
         wait_s = self.think_s * (0.5 + self.world.dice.random())
         self.process.later(wait_s, self._think)
@@ -297,7 +303,7 @@ class SinkSide(Side):
             some = dice.choice((seen.sent_tokens, dice.randint(self.taken + 1, seen.sent_tokens)))
             end = seen.sent_tokens if self.job.plan.ranks > 1 else some
             self._take(end)
-            self.job.took(self.key.attempt, self.rank, end)
+            self.job.took(self.group, self.rank, end)
         if seen.state is State.SUCCESS:
             self._finish(seen)
         elif not self._probed and dice.random() < 0.05:

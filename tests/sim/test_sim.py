@@ -33,6 +33,8 @@ FAILED_ONCE = (
     6104,
 )
 
+FAILED_ONCE_WITH_GROUPS = (1318, 5012976, 5031842)
+
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_nothing_is_wrong_and_nothing_is_stuck(first: int) -> None:
@@ -43,6 +45,11 @@ def test_nothing_is_wrong_and_nothing_is_stuck(first: int) -> None:
 @pytest.mark.parametrize("seed", FAILED_ONCE)
 def test_a_seed_that_failed_once(seed: int) -> None:
     assert failure_of(draw(seed, groups=False)) is None
+
+
+@pytest.mark.parametrize("seed", FAILED_ONCE_WITH_GROUPS)
+def test_a_seed_of_groups_that_failed_once(seed: int) -> None:
+    assert failure_of(draw(seed)) is None
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
