@@ -20,7 +20,6 @@ from kvferry_daemon.streams import Streams
 from kvferry_daemon.transports.tcp.staging import Place
 
 log = logging.getLogger(__name__)
-PENDING_SLICE = 64  # events in one go before other callbacks of the loop get a turn
 
 
 class Links(Protocol):

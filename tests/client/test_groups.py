@@ -256,3 +256,23 @@ def test_operators_see_which_ranks_hold_a_group_up(daemons: Daemons) -> None:
         assert out[1].split()[-3] == "1", out
         for one in (first, second, *sinks):
             one.abort()
+
+
+def test_a_group_that_is_spread_over_daemons_is_told_who_is_missing(tmp_path: Path) -> None:
+    """Each daemon has one rank of it; nobody hears of the other before the deadline."""
+    with LiveDaemon(tmp_path / "a", stall_s=1) as a, LiveDaemon(tmp_path / "b", stall_s=1) as b:
+        clients = [connect(daemon.directory, LAYOUT) for daemon in (a, b)]
+        sendings = [
+            client.send("t", rank=rank, world_size=RANKS, window_tokens=32)
+            for rank, client in enumerate(clients)
+        ]
+        for rank, sending in enumerate(sendings):
+            with pytest.raises(FerryError) as caught:
+                sending.wait(20)
+            assert caught.value.code == "rank_missing"
+            assert f"of 2 ranks, {1 - rank} did not come within 1 s" in caught.value.message
+            assert "one daemon" in caught.value.remedy
+            sending.release()
+        for client, daemon in zip(clients, (a, b), strict=True):
+            client.close()
+            daemon.wait_until_free()

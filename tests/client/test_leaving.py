@@ -141,7 +141,8 @@ def test_leaving_ends_the_calls_that_are_under_way(daemons: Daemons) -> None:
     assert {getattr(error, "code", None) for error in errors} == {"client_closed"}
 
 
-def test_a_cancelled_opening_leaves_no_transfer(daemons: Daemons) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_cancelled_opening_leaves_no_transfer(daemons: Daemons, rank: int) -> None:
     a, _ = daemons
 
     async def run() -> None:
@@ -149,7 +150,7 @@ def test_a_cancelled_opening_leaves_no_transfer(daemons: Daemons) -> None:
             a.pause()
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
-                    await client.send("t")
+                    await client.send("t", rank=rank, world_size=rank + 1, window_tokens=BLOCK)
             a.resume()
             await asyncio.wait(client._tidying)
             rows = await asyncio.to_thread(a.transfers, "t")

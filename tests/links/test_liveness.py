@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry_daemon.links.liveness import Liveness
+from kvferry_daemon.links.liveness import UNSEEN_S, Liveness
 
 
 @pytest.fixture
@@ -96,3 +96,43 @@ def test_a_worker_that_left_before_it_was_welcome_costs_nothing(
     os.close(descriptor)
     assert liveness.dead() == []
     assert descriptors() == before
+
+
+def age(path: Path) -> None:
+    """Let a file look old enough to be swept."""
+    made_s = path.lstat().st_mtime - 2 * UNSEEN_S
+    os.utime(path, (made_s, made_s), follow_symlinks=False)
+
+
+def test_a_lock_that_nobody_holds_is_swept_once_it_is_old(
+    liveness: Liveness, tmp_path: Path
+) -> None:
+    """A living worker may stand between the file's making and its lock."""
+    before = descriptors()
+    for name in ("new", "old"):
+        (tmp_path / name).touch()
+    age(tmp_path / "old")
+    liveness.sweep()
+    assert os.listdir(tmp_path) == ["new"]
+    assert descriptors() == before
+
+
+def test_what_is_held_watched_or_no_file_is_not_swept(liveness: Liveness, tmp_path: Path) -> None:
+    descriptors_held = {name: held(tmp_path / name) for name in ("unseen", "watched")}
+    assert liveness.is_held("watched")
+    liveness.watch("session", "watched")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    for path in tmp_path.iterdir():
+        age(path)
+    for _ in range(2):
+        liveness.sweep()
+        assert sorted(os.listdir(tmp_path)) == ["folder", "link", "unseen", "watched"]
+    os.close(descriptors_held.pop("watched"))
+    liveness.sweep()
+    assert (tmp_path / "watched").exists(), "its session is not over before that was noted"
+    assert liveness.dead() == ["session"]
+    os.close(descriptors_held.pop("unseen"))
+    liveness.dead()
+    liveness.sweep()
+    assert not (tmp_path / "unseen").exists()

@@ -12,6 +12,7 @@ from kvferry_daemon.effects import Effects
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import settings_of
 from kvferry_proto import worker
+from kvferry_proto.states import Role
 from live import LAYOUT
 
 
@@ -56,3 +57,24 @@ def test_an_effect_that_fails_does_not_silence_the_others(tmp_path: Path) -> Non
 
     replies = asyncio.run(run())
     assert [reply.call for reply in replies] == [1, 2]
+
+
+def test_what_threads_tell_behind_the_end_is_not_heard(tmp_path: Path) -> None:
+    """Their events and the ledger's word come by callbacks of the loop, which still runs then."""
+
+    async def run() -> tuple[list[Any], int]:
+        config = Config(runtime_dir=tmp_path, pool_tokens=1024, window_tokens=64)
+        node = Node(
+            settings_of(config, "tcp://here:1", "d" * 32, 1), lambda: os.urandom(32), 1, 0.0
+        )
+        links = Recorder()
+        effects = Effects(node, links, tmp_path)
+        ledger = Ledger(tmp_path / "l.db", asyncio.get_running_loop(), effects.on_written, print)
+        effects.use_ledger(ledger)
+        effects.close()
+        poll = worker.Poll(call=1, transfers=[worker.Watched(role=Role.SINK, transfer_id="t")])
+        effects.feed(out.WorkerCalled(b"route", poll))
+        effects.on_written(1 << 30)
+        return links.replies, len(effects._unwritten)
+
+    assert asyncio.run(run()) == ([], 0)
