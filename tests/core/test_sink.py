@@ -4,6 +4,7 @@ test_sink_table.py has every event in every state, test_sink_news.py what a sour
 test_sink_end.py how it all ends.
 """
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -238,3 +239,13 @@ def test_a_chunk_ends_at_a_multiple_of_its_size_and_at_the_end_of_the_payload() 
     news = heard(1, available_tokens=22, total_tokens=22)
     effects = after(sink, news, granted(0, 5))
     assert [(c.first_token, c.tokens) for c in of(effects, ev.Claim)] == [(4, 4), (8, 8), (16, 6)]
+
+
+def test_blocks_that_are_still_wiped_are_on_their_way_whatever_others_come_meanwhile() -> None:
+    """A worker was told to take its tokens over, though the rest of its window was being wiped."""
+    sink = sink_in(State.WAITING_FOR_INPUT)
+    after(sink, heard(1, available_tokens=8), ev.Promised(1), granted(0))
+    after(sink, ev.Received(KEY, 0))
+    assert (sink.sent_tokens, sink.window.edge_tokens, sink.stall) == (4, 4, None)
+    after(sink, replace(granted(1), promised=True))
+    assert sink.window.edge_tokens == 8

@@ -33,7 +33,18 @@ FAILED_ONCE = (
     6104,
 )
 
-FAILED_ONCE_WITH_GROUPS = (1318, 5012976, 5031842)
+FAILED_ONCE_WITH_GROUPS = (
+    1318,
+    5012976,
+    5031842,
+    5043866,
+    5044628,
+    5056185,
+    5066476,
+    5081992,
+    5088570,
+    5098707,
+)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))

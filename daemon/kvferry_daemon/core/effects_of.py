@@ -106,7 +106,7 @@ class EffectDesk:
     def on_zeroed(self, event: out.Zeroed) -> None:
         """Nothing of another owner is left in these blocks."""
         key, leases = self._zeroing.pop(event.ticket)
-        self._node.post(key, ev.Granted(leases))
+        self._node.post(key, ev.Granted(leases, promised=True))
 
     # --- sink ---
 

@@ -66,9 +66,10 @@ class Slept:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Blocks for the window's edge, zeroed if another owner had them."""
+    """Blocks for the window's edge, zeroed if another owner had them: those were promised."""
 
     leases: tuple[Lease, ...]
+    promised: bool = False
 
 
 @dataclass(frozen=True, slots=True)

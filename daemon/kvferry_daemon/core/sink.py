@@ -252,8 +252,7 @@ class SinkTransfer(Transfer):
     # --- moves ---
 
     def _on_granted(self, event: ev.Granted) -> None:
-        self._got(self.window.add(event.leases))
-        self._progressed()
+        self._take_in(event)
 
     def _on_granted_ended(self, event: ev.Granted) -> None:
         self._emit(ev.Free(event.leases))  # crossed our end; nobody was shown them

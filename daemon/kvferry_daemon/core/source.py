@@ -189,8 +189,7 @@ class SourceTransfer(Transfer):
 
     def _on_granted(self, event: ev.Granted) -> None:
         self._began = True
-        self._got(self.window.add(event.leases))
-        self._progressed()
+        self._take_in(event)
 
     def _on_granted_ended(self, event: ev.Granted) -> None:
         self._emit(ev.Free(event.leases))

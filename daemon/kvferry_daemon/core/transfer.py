@@ -8,6 +8,7 @@ from kvferry_daemon.core.events import (
     Effect,
     Fail,
     Free,
+    Granted,
     Joined,
     Key,
     Promised,
@@ -289,9 +290,12 @@ class Transfer:
             self._wanted, self._urgent = blocks, urgent
             self._emit(WantBlocks(blocks * self.ranks.size, whole, urgent, self.ranks.size))
 
-    def _got(self, blocks: int) -> None:
+    def _take_in(self, event: Granted) -> None:
+        blocks = self.window.add(event.leases)
         self._wanted = max(0, self._wanted - blocks)
-        self._promised_blocks = max(0, self._promised_blocks - blocks)
+        if event.promised:
+            self._promised_blocks -= blocks
+        self._progressed()
 
     def _end(self, state: State, error: ErrorInfo | None = None) -> None:
         """The one way into a terminal state."""
