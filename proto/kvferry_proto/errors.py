@@ -39,6 +39,7 @@ class Code(StrEnum):
     RANK_TAKEN = "rank_taken"
     RANK_MISSING = "rank_missing"
     GROUP_DIFFERS = "group_differs"
+    SINK_TAKEN = "sink_taken"
     BAD_DEADLINE = "bad_deadline"
     TOTAL_MISMATCH = "total_mismatch"
     START_UNALIGNED = "start_unaligned"
@@ -102,6 +103,9 @@ ADVICE: dict[Code, Advice] = {
         _C, "open every rank at this one daemon, no later than stall_s after the first"
     ),
     Code.GROUP_DIFFERS: Advice(_C, "open every rank of a group with the same parameters"),
+    Code.SINK_TAKEN: Advice(
+        _C, "receive an attempt at one daemon only, with all ranks of its group"
+    ),
     Code.BAD_DEADLINE: Advice(_C, "ask for one within the limits, or have deadline_max_s raised"),
     Code.TOTAL_MISMATCH: Advice(_C, "all ranks of a group must have the same number of tokens"),
     Code.START_UNALIGNED: Advice(_C, "start_tokens must be a multiple of block_size_tokens"),

@@ -1,5 +1,7 @@
 """Groups: ranks that come too late, or with what cannot be, leave nothing behind."""
 
+import pytest
+
 from core.test_groups import Group
 from kvferry_daemon.core import outside as out
 from kvferry_proto import worker
@@ -63,3 +65,46 @@ def test_a_rank_that_never_was_is_shown_nothing_of_what_has_ended() -> None:
     reply = group.world.call("a", b"stranger", worker.Poll(transfers=[watched]))
     assert not reply.transfers
     assert reply.refused[0].error.code == "unknown_transfer"
+
+
+@pytest.mark.parametrize("teller", [0, 1])
+def test_any_rank_may_tell_the_aux_values_before_it_releases(teller: int) -> None:
+    """The last `ready` of another rank was refused, and that rank gave up a healthy group."""
+    group = aux_group()
+    for rank in (0, 1):
+        told = group.call(Role.SOURCE, rank, worker.Ready, ready_tokens=4, total_tokens=4)
+        assert isinstance(told, worker.Snapshots), told
+    group.call(Role.SOURCE, 1 - teller, worker.Release, role=Role.SOURCE)
+    group.call(Role.SOURCE, teller, worker.Ready, ready_tokens=4, total_tokens=4, aux={"first": 7})
+    seen = group.now(Role.SOURCE, 0)
+    assert (seen.state is State.FAILED, seen.aux) == (False, {"first": 7})
+    assert group.world.machines["a"].node.transfers
+
+
+def test_a_group_that_goes_without_telling_its_aux_values_has_failed() -> None:
+    group = aux_group()
+    for rank in (0, 1):
+        group.call(Role.SOURCE, rank, worker.Ready, ready_tokens=4, total_tokens=4)
+    for rank in (0, 1):
+        last = group.call(Role.SOURCE, rank, worker.Release, role=Role.SOURCE).transfers[0]
+    assert last.error.code == "aux_missing"
+    assert "first" in last.error.message
+
+
+def aux_group() -> Group:
+    """Two ranks at the source whose layout has an aux value, with their blocks."""
+    group = with_aux()
+    for rank in range(2):
+        group.open(Role.SOURCE, rank)
+    group.world.wait(0.1)
+    return group
+
+
+def test_whatever_ends_a_group_names_the_ranks_that_had_not_come() -> None:
+    group = Group(ranks=4)
+    for rank in (1, 2):
+        group.open(Role.SOURCE, rank)
+    group.call(Role.SOURCE, 2, worker.Abort, role=Role.SOURCE, reason="enough")
+    error = group.now(Role.SOURCE, 1).error
+    assert error is not None
+    assert error.message.endswith("enough; of 4 ranks, 0, 3 had not come")

@@ -101,6 +101,7 @@ def test_unknown_means_lost_only_to_a_pull_sent_after_the_first_real_answer(
         (Code.START_MISMATCH, Code.START_MISMATCH),
         (Code.WORKER_LOST, Code.SOURCE_FAILED),
         (Code.NOT_YOUR_TRANSFER, Code.SOURCE_FAILED),
+        (Code.SINK_TAKEN, Code.SINK_TAKEN),
     ],
 )
 def test_the_source_s_error_is_told_on(said: Code, code: Code) -> None:

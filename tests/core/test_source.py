@@ -137,7 +137,7 @@ def test_what_was_acknowledged_is_not_served_again() -> None:
 @pytest.mark.parametrize(
     ("bad", "code"),
     [
-        (pulled(9, 0, want(0), sink="c" * 16), Code.NOT_YOUR_TRANSFER),
+        (pulled(9, 0, want(0), sink="c" * 16), Code.SINK_TAKEN),
         (pulled(9, 12, want(8), start=8), Code.PEER_PROTOCOL),
         (pulled(9, 0, want(0), start=4), Code.START_MISMATCH),
     ],

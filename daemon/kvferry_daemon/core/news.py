@@ -11,7 +11,7 @@ from kvferry_proto.states import State
 if TYPE_CHECKING:
     from kvferry_daemon.core.sink import SinkTransfer
 
-OURS_TOO = (Code.STALE_ATTEMPT, Code.START_MISMATCH, Code.LAYOUT_MISMATCH)
+OURS_TOO = (Code.STALE_ATTEMPT, Code.START_MISMATCH, Code.LAYOUT_MISMATCH, Code.SINK_TAKEN)
 
 
 def what_is_wrong(sink: SinkTransfer, news: Progress) -> tuple[Code, str] | None:

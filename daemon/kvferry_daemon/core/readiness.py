@@ -29,17 +29,9 @@ def check_ready(source: SourceTransfer, event: ReadyTo) -> None:
             f"ready_tokens {event.ready_tokens}, but the window ends at "
             f"{source.window.edge_tokens}",
         )
-    if total is None:
-        total = source.total_tokens  # another rank has told it
-    _refuse_bad_aux(source, event, is_last=_is_last(source, event.rank, ready, total))
-
-
-def _is_last(source: SourceTransfer, rank: int, ready: int, total: int | None) -> bool:
-    """Whether the payload is complete with this, so that nothing may be missing."""
-    others = [
-        source.ranks[other].level_tokens for other in range(source.ranks.size) if other != rank
-    ]
-    return ready == total and ready > source.opening.start_tokens and {ready}.issuperset(others)
+    last = ready == total and ready > source.opening.start_tokens
+    # Of a group another rank may tell the aux values, also when this one is done.
+    _refuse_bad_aux(source, event, is_last=last and source.ranks.size == 1)
 
 
 def total_mismatch(source: SourceTransfer, event: ReadyTo) -> str | None:

@@ -237,7 +237,7 @@ class SourceTransfer(Transfer):
     def _what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
         pull, start = event.pull, self.opening.start_tokens
         if self.sink_daemon not in (None, event.daemon):
-            return Code.NOT_YOUR_TRANSFER, "another sink daemon receives this attempt"
+            return Code.SINK_TAKEN, "another sink daemon receives this attempt"
         if pull.start_tokens < start:
             return (
                 Code.START_MISMATCH,
@@ -311,6 +311,9 @@ class SourceTransfer(Transfer):
             ready = self.ranks[event.rank].level_tokens
             by = self._by(event.rank)
             self._fail(Code.RELEASED_EARLY, f"{by}released by its worker with {ready} ready")
+        elif self.released and not self._is_aux_told():
+            names = sorted(self.opening.aux_names)
+            self._fail(Code.AUX_MISSING, f"all ranks have released, and none has told aux {names}")
 
     def _on_worker_lost_live(self, event: ev.WorkerLost) -> None:
         if not self._is_done(event.rank):

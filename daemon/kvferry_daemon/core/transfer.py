@@ -307,6 +307,10 @@ class Transfer:
         self._on_end()
 
     def _fail(self, code: Code, message: str) -> None:
+        missing = self.ranks.missing
+        if missing and code is not Code.RANK_MISSING:
+            which = ", ".join(map(str, missing))
+            message = f"{message}; of {self.ranks.size} ranks, {which} had not come"
         self._end(State.FAILED, ErrorInfo.of(code, message))
 
     def _free_all(self) -> None:
