@@ -114,8 +114,25 @@ def test_a_connection_that_stood_is_made_again_at_once() -> None:
     key, now_s = current(peer), peer.now_s
     peer.on_message(ticket(0, key.connection), now_s)
     peer.on_stream_up(key, now_s)
-    peer.on_stream_down(key, "cut", now_s + 0.1)
-    assert len(said(peer.tick(now_s + 0.1), wire.OpenStream)) == 1
+    peer.on_stream_down(key, "cut", now_s + 2.0)
+    assert len(said(peer.tick(now_s + 2.0), wire.OpenStream)) == 1
+
+
+def test_a_connection_that_ends_as_soon_as_it_stands_is_made_again_with_patience() -> None:
+    """What ends it at once will do so again: hundreds of connections a second came to nothing."""
+    peer = stream_in("asking")
+    asked = 0
+    for hundredth in range(1000):
+        now_s = hundredth / 100
+        if hundredth % 100 == 0:
+            peer.on_message(linked(wire.Pong), now_s)
+        asked += len(said(peer.tick(now_s), wire.OpenStream))
+        key = current(peer)
+        peer.on_message(ticket(0, key.connection), now_s)
+        if stream_of(peer) == "connecting":
+            peer.on_stream_up(key, now_s)
+            peer.on_stream_down(key, "ended", now_s)
+    assert 4 <= asked <= 10
 
 
 def test_shutting_ends_when_every_connection_has() -> None:

@@ -75,6 +75,7 @@ PeerEffect = Say | Connect | Disconnect | Probe | PeerIsUp | PeerIsDown | PeerFa
 class _Stream:
     connection: int = 0
     state: Literal["closed", "asking", "connecting", "up", "closing"] = "closed"
+    up_at_s: float = 0.0
     retry_at_s: float = 0.0
     retry_s: float = 0.2
 
@@ -181,7 +182,7 @@ class Peer:
             self._effects.append(Disconnect(key))
         else:
             stream.state = "up"
-            stream.retry_s = self.timing.resend_s
+            stream.up_at_s = now_s
         return self._taken()
 
     def on_stream_down(self, key: StreamKey, reason: str, now_s: float) -> list[PeerEffect]:
@@ -190,6 +191,8 @@ class Peer:
         stream = self._streams[key.stream]
         if stream.connection == key.connection and stream.state in ("connecting", "up", "closing"):
             self.detail = f"stream {key.stream}: {reason}"
+            if stream.state != "connecting" and now_s - stream.up_at_s >= self.timing.resend_max_s:
+                stream.retry_s = self.timing.resend_s  # else it would end as soon again
             stream.state = "closed"
             stream.connection += 1
             stream.retry_at_s = (
