@@ -126,7 +126,7 @@ ResumeAt 4 by both, group | T | stays Free
 Release, group        | T     | FAILED SendDone CancelClaims Quarantine
 Release, group        | S     | stays
 Release by both, group | S    | stays Free
-WorkerLost, group     | SF    | stays
+WorkerLost, group     | SF    | absorbed
 WorkerLost dead, group | SF   | stays
 Shaped                | BWT   | stays SendPull
 Shaped                | SF    | absorbed

@@ -118,7 +118,7 @@ Release, group        | B     | FAILED
 Release, group        | W     | FAILED SendProgress
 Release, group        | T     | stays
 Release, group        | SF    | stays
-WorkerLost, group     | SF    | stays
+WorkerLost, group     | SF    | absorbed
 ActedOn               | BWTSF | absorbed
 Shaped                | BWTSF | absorbed
 """

@@ -92,10 +92,6 @@ class Ranks:
         """Whether all that are here have acted on a snapshot."""
         return all(rank.acted_at >= snapshot or not rank.session for rank in self._ranks)
 
-    def wait_not_for(self, number: int) -> None:
-        """It may still touch blocks, but is not heard of."""
-        self._ranks[number].acted_at = FOREVER
-
     @property
     def mark(self) -> tuple[object, ...]:
         """What must last, cheap to compare."""

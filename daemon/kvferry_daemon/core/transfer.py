@@ -359,9 +359,7 @@ class Transfer:
 
     def _on_worker_lost_ended(self, event: WorkerLost) -> None:
         if event.dead:
-            self.ranks.let_go(event.rank)
-        elif self.ranks.size > 1:
-            self.ranks.wait_not_for(event.rank)
+            self.ranks.let_go(event.rank)  # else it may come back, to act as the others did
 
     def _by(self, rank: int) -> str:
         """Names a rank where there are several."""
