@@ -15,6 +15,7 @@ OURS_TOO = (Code.STALE_ATTEMPT, Code.START_MISMATCH, Code.LAYOUT_MISMATCH, Code.
 
 
 def what_is_wrong(sink: SinkTransfer, news: Progress) -> tuple[Code, str] | None:
+    """Why the transfer has to end with this news; None if it may go on."""
     if news.error is not None and news.error.code in OURS_TOO:
         return Code(news.error.code), news.error.message
     if news.error is not None or news.state is State.FAILED:

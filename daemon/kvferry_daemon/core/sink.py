@@ -251,9 +251,6 @@ class SinkTransfer(Transfer):
 
     # --- moves ---
 
-    def _on_granted(self, event: ev.Granted) -> None:
-        self._take_in(event)
-
     def _on_granted_ended(self, event: ev.Granted) -> None:
         self._emit(ev.Free(event.leases))  # crossed our end; nobody was shown them
 

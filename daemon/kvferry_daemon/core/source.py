@@ -189,7 +189,7 @@ class SourceTransfer(Transfer):
 
     def _on_granted(self, event: ev.Granted) -> None:
         self._began = True
-        self._take_in(event)
+        super()._on_granted(event)
 
     def _on_granted_ended(self, event: ev.Granted) -> None:
         self._emit(ev.Free(event.leases))

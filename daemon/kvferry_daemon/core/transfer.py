@@ -290,7 +290,7 @@ class Transfer:
             self._wanted, self._urgent = blocks, urgent
             self._emit(WantBlocks(blocks * self.ranks.size, whole, urgent, self.ranks.size))
 
-    def _take_in(self, event: Granted) -> None:
+    def _on_granted(self, event: Granted) -> None:
         blocks = self.window.add(event.leases)
         self._wanted = max(0, self._wanted - blocks)
         if event.promised:
