@@ -129,8 +129,22 @@ def pulls_by_timer(sink: SinkTransfer, count: int) -> list[float]:
 def test_a_pull_is_sent_again_after_delays_that_double() -> None:
     sink = sink_in(State.BOOTSTRAPPING)
     assert pulls_by_timer(sink, 6) == [0.2, 0.6, 1.4, 3.0, 5.0, 7.0]
-    after(sink, heard(1, available_tokens=4))  # news: worth asking soon again
-    assert pulls_by_timer(sink, 3) == [7.2, 7.4, 7.8]
+
+
+def test_an_answered_pull_is_sent_again_only_to_renew_the_lease() -> None:
+    sink = sink_in(State.BOOTSTRAPPING)
+    pulls_by_timer(sink, 2)
+    after(sink, heard(2, available_tokens=4))  # the answer to the first one, or news
+    assert pulls_by_timer(sink, 1) == [1.4]
+    after(sink, heard(5, available_tokens=8))
+    assert pulls_by_timer(sink, 4) == [3.4, 3.6, 4.0, 4.8]
+
+
+def test_a_pull_with_claims_under_way_is_sent_again_though_it_was_answered() -> None:
+    sink = sink_in(State.WAITING_FOR_INPUT)
+    [pull] = of(after(sink, heard(1, available_tokens=8), granted(0, 2)), ev.SendPull)
+    after(sink, heard(pull.number, available_tokens=8))
+    assert pulls_by_timer(sink, 3) == [0.2, 0.6, 1.4]
 
 
 def test_a_pull_that_is_sent_again_names_every_claim_and_a_new_number() -> None:

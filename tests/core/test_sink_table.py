@@ -42,8 +42,8 @@ Granted               | SF    | stays Free
 Promised              | BWT   | stays
 Promised              | SF    | absorbed
 PeerUp                | B     | stays SendPull
-PeerUp                | W     | stays
-PeerUp                | TSF   | absorbed
+PeerUp                | WT    | stays
+PeerUp                | SF    | absorbed
 PeerDown              | BWT   | stays
 PeerDown              | SF    | absorbed
 StreamUp              | BWT   | stays
@@ -100,7 +100,8 @@ WorkerLost dead       | S     | stays Free
 WorkerLost dead       | F     | stays
 DoneNoted             | BWT   | absorbed
 DoneNoted             | SF    | stays
-Tick, local           | BW    | stays SendPull
+Tick, local           | B     | stays SendPull
+Tick, local           | W     | stays
 Tick, local           | T     | stays TakeOver SendPull
 Tick, local           | SF    | stays SendDone
 Heard of 16, local    | BW    | TRANSFERRING TakeOver

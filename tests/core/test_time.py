@@ -182,7 +182,7 @@ def test_a_lease_of_its_own_ends_a_source_that_nobody_asks() -> None:
     call = worker.Send(transfer_id="t", lease_s=5.0)
     story.world.call("a", SOURCE, call)
     story.open_sink()
-    story.world.wait(1)
+    story.world.wait(0.1)
     for second in range(1, 8):
         story.world.now_s += 1
         story.world.feed("a", out.TimePassed())  # the sink's daemon says nothing more

@@ -41,6 +41,7 @@ class SinkTransfer(Transfer):
         self._shown_ask = super()._ask
         self._resend_at_s = now_s  # a pull is due at once
         self._resend_s = timing.resend_s
+        self._pulled_at_s = now_s
         self._drain_at_s = NEVER_S
 
     def _take_parts(self) -> None:
@@ -162,7 +163,9 @@ class SinkTransfer(Transfer):
             again = self.now_s >= self._resend_at_s
             self._pull(self._claims.wants if again else ())
             if again:
-                self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
+                self._repeat_later()
+            else:  # an ack tells nothing of the claims: their repeat is not put off
+                self._resend_at_s = min(self._resend_at_s, self.now_s + self._resend_s)
         self.stall = self._why_waiting()
 
     def _is_whole(self) -> bool:
@@ -220,7 +223,9 @@ class SinkTransfer(Transfer):
                 self._emit(ev.Claim(key, want.first_token, want.tokens, place, part))
                 fresh.append(want)
         if fresh:
+            self._resend_s = self.timing.resend_s
             self._pull(tuple(fresh))
+            self._repeat_later()
         return bool(fresh)
 
     def _ack_is_due(self) -> bool:
@@ -231,8 +236,12 @@ class SinkTransfer(Transfer):
     def _pull(self, want: tuple[Want, ...]) -> None:
         self._number += 1
         self._acked = self.sent_tokens
-        self._resend_at_s = self.now_s + self._resend_s
+        self._pulled_at_s = self.now_s
         self._emit(ev.SendPull(self._number, self.sent_tokens, want, self._shows_layout))
+
+    def _repeat_later(self) -> None:
+        self._resend_at_s = self.now_s + self._resend_s
+        self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
 
     def _why_waiting(self) -> StallReason | None:
         if not self.peer_up or not self.ranks.complete:
@@ -330,7 +339,9 @@ class SinkTransfer(Transfer):
         told = self.total_tokens is None and news.total_tokens is not None
         if told or news.available_tokens > self.available_tokens:
             self._progressed()
-            self._resend_soon()
+        if news.number == self._number and not self._claims:
+            self._resend_s = self.timing.resend_s
+            self._resend_at_s = self._pulled_at_s + self.timing.resend_max_s  # nothing is under way
         self.available_tokens = max(self.available_tokens, news.available_tokens)
         self.total_tokens = news.total_tokens if self.total_tokens is None else self.total_tokens
         self.aux = news.aux if self.aux is None else self.aux
