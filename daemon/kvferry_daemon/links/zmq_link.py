@@ -13,6 +13,8 @@ import zmq
 from kvferry_proto.codec import FRAME_BYTES_MAX
 
 TURN_S = 0.001  # of messages in one go; then other sockets and timers get their turn
+NOW = int(zmq.NOBLOCK)  # numbers: to combine two of libzmq's enums costs more than to send
+NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class ZmqLink:
@@ -35,7 +37,9 @@ class ZmqLink:
     def send(self, *frames: bytes) -> bool:
         """Send one message if it can be sent now; the protocol repeats what is lost."""
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            for frame in frames[:-1]:
+                self._socket.send(frame, NOW_AND_MORE)
+            self._socket.send(frames[-1], NOW)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
@@ -65,7 +69,7 @@ class ZmqLink:
         try:
             while not self._closed:
                 try:
-                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                    frames = self._received()
                 except zmq.Again:
                     is_empty = True
                     return
@@ -76,6 +80,15 @@ class ZmqLink:
             self._draining = False
             if not is_empty:  # there may be more, also behind a message that raised
                 self._drain_soon()
+
+    def _received(self) -> list[bytes]:
+        """One message: the frames of a message are there together."""
+        frame = self._socket.recv(NOW, copy=False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = self._socket.recv(NOW, copy=False)
+            frames.append(frame.bytes)
+        return frames
 
 
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
