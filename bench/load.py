@@ -60,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the flood; 0: none")
     parser.add_argument("--transfers", type=int, default=2000, help="live at once in the flood")
-    parser.add_argument("--calls-a-s", type=float, default=10_000, help="in the flood")
+    parser.add_argument(
+        "--calls-a-s", type=float, default=flood.FloodSize.calls_a_s, help="in the flood"
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak; 0: none")
     parser.add_argument("--short", action="store_true", help="both, much smaller, in half a minute")
     given = parser.parse_args()

@@ -1,6 +1,7 @@
 """The daemon: sockets, threads and the node, put together and taken apart."""
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -19,6 +20,7 @@ from kvferry_daemon.core.report import status, transfers
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
+from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 DRAIN_LOOK_S = 0.05
 EXIT_LEDGER = 7
 SOCKETS_MAX = 4096
+GC_THRESHOLDS = (10_000, 50, 100)  # a full pass over thousands of transfers takes 20 ms
+CROWD = 3  # messages a turn, on average: then they wait for us, not we for them
 
 
 class Daemon:
@@ -71,7 +75,9 @@ class Daemon:
         self._control = ZmqLink(self._bound(str(self.directory.control_socket)), self._on_control)
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
-        self._watch = loop.create_task(self._watch_workers())
+        self._io_threads = IoThreads()
+        self._messages = self._turns = 0
+        self._watch = loop.create_task(self._watch_all())
 
     def _bind_peers(self) -> int:
         """Bind the configured port, else the earlier life's, where peers look for us."""
@@ -131,15 +137,26 @@ class Daemon:
             await asyncio.sleep(DRAIN_LOOK_S)
         return True
 
-    async def _watch_workers(self) -> None:
+    async def _watch_all(self) -> None:
         while True:
             await asyncio.sleep(self.config.deadlines.heartbeat_s)
-            try:
-                for session in self._liveness.dead():
-                    self.effects.feed(out.LockDropped(session))
-                self._liveness.sweep()
-            except OSError as error:
-                log.error("cannot look at the workers' locks: %s", error)
+            self._watch_workers()
+            self._watch_load()
+
+    def _watch_workers(self) -> None:
+        try:
+            for session in self._liveness.dead():
+                self.effects.feed(out.LockDropped(session))
+            self._liveness.sweep()
+        except OSError as error:
+            log.error("cannot look at the workers' locks: %s", error)
+
+    def _watch_load(self) -> None:
+        """While messages wait for the loop, no send may cost it the core."""
+        messages = self._workers.messages - self._messages
+        turns = self._workers.turns - self._turns
+        self._messages, self._turns = self._workers.messages, self._workers.turns
+        self._io_threads.be_patient(messages > CROWD * turns)
 
     # --- messages in ---
 
@@ -258,6 +275,9 @@ class Daemon:
 async def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT: the first drains, a second one stops at once."""
     daemon = Daemon(config)
+    gc.collect()
+    gc.freeze()  # what there is now stays; a pass over it would hold the loop up for nothing
+    gc.set_threshold(*GC_THRESHOLDS)
     loop = asyncio.get_running_loop()
     stop, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvferry_daemon.core.records import Row
 
+GATHER_S = 0.002  # where writes come faster than commits: fewer of those, each takes the GIL
 RETRY_S = 0.1
 GIVE_UP_S = 30.0  # of a full tmpfs; then nothing that we say could be kept
 log = logging.getLogger(__name__)
@@ -66,13 +67,16 @@ class Ledger:
             self._wake.clear()
             while self._queue:
                 rows: dict[str, bytes | None] = {}
-                for _ in range(len(self._queue)):
+                writes = len(self._queue)
+                for _ in range(writes):
                     rows.update(self._queue.popleft())
                     self._written += 1
                 if not self._keep(rows):
                     return
                 self._kept = self._written
                 self._tell(self._on_written, self._kept)
+                if writes > 1:
+                    time.sleep(GATHER_S)
             if self._closing:
                 self._db.close()
                 return

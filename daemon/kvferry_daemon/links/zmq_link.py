@@ -30,6 +30,7 @@ class ZmqLink:
         self._is_drain_due = False
         self._draining = False
         self._closed = False
+        self.messages = self.turns = 0  # received, and turns that brought some
         self.dropped = 0  # messages that could not be sent: the peer is gone or does not read
         self._loop.add_reader(self._descriptor, self._drain)
         self._drain_soon()
@@ -66,6 +67,7 @@ class ZmqLink:
         self._draining = True  # a send from within needs no drain of its own: we look again below
         is_empty = False
         until_s = monotonic() + TURN_S  # the loop's own clock stands still within a turn
+        before = self.messages
         try:
             while not self._closed:
                 try:
@@ -73,11 +75,13 @@ class ZmqLink:
                 except zmq.Again:
                     is_empty = True
                     return
+                self.messages += 1
                 self._on_message(frames)
                 if monotonic() >= until_s:
                     return
         finally:
             self._draining = False
+            self.turns += self.messages > before
             if not is_empty:  # there may be more, also behind a message that raised
                 self._drain_soon()
 
