@@ -172,6 +172,13 @@ def test_a_wrong_value_is_refused_under_the_name_that_it_was_given_by(tmp_path: 
     assert "--window-tokens: " in refused("--window-tokens", 0)
 
 
+def test_a_lease_that_the_pulls_cannot_renew_in_time_is_refused() -> None:
+    """A sink that waits asks every resend_max_s; one lost pull must not end its source."""
+    assert "lease_s: 3.9 is under twice resend_max_s, 2" in refused("--lease-s", 3.9)
+    assert "lease_s: 30 is under twice resend_max_s, 20" in refused("--resend-max-s", 20)
+    assert shown("--lease-s", 4)["lease_s"] == 4.0
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost", "127.1"])
 def test_loopback_needs_no_permission(host: str) -> None:
     assert shown("--peer-host", host)["peer_host"] == host
