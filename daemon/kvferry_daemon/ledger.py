@@ -65,6 +65,7 @@ class Ledger:
         while True:
             self._wake.wait()
             self._wake.clear()
+            closing = self._closing  # looked at first: all that was written before it is there
             while self._queue:
                 rows: dict[str, bytes | None] = {}
                 writes = len(self._queue)
@@ -77,7 +78,7 @@ class Ledger:
                 self._tell(self._on_written, self._kept)
                 if writes > 1:
                     time.sleep(GATHER_S)
-            if self._closing:
+            if closing:
                 self._db.close()
                 return
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from kvferry_daemon.config import Config
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.effects import Effects
-from kvferry_daemon.ledger import Ledger
+from kvferry_daemon.ledger import Ledger, rows_of
 from kvferry_daemon.life import settings_of
 from kvferry_proto import worker
 from kvferry_proto.states import Role
@@ -78,3 +80,34 @@ def test_what_threads_tell_behind_the_end_is_not_heard(tmp_path: Path) -> None:
         return links.replies, len(effects._unwritten)
 
     assert asyncio.run(run()) == ([], 0)
+
+
+class LateQueue(deque[Any]):
+    """The ledger's thread finds it empty; just then the last rows come, and the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked, self.go_on = threading.Event(), threading.Event()
+
+    def __bool__(self) -> bool:
+        found = len(self) > 0
+        if not found and not self.looked.is_set():
+            self.looked.set()
+            self.go_on.wait()
+        return found
+
+
+def test_rows_that_come_with_the_end_are_kept(tmp_path: Path) -> None:
+    async def run() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        ledger = Ledger(tmp_path / "l.db", loop, lambda _number: None, print)
+        queue = ledger._queue = LateQueue()
+        ledger.write((("first", b"1"),))
+        queue.looked.wait()
+        last = ledger.write((("last", b"1"),))
+        threading.Timer(0.05, queue.go_on.set).start()
+        return last, ledger.close()
+
+    last, kept = asyncio.run(run())
+    assert kept == last
+    assert dict(rows_of(tmp_path / "l.db")) == {"first": b"1", "last": b"1"}
