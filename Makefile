@@ -42,7 +42,7 @@ model: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
 
-# A minute that asks 10,000 calls/s of 2,000 live transfers, then ten minutes of traffic with kills.
+# A minute that asks 10,200 calls/s of 2,000 live transfers, then ten minutes of traffic with kills.
 # Less: make soak ARGS='--seconds 5 --minutes 1'
 soak: $(INSTALLED)
 	$(BIN)/python -m bench.load $(ARGS)

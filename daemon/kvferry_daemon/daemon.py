@@ -140,8 +140,11 @@ class Daemon:
     async def _watch_all(self) -> None:
         while True:
             await asyncio.sleep(self.config.deadlines.heartbeat_s)
-            self._watch_workers()
-            self._watch_load()
+            try:
+                self._watch_workers()
+                self._watch_load()
+            except Exception:  # a fault of ours must not end the watch of dead workers
+                log.exception("could not watch")
 
     def _watch_workers(self) -> None:
         try:
@@ -153,10 +156,11 @@ class Daemon:
 
     def _watch_load(self) -> None:
         """While messages wait for the loop, no send may cost it the core."""
-        messages = self._workers.messages - self._messages
-        turns = self._workers.turns - self._turns
-        self._messages, self._turns = self._workers.messages, self._workers.turns
-        self._io_threads.be_patient(messages > CROWD * turns)
+        messages = self._workers.messages + self._peers.messages
+        turns = self._workers.turns + self._peers.turns
+        crowded = messages - self._messages > CROWD * (turns - self._turns)
+        self._messages, self._turns = messages, turns
+        self._io_threads.be_patient(crowded)
 
     # --- messages in ---
 
