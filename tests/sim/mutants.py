@@ -233,13 +233,11 @@ def reader_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def never_again(patch: pytest.MonkeyPatch) -> None:
     """A pull is said once; should it get lost, both sides wait."""
-    right = SinkTransfer._pull
 
-    def wrong(self: SinkTransfer, want: tuple[Any, ...]) -> None:
-        right(self, want)
+    def wrong(self: SinkTransfer) -> None:
         self._resend_at_s = float("inf")
 
-    patch.setattr(SinkTransfer, "_pull", wrong)
+    patch.setattr(SinkTransfer, "_repeat_later", wrong)
 
 
 def not_zeroed(patch: pytest.MonkeyPatch) -> None:
