@@ -56,9 +56,9 @@ class Deadlines(BaseModel):
                     f"{name}: {getattr(self, name):g} is over deadline_max_s, "
                     f"{self.deadline_max_s:g}"
                 )
-        if self.lease_s < 2 * self.resend_max_s:  # it lives by the sink's pulls; one may get lost
+        if self.lease_s < 2 * self.heartbeat_s:  # it lives by pings; one may get lost
             raise ValueError(
-                f"lease_s: {self.lease_s:g} is under twice resend_max_s, {self.resend_max_s:g}"
+                f"lease_s: {self.lease_s:g} is under twice heartbeat_s, {self.heartbeat_s:g}"
             )
         return self
 

@@ -127,7 +127,7 @@ ADVICE: dict[Code, Advice] = {
     Code.SOURCE_LOST: Advice(_P, "the source daemon forgot the transfer; try attempt + 1"),
     Code.SOURCE_FAILED: Advice(_P, "see the source's own error; try attempt + 1"),
     Code.SINK_FAILED: Advice(_P, "see the sink's own error; try attempt + 1"),
-    Code.LEASE_EXPIRED: Advice(_P, "the sink daemon stopped asking; try attempt + 1"),
+    Code.LEASE_EXPIRED: Advice(_P, "the sink daemon fell silent; try attempt + 1"),
     Code.STALLED: Advice(_C, "the message names what it waited for; try attempt + 1"),
     Code.ABORTED: Advice(_C, "a worker gave the transfer up"),
     Code.RELEASED_EARLY: Advice(_C, "mark all tokens ready and tell total_tokens before release"),

@@ -64,15 +64,16 @@ class _Linked(Message):
 
 
 class Ping(_Linked):
-    """Sink to source, once a heartbeat, also when nothing moves."""
+    """Sink to source, once a heartbeat, also when nothing moves; it renews all leases."""
 
     kind: Literal["ping"] = "ping"
 
 
 class Pong(_Linked):
-    """Source to sink: the answer to a ping."""
+    """Source to sink: the answer to a ping, and how many frames of news went before it."""
 
     kind: Literal["pong"] = "pong"
+    frames: Count
 
 
 class OpenStream(_Linked):
@@ -150,9 +151,10 @@ class Progress(Message):
 
 
 class Progresses(_Linked):
-    """News of several transfers."""
+    """News of several transfers; ``frame`` counts those of this link, from 1."""
 
     kind: Literal["progresses"] = "progresses"
+    frame: Count
     progresses: Annotated[list[Progress], Field(min_length=1, max_length=PULLS_MAX)]
 
 

@@ -15,6 +15,7 @@ from core.test_peers_table import (
     fresh_peer,
     link_in,
     linked,
+    pong,
     refused,
     stream_in,
     stream_of,
@@ -110,15 +111,15 @@ def test_a_ping_goes_out_every_heartbeat() -> None:
         at_s = peer.wake_at_s
         if said(peer.tick(at_s), wire.Ping):
             times.append(at_s)
-        peer.on_message(linked(wire.Pong), at_s)
+        peer.on_message(pong(), at_s)
     assert times == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert peer.state == "up"
 
 
 @pytest.mark.parametrize(
     ("answer", "state"),
-    [(linked(wire.Pong), "up"), (linked(wire.DoneNoted, transfer_id="t", attempt=0), "up"),
-     (linked(wire.Pong, REBORN), "lost"), (welcome(), "up"), (welcome(to="c" * 16), "lost")],
+    [(pong(), "up"), (linked(wire.DoneNoted, transfer_id="t", attempt=0), "up"),
+     (pong(REBORN), "lost"), (welcome(), "up"), (welcome(to="c" * 16), "lost")],
 )  # fmt: skip
 def test_only_words_from_this_life_to_this_life_are_a_sign_of_it(
     answer: wire.PeerMessage, state: str
@@ -186,9 +187,9 @@ def test_another_boot_id_is_another_life(sign: wire.PeerMessage, state: str) -> 
     peer = stream_in("up")
     peer.on_message(sign, 0.5)
     assert (peer.state, stream_of(peer)) == (state, "closing")
-    assert not peer.is_current(linked(wire.Pong))
+    assert not peer.is_current(pong())
     peer.on_message(welcome(REBORN), 0.6)
-    assert peer.is_current(linked(wire.Pong, REBORN))
+    assert peer.is_current(pong(REBORN))
 
 
 @pytest.mark.parametrize("sign", [welcome(REBORN), refused(Code.DAEMON_RESTARTED, REBORN)])

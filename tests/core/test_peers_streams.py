@@ -12,7 +12,7 @@ from core.test_peers_table import (
     SECRET,
     current,
     link_in,
-    linked,
+    pong,
     stream_in,
     stream_of,
     ticket,
@@ -49,7 +49,7 @@ def test_a_lost_ticket_is_asked_for_again() -> None:
     peer = stream_in("asking")
     times = []
     for at_s in (1.0, 1.9, 2.0, 3.0, 3.9, 4.0):
-        peer.on_message(linked(wire.Pong), at_s)
+        peer.on_message(pong(), at_s)
         times += [at_s] * len(said(peer.tick(at_s), wire.OpenStream))
     assert times == [2.0, 4.0]
 
@@ -88,7 +88,7 @@ def connects(peer: Peer, count: int) -> list[float]:
         if len(times) == count:
             break
         at_s = peer.wake_at_s
-        peer.on_message(linked(wire.Pong), at_s)
+        peer.on_message(pong(), at_s)
         for asked in said(peer.tick(at_s), wire.OpenStream):
             assert asked.connection == len(times) + 1
             times.append(round(at_s, 3))
@@ -109,7 +109,7 @@ def test_a_connection_that_stood_is_made_again_at_once() -> None:
     for _ in range(10):
         if stream_of(peer) == "asking":
             break
-        peer.on_message(linked(wire.Pong), peer.wake_at_s)
+        peer.on_message(pong(), peer.wake_at_s)
         peer.tick(peer.wake_at_s)
     key, now_s = current(peer), peer.now_s
     peer.on_message(ticket(0, key.connection), now_s)
@@ -125,7 +125,7 @@ def test_a_connection_that_ends_as_soon_as_it_stands_is_made_again_with_patience
     for hundredth in range(1000):
         now_s = hundredth / 100
         if hundredth % 100 == 0:
-            peer.on_message(linked(wire.Pong), now_s)
+            peer.on_message(pong(), now_s)
         asked += len(said(peer.tick(now_s), wire.OpenStream))
         key = current(peer)
         peer.on_message(ticket(0, key.connection), now_s)

@@ -54,8 +54,12 @@ PeerRefused, hello first    | up                 | stays PeerHello
 Pong                        | connecting lost    | absorbed
 Pong                        | up                 | stays
 Pong of another life        | connecting up lost | absorbed
+Pong after a frame that was lost | connecting lost | absorbed
+Pong after a frame that was lost | up            | stays NewsAreLost
 Progresses                  | connecting lost    | absorbed
 Progresses                  | up                 | stays
+Progresses, not the next    | connecting lost    | absorbed
+Progresses, not the next    | up                 | stays NewsAreLost
 DoneNoted                   | connecting lost    | absorbed
 DoneNoted                   | up                 | stays
 Ticket                      | connecting lost    | absorbed
@@ -129,6 +133,10 @@ def ticket(
 def linked(kind: Any, boot_id: str = BOOT, **more: Any) -> Any:
     """A message of a link that is up."""
     return kind(source_boot_id=boot_id, sink_boot_id=SINK, **more)
+
+
+def pong(boot_id: str = BOOT, frames: int = 0) -> wire.Pong:
+    return wire.Pong(frames=frames, source_boot_id=boot_id, sink_boot_id=SINK)
 
 
 T: dict[str, Any] = {"transfer_id": "t", "attempt": 0}
@@ -214,9 +222,11 @@ CALLS: dict[str, Call] = {
     "PeerRefused, no version": says(refused(Code.NO_COMMON_VERSION)),
     "PeerRefused, hello first": says(refused(Code.HELLO_FIRST)),
     "PeerRefused by another life": says(refused(Code.DAEMON_RESTARTED, REBORN)),
-    "Pong": says(linked(wire.Pong)),
-    "Pong of another life": says(linked(wire.Pong, REBORN)),
-    "Progresses": says(linked(wire.Progresses, progresses=[PROGRESS])),
+    "Pong": says(pong()),
+    "Pong of another life": says(pong(REBORN)),
+    "Pong after a frame that was lost": says(pong(frames=1)),
+    "Progresses": says(linked(wire.Progresses, frame=1, progresses=[PROGRESS])),
+    "Progresses, not the next": says(linked(wire.Progresses, frame=2, progresses=[PROGRESS])),
     "DoneNoted": says(linked(wire.DoneNoted, **T)),
     "Ticket": lambda peer: peer.on_message(ticket(0, current(peer).connection), peer.now_s + 0.1),
     "Ticket, stale": says(ticket(0, 99)),

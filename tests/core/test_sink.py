@@ -131,13 +131,20 @@ def test_a_pull_is_sent_again_after_delays_that_double() -> None:
     assert pulls_by_timer(sink, 6) == [0.2, 0.6, 1.4, 3.0, 5.0, 7.0]
 
 
-def test_an_answered_pull_is_sent_again_only_to_renew_the_lease() -> None:
+def test_an_answered_pull_is_sent_again_once_a_lease() -> None:
     sink = sink_in(State.BOOTSTRAPPING)
     pulls_by_timer(sink, 2)
     after(sink, heard(2, available_tokens=4))  # the answer to the first one, or news
     assert pulls_by_timer(sink, 1) == [1.4]
     after(sink, heard(5, available_tokens=8))
-    assert pulls_by_timer(sink, 4) == [3.4, 3.6, 4.0, 4.8]
+    assert pulls_by_timer(sink, 4) == [31.4, 31.6, 32.0, 32.8]
+
+
+def test_an_answered_pull_is_sent_again_soon_if_news_were_lost() -> None:
+    sink = sink_in(State.BOOTSTRAPPING)
+    pulls_by_timer(sink, 2)
+    after(sink, heard(5, available_tokens=4), ev.NewsLost())
+    assert pulls_by_timer(sink, 3) == [0.8, 1.2, 2.0]
 
 
 def test_a_pull_with_claims_under_way_is_sent_again_though_it_was_answered() -> None:

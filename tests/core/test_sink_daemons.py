@@ -14,44 +14,52 @@ DAEMON = "d" * 16
 FIRST, SECOND = "1" * 16, "2" * 16
 
 
+def route_of(daemons: SinkDaemons, boot_id: str) -> bytes:
+    daemon = daemons.get(boot_id)
+    assert daemon is not None
+    return daemon.route
+
+
 def hello(boot_id: str, life: int, daemon_id: str = DAEMON) -> PeerHello:
     return PeerHello(boot_id=boot_id, daemon_id=daemon_id, life=life)
 
 
 def test_a_later_life_ends_the_one_before() -> None:
     daemons = SinkDaemons()
-    assert daemons.hello(b"one", hello(FIRST, 1)) == []
-    assert daemons.hello(b"two", hello(SECOND, 2)) == [FIRST]
-    assert daemons.route_of(SECOND) == b"two"
+    assert daemons.hello(b"one", hello(FIRST, 1), 0.0) == []
+    assert daemons.hello(b"two", hello(SECOND, 2), 0.0) == [FIRST]
+    assert route_of(daemons, SECOND) == b"two"
     with pytest.raises(FerryError) as caught:
-        daemons.seen(FIRST, b"one")  # what it said before it died, late
+        daemons.seen(FIRST, b"one", 0.0)  # what it said before it died, late
     assert caught.value.code is Code.HELLO_FIRST
 
 
 def test_a_late_hello_of_an_earlier_life_changes_nothing() -> None:
     daemons = SinkDaemons()
-    daemons.hello(b"two", hello(SECOND, 2))
+    daemons.hello(b"two", hello(SECOND, 2), 0.0)
     with pytest.raises(FerryError) as caught:
-        daemons.hello(b"one", hello(FIRST, 1))
+        daemons.hello(b"one", hello(FIRST, 1), 0.0)
     assert caught.value.code is Code.DAEMON_RESTARTED
-    assert daemons.seen(SECOND, b"two").daemon_id == DAEMON
+    assert daemons.seen(SECOND, b"two", 0.0).daemon_id == DAEMON
 
 
 def test_the_same_hello_from_a_new_connection_moves_the_route() -> None:
     daemons = SinkDaemons()
-    daemons.hello(b"one", hello(FIRST, 1))
-    assert daemons.hello(b"other", hello(FIRST, 1)) == []
-    assert daemons.route_of(FIRST) == b"other"
+    daemons.hello(b"one", hello(FIRST, 1), 0.0)
+    assert daemons.hello(b"other", hello(FIRST, 1), 0.0) == []
+    assert route_of(daemons, FIRST) == b"other"
 
 
 def test_the_silent_ones_are_forgotten_first() -> None:
     daemons = SinkDaemons()
     for number in range(SINKS_MAX):
-        assert daemons.hello(b"r", hello(f"{number:016x}", 1, f"{number:016x}")) == []
-    daemons.seen(f"{0:016x}", b"r")
-    assert daemons.hello(b"r", hello(FIRST, 1)) == [f"{1:016x}"]
+        assert daemons.hello(b"r", hello(f"{number:016x}", 1, f"{number:016x}"), 0.0) == []
+    daemons.seen(f"{0:016x}", b"r", 0.0)
+    assert daemons.hello(b"r", hello(FIRST, 1), 0.0) == [f"{1:016x}"]
     assert f"{0:016x}" in daemons
-    assert daemons.hello(b"r", hello(f"{1:016x}", 1, f"{1:016x}")) == [f"{2:016x}"]  # may return
+    assert daemons.hello(b"r", hello(f"{1:016x}", 1, f"{1:016x}"), 0.0) == [
+        f"{2:016x}"
+    ]  # may return
 
 
 def test_a_source_goes_on_with_the_next_life_of_its_sink_and_its_new_numbers() -> None:

@@ -46,6 +46,9 @@ PeerUp                | WT    | stays
 PeerUp                | SF    | absorbed
 PeerDown              | BWT   | stays
 PeerDown              | SF    | absorbed
+NewsLost              | B     | stays SendPull
+NewsLost              | WT    | stays
+NewsLost              | SF    | absorbed
 StreamUp              | BWT   | stays
 StreamUp              | SF    | absorbed
 StreamDown            | BWTSF | stays
@@ -335,6 +338,7 @@ EVENTS: dict[str, object] = {
     "Promised": ev.Promised(1),
     "PeerUp": ev.PeerUp(),
     "PeerDown": ev.PeerDown(),
+    "NewsLost": ev.NewsLost(),
     "StreamUp": ev.StreamUp(OTHER),
     "StreamDown": ev.StreamDown(KEY),
     "StreamDown of another": ev.StreamDown(OTHER),

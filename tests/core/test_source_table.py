@@ -102,6 +102,7 @@ WorkerLost dead       | T     | FAILED SendProgress Quarantine
 WorkerLost dead       | SF    | stays
 PeerUp                | BWTSF | absorbed
 PeerDown              | BWTSF | absorbed
+NewsLost              | BWTSF | absorbed
 StreamUp              | BWTSF | absorbed
 Heard                 | BWTSF | absorbed
 Received              | BWTSF | absorbed
@@ -223,6 +224,7 @@ EVENTS: dict[str, object] = {
     "WorkerLost dead": ev.WorkerLost(True, "gone"),
     "PeerUp": ev.PeerUp(),
     "PeerDown": ev.PeerDown(),
+    "NewsLost": ev.NewsLost(),
     "StreamUp": ev.StreamUp(KEY),
     "Heard": heard(1),
     "Received": ev.Received(KEY, 0),

@@ -193,6 +193,30 @@ def test_a_lease_of_its_own_ends_a_source_that_nobody_asks() -> None:
     assert error.code == "lease_expired"
 
 
+def test_a_source_whose_sink_has_nothing_to_ask_lives_by_its_pings() -> None:
+    story = Story(3 * WINDOW)
+    story.world.call("a", SOURCE, worker.Send(transfer_id="t", lease_s=5.0))
+    story.open_sink()
+    story.world.wait(0.1)
+    before = story.world.machines["a"].node.counters["pulls_received"]
+    for _ in range(12):
+        story.world.wait(1)
+        story.world.beat()
+    assert story.source().error is None
+    assert story.world.machines["a"].node.counters["pulls_received"] == before  # none was needed
+
+
+def test_news_that_were_lost_are_asked_for_after_the_next_beat() -> None:
+    story = Story(2 * WINDOW)
+    story.open()
+    story.world.wait(0.1)
+    story.produce()
+    story.world.wire.clear()  # what the source tells its sink
+    story.world.wait(2)
+    assert story.sink().sent_tokens == WINDOW
+    assert story.world.machines["b"].node.counters["news_lost"] == 1
+
+
 def test_a_hold_of_its_own_quarantines_what_is_not_released() -> None:
     story = Story(WINDOW // 2, late=False)
     story.open_source()
@@ -210,7 +234,7 @@ def test_a_hold_of_its_own_quarantines_what_is_not_released() -> None:
     ("asked", "limits"),
     [
         ({"stall_s": 3601.0}, "stall_s 3601 is not between 0 and 3600"),
-        ({"lease_s": 3.9}, "lease_s 3.9 is not between 4 and 3600"),
+        ({"lease_s": 1.9}, "lease_s 1.9 is not between 2 and 3600"),
     ],
 )
 def test_deadlines_beyond_the_limits_are_refused(asked: dict[str, float], limits: str) -> None:

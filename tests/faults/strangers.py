@@ -75,7 +75,7 @@ class FalseSource:
             "sink_boot_id": message.sink_boot_id,
         }
         if isinstance(message, peer.Ping):
-            return peer.Pong(**boots)
+            return peer.Pong(frames=0, **boots)
         if isinstance(message, peer.OpenStream):
             return peer.Ticket(
                 stream=message.stream,
@@ -107,7 +107,7 @@ class FalseSource:
             state=State.TRANSFERRING,
             available_tokens=WINDOW,
         )
-        return peer.Progresses(progresses=[progress], **boots)
+        return peer.Progresses(frame=self._pulls, progresses=[progress], **boots)
 
     def _take_in(self) -> None:
         sock, _ = self._door.accept()

@@ -140,7 +140,7 @@ PEER: dict[str, Any] = {
     "peer hello": p.PeerHello(boot_id=SINK, daemon_id=SOURCE, life=2),
     "peer welcome": p.PeerWelcome(version=1, boot_id=SOURCE, sink_boot_id=SINK),
     "ping": p.Ping(**LINK),
-    "pong": p.Pong(**LINK),
+    "pong": p.Pong(frames=BIG, **LINK),
     "open stream": p.OpenStream(stream=15, connection=BIG, **LINK),
     "ticket": p.Ticket(stream=0, connection=0, port=65535, ticket=DIGEST * 2, **LINK),
     "a pull that asks for news": p.Pulls(pulls=[PULL], **LINK),
@@ -157,11 +157,13 @@ PEER: dict[str, Any] = {
         ],
         **LINK,
     ),
-    "progress": p.Progresses(progresses=[NEWS], **LINK),
+    "progress": p.Progresses(frame=1, progresses=[NEWS], **LINK),
     "progress of an unknown transfer": p.Progresses(
+        frame=BIG,
         progresses=[NEWS.model_copy(update={"known": False, "state": State.BOOTSTRAPPING})], **LINK
     ),
     "progress with everything": p.Progresses(
+        frame=BIG,
         progresses=[
             p.Progress(
                 transfer_id="t", attempt=2, number=3, state=State.FAILED, available_tokens=4,

@@ -52,9 +52,13 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has come to ``now_s`` (monotonic)."""
+    """Time has come to ``now_s`` (monotonic).
+
+    ``sink_heard_s`` (source only): when the daemon of its sink said anything.
+    """
 
     now_s: float
+    sink_heard_s: float = -float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,11 @@ class StreamDown:
 
 
 # --- events of a sink -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NewsLost:
+    """A frame of the source's daemon did not come; it may have been about this transfer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class Node:
         self.current[key.role, key.transfer_id] = key.attempt
         self.sessions[transfer.opening.session].keys.add(key)
         self.counters[f"{key.role.value}_opened"] += 1
-        self.run_now(key, ev.Tick(self.now_s))
+        self.run_now(key, self._tick(transfer))
 
     def make_session(self, secret: str, hello: worker.Hello, pool_id: str) -> Session:
         """A new worker."""
@@ -235,7 +235,7 @@ class Node:
             self._effects_of.on_missing(key, event)
             return
         if self.now_s - transfer.now_s > STALE_CLOCK_S and type(event) is not ev.Tick:
-            self.apply(key, ev.Tick(self.now_s))
+            self.apply(key, self._tick(transfer))
             if key not in self.transfers:
                 self._effects_of.on_missing(key, event)
                 return
@@ -310,7 +310,12 @@ class Node:
         if transfer.wake_at_s > self.now_s:
             self.schedule(key, transfer.wake_at_s)
         else:
-            self.post(key, ev.Tick(self.now_s))
+            self.post(key, self._tick(transfer))
+
+    def _tick(self, transfer: AnyTransfer) -> ev.Tick:
+        if isinstance(transfer, SourceTransfer):
+            return ev.Tick(self.now_s, self.sources.heard_s(transfer.sink))
+        return ev.Tick(self.now_s)
 
     def _sweep(self) -> None:
         self.workers.notice_silence()

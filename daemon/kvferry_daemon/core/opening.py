@@ -94,7 +94,7 @@ def timing_of(call: worker.Send | worker.Receive, settings: Settings) -> Timing:
         if (value := getattr(call, name, None)) is not None
     }
     for name, value in asked.items():
-        low = 2 * timing.resend_max_s if name == "lease_s" else 0.0  # it lives by the sink's pulls
+        low = 2 * timing.heartbeat_s if name == "lease_s" else 0.0  # it lives by pings
         if not low <= value <= settings.deadline_max_s:
             raise FerryError(
                 Code.BAD_DEADLINE,

@@ -60,6 +60,13 @@ class PeerIsDown:
 
 
 @dataclass(frozen=True, slots=True)
+class NewsAreLost:
+    """Tell the sinks of ``address``: they must ask."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class PeerFailed:
     """Nobody fit to talk to answers: fail the sinks of ``address``."""
 
@@ -68,7 +75,9 @@ class PeerFailed:
     message: str
 
 
-PeerEffect = Say | Connect | Disconnect | Probe | PeerIsUp | PeerIsDown | PeerFailed
+PeerEffect = (
+    Say | Connect | Disconnect | Probe | PeerIsUp | PeerIsDown | NewsAreLost | PeerFailed
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -93,6 +102,7 @@ class Peer:
     boot_id: str | None = None
     detail: str = ""
     used_s: float = 0.0  # when a live transfer needed it last
+    _frames: int = 0  # of news, that have come or are known to be lost
     _silent_since_s: float = 0.0
     _say_at_s: float = 0.0
     _say_s: float = 0.0
@@ -167,7 +177,17 @@ class Peer:
             self._silent_since_s = now_s
             if isinstance(message, wire.Ticket):
                 self._ticket(message)
+            elif isinstance(message, wire.Progresses):
+                self._count(message.frame - 1, message.frame)
+            elif isinstance(message, wire.Pong):
+                self._count(message.frames, message.frames)
         return self._taken()
+
+    def _count(self, before: int, frames: int) -> None:
+        """Of the frames ``before`` this message some may not have come; ``frames`` now have."""
+        if before > self._frames:
+            self._effects.append(NewsAreLost(self.address))
+        self._frames = max(self._frames, frames)
 
     def is_current(self, message: wire.PeerMessage) -> bool:
         """Whether a message comes from the life of the peer that we talk to, to this life."""
@@ -245,6 +265,7 @@ class Peer:
             self._effects.append(PeerFailed(self.address, error.code, error.message))
             return
         self._silent_since_s = self.now_s
+        self._frames = 0  # it may have forgotten us, and counts anew
         if self.state == "up" and message.boot_id == self.boot_id:
             return  # a hello was answered twice
         if self.state == "up":

@@ -267,6 +267,9 @@ class SinkTransfer(Transfer):
         self.peer_up = self.peer_met = True
         self._resend_soon()
 
+    def _on_news_lost(self, _event: ev.NewsLost) -> None:
+        self._resend_soon()
+
     def _on_peer_down(self, _event: ev.PeerDown) -> None:
         self.peer_up = False
 
@@ -341,7 +344,7 @@ class SinkTransfer(Transfer):
             self._progressed()
         if news.number == self._number and not self._claims:
             self._resend_s = self.timing.resend_s
-            self._resend_at_s = self._pulled_at_s + self.timing.resend_max_s  # nothing is under way
+            self._resend_at_s = self._pulled_at_s + self.timing.lease_s  # nothing is under way
         self.available_tokens = max(self.available_tokens, news.available_tokens)
         self.total_tokens = news.total_tokens if self.total_tokens is None else self.total_tokens
         self.aux = news.aux if self.aux is None else self.aux
@@ -425,6 +428,7 @@ SinkTransfer.LIVE = {
     ev.Granted: SinkTransfer._on_granted,
     ev.PeerUp: SinkTransfer._on_peer_up,
     ev.PeerDown: SinkTransfer._on_peer_down,
+    ev.NewsLost: SinkTransfer._on_news_lost,
     ev.StreamUp: SinkTransfer._on_stream_up,
     ev.StreamDown: SinkTransfer._on_stream_down,
     ev.Received: SinkTransfer._on_received,

@@ -17,6 +17,8 @@ class SinkDaemon:
     boot_id: str
     life: int
     route: bytes
+    heard_s: float
+    frames: int = 0  # of news, that were sent to it
 
 
 class SinkDaemons:
@@ -29,7 +31,7 @@ class SinkDaemons:
     def __contains__(self, boot_id: str) -> bool:
         return boot_id in self._by_boot
 
-    def hello(self, route: bytes, hello: PeerHello) -> list[str]:
+    def hello(self, route: bytes, hello: PeerHello, now_s: float) -> list[str]:
         """Note a daemon's life; return the boot ids that are over by that.
 
         Raises FerryError(daemon_restarted) for a hello of an earlier life that came late.
@@ -39,7 +41,9 @@ class SinkDaemons:
         if hello.life < life:
             raise FerryError(Code.DAEMON_RESTARTED, "a later life of yours has said hello")
         over = sorted(links) if hello.life > life else []
-        self._by_boot[hello.boot_id] = SinkDaemon(hello.daemon_id, hello.boot_id, hello.life, route)
+        self._by_boot[hello.boot_id] = SinkDaemon(
+            hello.daemon_id, hello.boot_id, hello.life, route, now_s
+        )
         self._by_boot.move_to_end(hello.boot_id)
         self._links.setdefault(hello.daemon_id, set()).add(hello.boot_id)
         if len(self._by_boot) - len(over) > SINKS_MAX:
@@ -55,16 +59,16 @@ class SinkDaemons:
         if not links:
             del self._links[daemon_id]
 
-    def seen(self, boot_id: str, route: bytes) -> SinkDaemon:
+    def seen(self, boot_id: str, route: bytes, now_s: float) -> SinkDaemon:
         """A message has come from this life; FerryError(hello_first) if we do not know it."""
         daemon = self._by_boot.get(boot_id)
         if daemon is None:
             raise FerryError(Code.HELLO_FIRST, "this life of a daemon has not said hello")
         daemon.route = route
+        daemon.heard_s = now_s
         self._by_boot.move_to_end(boot_id)
         return daemon
 
-    def route_of(self, boot_id: str) -> bytes | None:
-        """Where to answer."""
-        daemon = self._by_boot.get(boot_id)
-        return None if daemon is None else daemon.route
+    def get(self, boot_id: str | None) -> SinkDaemon | None:
+        """The daemon of this life, if it is known."""
+        return self._by_boot.get(boot_id) if boot_id is not None else None

@@ -269,6 +269,9 @@ class SinkDesk:
                 case pr.PeerIsDown():
                     node.counters["peers_lost"] += 1
                     self._tell_all(peer.address, ev.PeerDown())
+                case pr.NewsAreLost():
+                    node.counters["news_lost"] += 1
+                    self._tell_all(peer.address, ev.NewsLost())
                 case pr.PeerFailed():
                     self._tell_all(peer.address, ev.Fail(effect.code, effect.message))
                 case pr.Say() | pr.Connect() | pr.Disconnect() | pr.Probe():

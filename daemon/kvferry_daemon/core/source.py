@@ -112,7 +112,7 @@ class SourceTransfer(Transfer):
         self._fail_if_stalled()
         if not self.ended and self.now_s >= self._lease_until_s:
             silent_s = self.timing.lease_s
-            self._fail(Code.LEASE_EXPIRED, f"the sink asked for nothing for {silent_s:g} s")
+            self._fail(Code.LEASE_EXPIRED, f"the sink's daemon was silent for {silent_s:g} s")
         if self.ended:
             return
         if self.sink is not None:
@@ -182,6 +182,10 @@ class SourceTransfer(Transfer):
         return StallReason.WAITING_FOR_INPUT
 
     # --- moves ---
+
+    def _on_tick(self, event: ev.Tick) -> None:
+        super()._on_tick(event)
+        self._lease_until_s = max(self._lease_until_s, event.sink_heard_s + self.timing.lease_s)
 
     def _on_slept(self, event: ev.Slept) -> None:
         super()._on_slept(event)

@@ -10,6 +10,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
+from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -49,12 +50,14 @@ class SourceDesk:
             sink = daemon.boot_id
             match message:
                 case wire.Ping():
-                    self._say(
-                        sink,
-                        wire.Pong(source_boot_id=self._node.settings.boot_id, sink_boot_id=sink),
+                    pong = wire.Pong(
+                        frames=daemon.frames,
+                        source_boot_id=self._node.settings.boot_id,
+                        sink_boot_id=sink,
                     )
+                    self._say(daemon, pong)
                 case wire.OpenStream():
-                    self._on_open_stream(sink, message)
+                    self._on_open_stream(daemon, message)
                 case wire.Pulls():
                     for pull in message.pulls:
                         self._on_pull(ev.Pulled(sink, daemon.daemon_id, pull))
@@ -75,11 +78,12 @@ class SourceDesk:
         ours = self._node.settings.boot_id
         if getattr(message, "source_boot_id", None) != ours:
             raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
-        return self._daemons.seen(str(getattr(message, "sink_boot_id", "")), route)
+        boot_id = str(getattr(message, "sink_boot_id", ""))
+        return self._daemons.seen(boot_id, route, self._node.now_s)
 
     def _on_hello(self, route: bytes, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
-        for boot_id in self._daemons.hello(route, hello):
+        for boot_id in self._daemons.hello(route, hello, self._node.now_s):
             self._forget_sink(boot_id)
         welcome = wire.PeerWelcome(
             version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
@@ -92,8 +96,9 @@ class SourceDesk:
         for key in sorted(key for key in self._open if key.peer == boot_id):
             self._node.effects.append(out.Expel(key))
 
-    def _on_open_stream(self, sink: str, message: wire.OpenStream) -> None:
+    def _on_open_stream(self, daemon: SinkDaemon, message: wire.OpenStream) -> None:
         """A new connection of a stream ends the earlier ones: one writer an extent."""
+        sink = daemon.boot_id
         slot = (sink, message.stream)
         if message.connection < self._newest.get(slot, 0):
             return
@@ -112,7 +117,7 @@ class SourceDesk:
             source_boot_id=self._node.settings.boot_id,
             sink_boot_id=sink,
         )
-        self._say(sink, answer)
+        self._say(daemon, answer)
 
     def _on_pull(self, event: ev.Pulled) -> None:
         node, sink, pull = self._node, event.sink, event.pull
@@ -206,7 +211,7 @@ class SourceDesk:
             source_boot_id=self._node.settings.boot_id,
             sink_boot_id=sink.boot_id,
         )
-        self._say(sink.boot_id, noted)
+        self._say(sink, noted)
 
     def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
         """A late done, or one for an attempt that is still to be opened here."""
@@ -257,20 +262,30 @@ class SourceDesk:
         """Send the news of this turn."""
         news, self._progresses = self._progresses, {}
         for sink, progresses in news.items():
+            daemon = self._daemons.get(sink)
+            if daemon is None:
+                continue  # it has to say hello again, and to ask
             for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):
                 part = progresses[first : first + FRAME_PROGRESSES_MAX]
+                daemon.frames += 1
                 message = wire.Progresses.model_construct(
                     kind="progresses",
+                    frame=daemon.frames,
                     progresses=part,
                     source_boot_id=self._node.settings.boot_id,
                     sink_boot_id=sink,
                 )
-                self._say(sink, message)
+                self._say(daemon, message)
 
-    def _say(self, sink: str, message: wire.PeerMessage) -> None:
-        route = self._daemons.route_of(sink)
-        if route is not None:
-            self._node.effects.append(out.ToSink(route, message))
+    def _say(self, daemon: SinkDaemon, message: wire.PeerMessage) -> None:
+        self._node.effects.append(out.ToSink(daemon.route, message))
+
+    def heard_s(self, sink: str | None) -> float:
+        """When the daemon of a source's sink said anything; all its leases are renewed by that."""
+        if sink == self._node.settings.boot_id:
+            return self._node.now_s
+        daemon = self._daemons.get(sink)
+        return -NEVER_S if daemon is None else daemon.heard_s
 
     # --- housekeeping ---
 
