@@ -152,8 +152,10 @@ def main() -> None:
         "system": platform.platform(),
         "load_before": os.getloadavg()[0],
     }
-    say(HEAD)
     requests = read_trace(given["trace"], given["requests"] or None)
+    if not requests:
+        parser.error(f"{given['trace']} has no requests")
+    say(HEAD)
     result = {"machine": machine, **measure(requests, model, given["sink_tokens"])}
     same = result["same_p99"]
     say(f"sink memory needed for the same p99: {same}")

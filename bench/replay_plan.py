@@ -2,15 +2,17 @@
 
 The model, all rates in tokens of the trace's own seconds:
 
-- A request goes to the next prefill slot that is free, in the order of arrival. The slot computes
-  it alone, at ``prefill_tokens_a_s``, and marks every ``piece_tokens`` ready when they are computed.
+- A request goes to the next prefill slot of its process that is free, in the order of arrival. The
+  slot computes it alone, at ``prefill_tokens_a_s``, and marks every ``piece_tokens`` ready when they
+  are computed.
 - The decode side opens its end at the arrival, if fewer than ``decodes`` requests have a place
   there. It copies what has come into the engine's own memory, ``piece_tokens`` at a time, at
   ``copy_tokens_a_s``; the place is free again when ``output_tokens_a_s`` have made the whole answer.
 - A prefix that an earlier request brought is held by prefill and decode alike, ``prefix_blocks``
   blocks of the trace at most, least recently used first out. It is neither computed nor moved. It
   counts as held from that request's arrival on, so every run moves exactly the same tokens.
-- The source daemon has room for everything, so prefill never waits: what is measured is the sink.
+- The source daemon has room for everything, and a payload's is taken when its prefill begins. So
+  prefill never waits: what is measured is the sink.
 """
 
 import json

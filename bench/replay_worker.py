@@ -31,6 +31,11 @@ def content(number: int, first: int, end: int) -> np.ndarray[Any, Any]:
     return tokens[:, None] + (np.arange(WORDS_A_TOKEN) << 24)
 
 
+def share(places: int, processes: int) -> int:
+    """How many of all places one process has."""
+    return -(-places // processes)
+
+
 @dataclass(frozen=True)
 class Clock:
     """The trace's time: ``speed`` of its seconds pass in one of ours."""
@@ -86,7 +91,7 @@ class Prefill(Worker):
 
     def __init__(self, client: AsyncClient, model: Model, clock: Clock) -> None:
         super().__init__(client, model, clock)
-        self.slots = asyncio.Semaphore(model.prefill_slots // model.prefill_workers)
+        self.slots = asyncio.Semaphore(share(model.prefill_slots, model.prefill_workers))
 
     async def work(self, job: Job, name: str) -> None:
         rate = self.model.prefill_tokens_a_s * self.model.speed
@@ -117,7 +122,7 @@ class Decode(Worker):
         super().__init__(client, model, clock)
         self.source = source
         self.mode = mode
-        self.places = asyncio.Semaphore(model.decodes // model.decode_workers)
+        self.places = asyncio.Semaphore(share(model.decodes, model.decode_workers))
         self.verified_tokens = 0
         self.stall_s: defaultdict[str, float] = defaultdict(float)
 
