@@ -4,7 +4,7 @@ The model, all rates in tokens of the trace's own seconds:
 
 - A request goes to the next prefill slot of its process that is free, in the order of arrival. The
   slot computes it alone, at ``prefill_tokens_a_s``, and marks every ``piece_tokens`` ready when they
-  are computed.
+  are computed. How many there will be is known from the start, as it is of a prompt.
 - The decode side opens its end at the arrival, if fewer than ``decodes`` requests have a place
   there. It copies what has come into the engine's own memory, ``piece_tokens`` at a time, at
   ``copy_tokens_a_s``; the place is free again when ``output_tokens_a_s`` have made the whole answer.

@@ -98,19 +98,18 @@ class Prefill(Worker):
         async with self.slots:
             begun_s = time.monotonic()
             sending = await self.client.send(
-                name, start_tokens=job.start_tokens, window_tokens=job.moved_tokens
+                name,
+                start_tokens=job.start_tokens,
+                total_tokens=job.total_tokens,
+                window_tokens=job.moved_tokens,
             )
             async with sending:
                 for first in range(job.start_tokens, job.total_tokens, self.model.piece_tokens):
                     end = min(first + self.model.piece_tokens, job.total_tokens)
                     await self.clock.sleep_to(begun_s + (end - job.start_tokens) / rate)
-                    await self.client.drive(sending.logic.room(), sending.logic.pool)
-                    part = content(job.number, first, end)
-                    sending.logic.view(first, end).scatter(PLANE, first, part)
-                    is_last = end == job.total_tokens
-                    if is_last:
+                    if end == job.total_tokens:
                         self.seen[job.number]["computed_s"] = time.monotonic()
-                    await sending.ready(end, end if is_last else None)
+                    await sending.fill(first, {PLANE: content(job.number, first, end)})
 
 
 class Decode(Worker):
