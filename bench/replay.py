@@ -37,6 +37,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from kvferry_proto.states import Mode
 
 REQUESTS = 1000
 SINK_TOKENS = 32_768
-SOURCE_TOKENS = 1 << 23  # room for everything; a peak that comes near it would say otherwise
+SOURCE_TOKENS = 1 << 24  # room for everything; a peak that comes near it would say otherwise
 TIMES = (1, 2, 4, 8, 16, 32, 64)
 SAME = 1.1
 WAITED = "waiting_for_blocks"
@@ -147,6 +148,7 @@ def main() -> None:
         parser.add_argument(flag, type=type(number.default), default=number.default)
     given = vars(parser.parse_args())
     model = Model(**{number.name: given[number.name] for number in dataclasses.fields(Model)})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing may outlive it
     machine = {
         "cores": os.cpu_count(),
         "system": platform.platform(),

@@ -151,7 +151,9 @@ def _play(
     time.sleep(max(0.0, begun_s - time.monotonic()))
     for sampler in samplers.values():
         sampler.start()
-    told = {role: [one.said() for one in group] for role, group in workers.items()}
+    told = {"prefill": [one.said() for one in workers["prefill"]], "decode": []}
+    if not any(one["failures"] for one in told["prefill"]):  # or decode would wait for nobody
+        told["decode"] = [one.said() for one in workers["decode"]]
     seconds = time.monotonic() - begun_s
     costs: dict[str, dict[str, float]] = {}
     for name, daemon in daemons.items():
