@@ -47,8 +47,8 @@ from bench.replay_run import run
 from bench.replay_worker import LAYOUT
 from kvferry_proto.states import Mode
 
-REQUESTS = 1000
-SINK_TOKENS = 32_768
+REQUESTS = 500
+SINK_TOKENS = 16_384
 SOURCE_TOKENS = 1 << 24  # room for everything; a peak that comes near it would say otherwise
 TIMES = (1, 2, 4, 8, 16, 32, 64)
 SAME = 1.1

@@ -30,7 +30,7 @@ SECOND_MS = 1000
 class Model:
     """The numbers of a scenario."""
 
-    speed: float = 10.0  # seconds of the trace in one second
+    speed: float = 5.0  # seconds of the trace in one second
     prefill_workers: int = 1  # processes
     prefill_slots: int = 8  # of all of them together
     prefill_tokens_a_s: float = 8_000.0  # of one slot
