@@ -15,18 +15,16 @@ import math
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bench.flood_worker import BLOCK_TOKENS, LAYOUT, STEP
-from bench.watched import ROOT, Facts, WatchedDaemon, wait_until
-from kvferry_client import connect
-from kvferry_proto import worker
+from bench.flood_worker import BLOCK_TOKENS, STEP
+from bench.probe import Probe
+from bench.served import ROOT, Facts
+from bench.watched import WatchedDaemon, wait_until
 
 WINDOW_BLOCKS = 2
 POOL_BLOCKS_A_TRANSFER = 1.5
@@ -86,34 +84,6 @@ class FloodProcess:
         return said["answer"]
 
 
-class Probe(threading.Thread):
-    """Measures how long a heartbeat takes, until stopped."""
-
-    def __init__(self, daemon: WatchedDaemon) -> None:
-        super().__init__(daemon=True)
-        self.seconds: list[float] = []
-        self.stopping = threading.Event()
-        self._client = connect(daemon.directory, LAYOUT, "probe")
-
-    def run(self) -> None:
-        while not self.stopping.wait(PROBE_S):
-            begun_s = time.perf_counter()
-            self._client.call(worker.Heartbeat())
-            self.seconds.append(time.perf_counter() - begun_s)
-        self._client.close()
-
-    def result(self) -> dict[str, float]:
-        """In milliseconds."""
-        self.stopping.set()
-        self.join()
-        ordered = sorted(self.seconds) or [0.0]
-        return {
-            "lag_p50_ms": round(ordered[len(ordered) // 2] * 1e3, 2),
-            "lag_p99_ms": round(ordered[len(ordered) * 99 // 100] * 1e3, 2),
-            "lag_max_ms": round(ordered[-1] * 1e3, 2),
-        }
-
-
 def measure(size: FloodSize) -> dict[str, Any]:
     """Run it; ``violations`` is empty if nothing was lost."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as root, ExitStack() as stack:
@@ -144,7 +114,7 @@ def _flood(size: FloodSize, daemons: dict[str, WatchedDaemon], stack: ExitStack)
     share = size.transfers // WORKERS_A_SIDE
     all_tell(processes, "open", lambda index: (index % WORKERS_A_SIDE * share, share))
     live = {name: sum(daemon.status().transfers.values()) for name, daemon in daemons.items()}
-    probes = {name: Probe(daemon) for name, daemon in daemons.items()}
+    probes = {name: Probe(daemon.directory, PROBE_S) for name, daemon in daemons.items()}
     before = {name: daemon.facts() for name, daemon in daemons.items()}
     for probe in probes.values():
         probe.start()

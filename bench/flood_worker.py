@@ -7,13 +7,9 @@ libzmq drops what a ROUTER sends to a reader that is too slow, once 1000 message
 are sent against credit, of which there is a quarter of that.
 """
 
-import fcntl
 import itertools
 import json
 import math
-import mmap
-import os
-import secrets
 import sys
 import time
 from collections import Counter, deque
@@ -24,12 +20,11 @@ import msgpack
 import numpy as np
 import zmq
 
-from kvferry_proto import worker
+from bench.wire import Wire
 from kvferry_proto.layout import Dtype, Layout, Plane
 
 BLOCK_TOKENS = 16
 LAYOUT = Layout(planes=(Plane(name="token", dtype=Dtype.INT64),), block_size_tokens=BLOCK_TOKENS)
-BLOCK_WORDS = LAYOUT.block_bytes // 8
 CREDIT = 256  # calls under way, polls that wait not counted
 WAITING_MAX = 32
 BATCH_CALLS = 8
@@ -75,12 +70,8 @@ class Flood:
     def __init__(self, directory: Path, role: str, source: str | None) -> None:
         self.role = role
         self.source = source
-        name = secrets.token_hex(8)
-        self.lock = os.open(directory / "workers" / name, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.connect(f"ipc://{directory / 'worker.sock'}")
+        wire = Wire(directory, LAYOUT)
+        self.socket = wire.socket
         self.numbers = itertools.count(1)
         self.under_way: dict[int, tuple[str, float, list[Side]]] = {}
         self.waiting = 0  # polls that the daemon lets wait
@@ -91,14 +82,7 @@ class Flood:
         self.answered: Counter[str] = Counter()
         self.violations: list[str] = []
         self.ending = False
-        self.socket.send(worker.CALLS.encode(worker.Hello(lock=name, layout=LAYOUT)))
-        assert self.socket.poll(60_000), "no welcome"
-        welcome = worker.REPLIES.decode(self.socket.recv())
-        assert isinstance(welcome, worker.Welcome), welcome
-        with open(welcome.pool.path, "r+b") as file:
-            pool = mmap.mmap(file.fileno(), welcome.pool.blocks * welcome.pool.block_bytes)
-        words = np.frombuffer(pool, dtype=np.int64)
-        self.blocks = words.reshape(welcome.pool.blocks, BLOCK_WORDS)
+        self.blocks = wire.blocks().view(np.int64)
 
     # --- calls and answers ---
 

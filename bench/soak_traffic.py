@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.served import ROOT
 from bench.soak_worker import ABORTED, BLOCK_TOKENS, DONE, WINDOW_TOKENS, WRONG, Job
-from bench.watched import ROOT, WatchedDaemon
+from bench.watched import WatchedDaemon
 from kvferry_proto.states import Mode
 
 SIZES = (0, 1, BLOCK_TOKENS, WINDOW_TOKENS - 1, WINDOW_TOKENS, 5 * WINDOW_TOKENS + 3)
