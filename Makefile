@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench soak sim faults model clean
+.PHONY: demo test check bench bench-peers soak sim faults model clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -39,8 +39,14 @@ model: export PYTHONPATH = tests
 model: $(INSTALLED)
 	$(BIN)/python -m model.walk
 
+# Everything in one run, into bench/results: minutes. One part: make bench ARGS='--only pieces'
 bench: $(INSTALLED)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(ARGS)
+
+# NIXL and Mooncake, for make bench to compare with; without them it says that they are absent.
+bench-peers:
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r bench/peers.txt
 
 # A minute that asks 10,200 calls/s of 2,000 live transfers, then ten minutes of traffic with kills.
 # Less: make soak ARGS='--seconds 5 --minutes 1'
@@ -54,4 +60,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-bench build *.egg-info

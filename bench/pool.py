@@ -1,22 +1,22 @@
 """Cost of taking and giving back 64 blocks out of 100,000."""
 
-import json
-import statistics
 import timeit
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+from bench.figures import spread
 from kvferry_daemon.core.allocator import RunAllocator
 from kvferry_daemon.core.pool import BlockPool
 from kvferry_proto.states import Role
 
 BLOCKS = 100_000
-CALLS = 100_000
+CALLS = 50_000
 ROUNDS = 9
 
 
-def measure() -> dict[str, Any]:
-    """Nanoseconds of one take(64) + give(64), bare and with a lease; medians of several rounds.
+def measure(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Nanoseconds of one take(64) + give(64), bare and with a lease; each a median.
 
     The first two find the blocks just freed at hand, which is the best case. ``in_turn`` never
     does: two windows, of 64 and of 32 blocks, and whoever frees the one takes one like the other.
@@ -42,16 +42,12 @@ def measure() -> dict[str, Any]:
         windows.append(busy.grant(oldest[0].owner, Role.SINK, blocks).leases)
 
     return {
-        "take_give_64_ns": _median_ns(bare),
-        "grant_free_64_ns": _median_ns(leased),
-        "grant_free_in_turn_ns": _median_ns(in_turn),
+        "rounds": rounds,
+        "take_give_64_ns": _nanoseconds(bare, calls, rounds),
+        "grant_free_64_ns": _nanoseconds(leased, calls, rounds),
+        "grant_free_in_turn_ns": _nanoseconds(in_turn, calls, rounds),
     }
 
 
-def _median_ns(call: Any) -> float:
-    rounds = timeit.repeat(call, number=CALLS, repeat=ROUNDS)
-    return round(statistics.median(rounds) / CALLS * 1e9, 1)
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(), indent=2))
+def _nanoseconds(call: Callable[[], None], calls: int, rounds: int) -> dict[str, float]:
+    return spread(one / calls * 1e9 for one in timeit.repeat(call, number=calls, repeat=rounds))

@@ -1,0 +1,95 @@
+"""What the project aims at, each a figure of the same run; ratios wherever a machine matters."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class Aim(NamedTuple):
+    """``path`` leads to a figure of the result; ``*`` takes every entry, and the worst counts."""
+
+    name: str
+    words: str
+    path: str
+    op: str
+    bound: float
+
+
+AIMS = (
+    Aim("stream_plain_to_raw", "tcp stream without checksum to raw TCP, at every size",
+        "pieces.*_KiB.plain_to_raw", ">=", 0.90),
+    Aim("stream_checksum_to_raw", "tcp stream with checksum to raw TCP, at every size",
+        "pieces.*_KiB.checksum_to_raw", ">=", 0.85),
+    Aim("stream_to_mooncake", "tcp stream to Mooncake TE over tcp (none checks sums)",
+        "pieces.*_KiB.plain_to_mooncake", ">=", 1.5),
+    Aim("stream_to_nixl_read", "tcp stream to NIXL READ over tcp (none checks sums)",
+        "pieces.*_KiB.plain_to_nixl_read", ">=", 1.5),
+    Aim("stream_to_nixl_write", "tcp stream to NIXL WRITE over tcp (none checks sums)",
+        "pieces.*_KiB.plain_to_nixl_write", ">=", 0.9),
+    Aim("read_to_memcpy", "worker reading a window out of the pool to memcpy",
+        "reading.read_to_memcpy", ">=", 0.85),
+    Aim("windows_to_whole", "windows of 8,192 with sliding resume to one whole-size window",
+        "windows.quarter_32768.*_to_whole", ">=", 0.95),
+    Aim("handoff_us", "handoff of 1 GiB within one daemon, us",
+        "handoff.microseconds", "<", 200),
+    Aim("handoff_bytes_copied", "bytes copied by those handoffs",
+        "handoff.bytes_copied", "<=", 0),
+    Aim("poll_to_echo", "poll p50 to a bare ROUTER echo's",
+        "messages.poll_to_echo", "<=", 1.25),
+    Aim("poll_rate_to_echo", "polls/s to echoes/s at 32 outstanding",
+        "messages.poll_rate_to_echo", ">=", 0.5),
+    Aim("batch_transfers_per_s", "transfers/s by batch polls",
+        "messages.batch_transfers_per_s", ">=", 500_000),
+    Aim("take_give_64_ns", "take and give back 64 blocks, ns",
+        "allocator.grant_free_64_ns", "<=", 1000),
+    Aim("ready_seconds", "daemon start to ready, s",
+        "start.ready_seconds", "<", 0.5),
+    Aim("rss_empty_mib", "RSS of an empty daemon, MiB",
+        "start.rss_empty_mib", "<", 62),
+    Aim("waiting_core_percent", "% of a core with 1,000 waiting transfers, either daemon",
+        "waiting.*_core_percent", "<", 1),
+    Aim("rss_kib_per_transfer", "RSS of a live transfer, KiB",
+        "waiting.rss_kib_per_transfer", "<=", 10),
+)  # fmt: skip
+REACHED = {
+    ">=": lambda value, bound: value >= bound,
+    "<=": lambda value, bound: value <= bound,
+    "<": lambda value, bound: value < bound,
+}
+
+
+def judge(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every aim whose part was run: its worst figure, and whether it is reached.
+
+    A figure that could not be measured has the value "absent" and is neither reached nor missed.
+    """
+    found = []
+    for aim in AIMS:
+        figures = list(_figures(parts, aim.path.split(".")))
+        if not figures:
+            continue
+        absent = [one["absent"] for one in figures if isinstance(one, dict) and "absent" in one]
+        row: dict[str, Any] = {
+            "name": aim.name,
+            "words": aim.words,
+            "aim": f"{aim.op} {aim.bound:g}",
+        }
+        if absent:
+            row |= {"value": "absent", "reason": absent[0], "reached": None}
+        else:
+            medians = [one["median"] if isinstance(one, dict) else one for one in figures]
+            worst = min(medians) if aim.op == ">=" else max(medians)
+            row |= {"value": worst, "reached": bool(REACHED[aim.op](worst, aim.bound))}
+        found.append(row)
+    return found
+
+
+def _figures(tree: Any, path: list[str]) -> Iterator[Any]:
+    if not path:
+        yield tree
+        return
+    if not isinstance(tree, dict):
+        return
+    step, *rest = path
+    for name, below in tree.items():
+        if name == step or (step.startswith("*") and name.endswith(step[1:])):
+            yield from _figures(below, rest)
