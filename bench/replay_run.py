@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from bench.replay_plan import Job, Model
 from bench.replay_worker import LAYOUT
-from bench.watched import ROOT, WatchedDaemon
+from bench.served import ROOT
+from bench.watched import WatchedDaemon
 from kvferry_proto.states import Mode
 
 BEGIN_AFTER_S = 0.5
