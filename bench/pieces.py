@@ -1,7 +1,8 @@
 """The same bytes in scattered pieces from one process's pool to another's, in every way there is.
 
-The rounds of all ways are interleaved. Received bytes are compared with what was sent after every
-round. NIXL and Mooncake run in a venv of their own (`make bench-peers`); where one is not there,
+The rounds of all ways are interleaved. In its turn a way moves everything twice, and the second
+time counts: a connection that was idle during the others' turns starts slowly, by half at worst.
+Received bytes are compared with what was sent after every round. NIXL and Mooncake run in a venv of their own (`make bench-peers`); where one is not there,
 its figures are replaced by the reason.
 """
 
@@ -103,11 +104,12 @@ def _measure_size(
     pools: Pools, pairs: dict[str, Pair], missing: dict[str, str], piece_bytes: int, rounds: int
 ) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in pairs}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name in list(pairs):
-            pools.sink.zero(0, 1)
             try:
-                took_s = pairs[name].move(piece_bytes)
+                pairs[name].move(piece_bytes)
+                pools.sink.zero(0, 1)
+                seconds[name].append(pairs[name].move(piece_bytes))
             except EndGone as error:
                 if name not in PEERS:
                     raise
@@ -115,8 +117,6 @@ def _measure_size(
                 pairs.pop(name)
                 continue
             pools.check(piece_bytes)
-            if number:  # the first round maps pages and opens connections
-                seconds[name].append(took_s)
     total_bytes = pools.sink.block_bytes
     found = {f"{name}_gb_per_s": rates(total_bytes, seconds[name]) for name in pairs}
     found |= {f"{name}_gb_per_s": absent(why) for name, why in missing.items()}
