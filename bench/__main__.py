@@ -44,7 +44,7 @@ def run(parts: dict[str, Callable[[], dict[str, Any]]], name: str) -> dict[str, 
         "machine": machine.about(name),
         "load_before": machine.load(),
     }
-    begun_s = time.monotonic()
+    begun_s, others = time.monotonic(), machine.Others()
     measured = {}
     for part, measure in parts.items():
         part_s = time.monotonic()
@@ -52,12 +52,14 @@ def run(parts: dict[str, Callable[[], dict[str, Any]]], name: str) -> dict[str, 
         say(f"{part} {time.monotonic() - part_s:.0f} s")
     result["seconds"] = round(time.monotonic() - begun_s, 1)
     result["load_after"] = machine.load()
+    result["others_cores"] = others.cores()
     return {**result, "parts": measured, "aims": aims.judge(measured)}
 
 
 def show(result: dict[str, Any]) -> None:
     """The aims, a line each."""
-    say(f"load average {result['load_before'][0]} before, {result['load_after'][0]} after")
+    before, after = result["load_before"][0], result["load_after"][0]
+    say(f"load average {before} before, {after} after; others took {result['others_cores']} cores")
     words = {True: "reached", False: "NOT REACHED", None: "absent"}
     for row in result["aims"]:
         value = row["value"] if row["value"] == "absent" else f"{row['value']:g}"

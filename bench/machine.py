@@ -6,6 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench.served import TICKS_A_S
+
+STAT = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+IDLE = ("idle", "iowait")
+
 
 def cpu_model() -> str:
     """As /proc/cpuinfo has it."""
@@ -34,3 +39,23 @@ def about(name: str) -> dict[str, Any]:
 def load() -> list[float]:
     """Load averages over 1, 5 and 15 minutes: another's work slows everything down."""
     return [round(one, 2) for one in os.getloadavg()]
+
+
+class Others:
+    """How much CPU everybody else has taken since this was made."""
+
+    def __init__(self) -> None:
+        self._begun = self._taken()
+
+    def cores(self) -> float:
+        """On average; our own processes count for us once they have been waited for."""
+        seconds, busy_s = (now - then for now, then in zip(self._taken(), self._begun, strict=True))
+        return round(max(0.0, busy_s / seconds), 2)
+
+    @staticmethod
+    def _taken() -> tuple[float, float]:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ticks = dict(zip(STAT, map(int, fields), strict=True))
+        busy_s = sum(ticks[name] for name in STAT if name not in IDLE) / TICKS_A_S
+        ours = os.times()
+        return ours.elapsed, busy_s - sum(ours[:4])

@@ -51,8 +51,9 @@ def markdown(result: dict[str, Any]) -> str:
     mib = result["parts"]["pieces"]["total_bytes"] >> 20
     measured_on = (
         f"{machine['cores']} cores, {machine['cpu']}, {result['date'][:10]}; load average "
-        f"{result['load_before'][0]} before and {result['load_after'][0]} after. {mib} MiB in "
-        "scattered pieces between two processes, GB/s, medians:"
+        f"{result['load_before'][0]} before and {result['load_after'][0]} after, "
+        f"{result['others_cores']} cores taken by others. {mib} MiB in scattered pieces between "
+        "two processes, GB/s, medians:"
     )
     lines = [
         measured_on,
