@@ -126,11 +126,15 @@ class Watched(Message):
 
 
 class Poll(_Call):
-    """Ask for snapshots; with ``wait_s`` the answer waits until one of them changes."""
+    """Ask for snapshots; with ``wait_s`` the answer waits until one of them changes.
+
+    ``board``: give these transfers slots on the status board, and answer each, news or not.
+    """
 
     kind: Literal["poll"] = "poll"
     transfers: Annotated[list[Watched], Field(min_length=1, max_length=POLL_MAX)]
     wait_s: Annotated[float, Field(ge=0, le=WAIT_MAX_S)] = 0.0
+    board: bool = False
 
 
 class Resume(_Named):
@@ -181,6 +185,7 @@ class PoolInfo(Message):
     blocks: Annotated[int, Field(ge=1, le=BLOCKS_MAX)]
     block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES_MAX)]
     window_tokens: Tokens  # the default window
+    board: Annotated[str, Field(max_length=4096)] | None = None  # the status board's file
 
 
 class Welcome(_Call):
@@ -193,6 +198,13 @@ class Welcome(_Call):
     pool: PoolInfo
     heartbeat_s: Annotated[float, Field(gt=0, le=86400)]
     peer_address: Annotated[str, Field(max_length=256)]  # what a sink elsewhere gives as `source`
+
+
+class BoardSlot(Message):
+    """Where a transfer stands on the status board, and the key that its slot bears so long."""
+
+    index: Count
+    key: Count
 
 
 class Snapshot(Message):
@@ -230,6 +242,7 @@ class Snapshot(Message):
         default_factory=list
     )  # in token order
     aux: Aux | None = None
+    slot: BoardSlot | None = None  # if it is on the status board
 
 
 class Refused(Message):
