@@ -143,6 +143,7 @@ class Daemon:
             try:
                 self._watch_workers()
                 self._watch_load()
+                self.effects.beat()
             except Exception:  # a fault of ours must not end the watch of dead workers
                 log.exception("could not watch")
 

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core.boards import SLOTS, board_path
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.records import PoolRecord
 from kvferry_daemon.ledger import Ledger
+from kvferry_daemon.memory.board import Board
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
 from kvferry_daemon.memory.places import SlicePlans, whole
 from kvferry_daemon.probe import probe
@@ -44,6 +46,7 @@ class Effects:
         self._loop = asyncio.get_running_loop()
         self._streams: Streams | None = None
         self._pools: dict[str, HostPool] = {}
+        self._boards: dict[str, Board] = {}  # by pool
         self._ledger: Ledger | None = None
         self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
         self._events: deque[out.NodeEvent] = deque()
@@ -70,6 +73,8 @@ class Effects:
             out.Zero: self._zero,
             out.MakePool: self._make_pool,
             out.DropPool: self._drop_pool,
+            out.ShowSlot: self._show_slot,
+            out.ClearSlot: self._clear_slot,
         }
 
     def use_streams(self, streams: Streams) -> None:
@@ -136,12 +141,15 @@ class Effects:
             path = self._pools_dir / pool.pool_id
             mapped = HostPool.attach(path, pool.layout.block_bytes, pool.blocks)
             self._pools[pool.pool_id] = mapped
+            self._make_board(pool.pool_id)
 
     def close(self) -> None:
         """Do what only waits for the ledger; stop timers and threads. The pools' files stay."""
         if self._ledger is not None:
             self.on_written(self._ledger.close())
         self._closed = True
+        for board in self._boards.values():
+            board.remove()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -218,9 +226,12 @@ class Effects:
     def _drop_pool(self, effect: out.DropPool) -> None:
         """Off the loop: the kernel takes its time to give gigabytes back."""
         pool = [self._pools.pop(effect.pool_id)]  # the last to hold it is the thread
+        board = self._boards.pop(effect.pool_id, None)
 
         def work() -> None:
             pool.pop().remove()
+            if board is not None:
+                board.remove()
 
         self._drops = [one for one in self._drops if not one.done()]
         self._drops.append(self._memory.submit(work))
@@ -236,9 +247,38 @@ class Effects:
             except (MemoryRefused, OSError) as error:
                 return out.PoolNotMade(effect.pool_id, str(error))
             self._pools[effect.pool_id] = pool
+            self._make_board(effect.pool_id)
             return out.PoolMade(effect.pool_id, str(path))
 
         self._off_loop(work)
+
+    # --- status boards ---
+
+    def _make_board(self, pool_id: str) -> None:
+        """Without one, its workers poll by message."""
+        path = Path(board_path(str(self._pools_dir / pool_id)))
+        settings = self._node.settings
+        try:
+            board = Board.create(path, SLOTS, settings.boot_id, settings.timing.lost_s)
+        except OSError as error:
+            log.warning("no status board at %s: %s", path, error)
+        else:
+            self._boards[pool_id] = board
+
+    def beat(self) -> None:
+        """Show on every board that this daemon lives."""
+        for board in list(self._boards.values()):  # a thread may add one
+            board.beat()
+
+    def _show_slot(self, effect: out.ShowSlot) -> None:
+        board = self._boards.get(effect.pool_id)
+        if board is not None:
+            board.show(effect.snapshot)
+
+    def _clear_slot(self, effect: out.ClearSlot) -> None:
+        board = self._boards.get(effect.pool_id)
+        if board is not None:
+            board.clear(effect.index)
 
     def _probe(self, effect: pr.Probe) -> None:
         async def ask() -> out.NodeEvent:

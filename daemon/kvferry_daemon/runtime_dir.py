@@ -11,7 +11,8 @@ LOCK = "daemon.lock"
 WORKERS = "workers"
 POOLS = "pools"
 LEDGER, ASIDE = "ledger.db", "ledger.bad.db"
-POOL_NAME = re.compile(r"[0-9a-f]{32}")  # a layout's digest, and the name of its pool's file
+# A layout's digest is the name of its pool's file; the board beside it has an ending.
+POOL_NAME = re.compile(r"[0-9a-f]{32}(\.board)?")
 
 
 class DirectoryTaken(Exception):
@@ -95,9 +96,9 @@ class RuntimeDir:
         return self.path / ASIDE
 
     def sweep_pools(self, keep: set[str]) -> None:
-        """Remove the pools that no ledger speaks of."""
+        """Remove the pools that no ledger speaks of, and their boards."""
         for path in _files(self.pools):
-            if POOL_NAME.fullmatch(path.name) and path.name not in keep:
+            if POOL_NAME.fullmatch(path.name) and path.stem not in keep:
                 path.unlink(missing_ok=True)
 
     def _ledger_files(self) -> list[Path]:

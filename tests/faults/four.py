@@ -14,7 +14,7 @@ VICTIMS = (*DAEMONS, *WORKERS)
 DAEMON_OF = {"prefill": "source", "decode": "sink"}
 ATTEMPTS_MAX = 4
 FILES = {"daemon.lock": 1, "worker.sock": 1, "control.sock": 1, "ledger.db": 1, "ledger.db-wal": 1}
-RUNNING = {**FILES, "pools": 1, "workers": 1}
+RUNNING = {**FILES, "pools": 2, "workers": 1}
 
 
 class Four:

@@ -163,7 +163,7 @@ def damage(directory: Path, how: str) -> None:
     rows = dict(rows_of(ledger))
     daemon = RECORDS.decode(rows["daemon"])
     assert isinstance(daemon, DaemonRecord)
-    [pool] = (directory / "pools").iterdir()
+    [pool] = [path for path in (directory / "pools").iterdir() if not path.suffix]
     match how:
         case "of another format":
             rows["daemon"] = RECORDS.encode(daemon.model_copy(update={"format": 99}))

@@ -13,6 +13,7 @@ from typing import Any
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.polls import Polls
@@ -95,6 +96,7 @@ class Node:
         self.current: dict[tuple[Role, str], int] = {}  # the newest attempt of an id
         self.tombstones = Tombstones(settings.timing.tombstone_s)
         self.polls = Polls()
+        self.boards = Boards()
         self.effects: list[out.NodeEffect] = []
         self._changed: dict[ev.Key, int] = {}
         self._queue: deque[tuple[ev.Key, object]] = deque()
@@ -146,6 +148,8 @@ class Node:
         self.sources.flush()
         rows = self.notes.take()
         effects, self.effects = self.effects, []
+        if shown := self.boards.take():  # before the answers: a board is not older than they are
+            effects = [*shown, *effects]
         return [out.Write(rows), *effects] if rows else effects
 
     def _answer_polls(self) -> None:
@@ -248,6 +252,8 @@ class Node:
             self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
         if transfer.version != version:
             self._changed[key] = transfer.version
+            if transfer.slots:
+                self.boards.changed(transfer)
         self.notes.moved(transfer)
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
@@ -257,6 +263,7 @@ class Node:
     def _forget(self, transfer: AnyTransfer) -> None:
         key = transfer.key
         sessions = transfer.ranks.sessions
+        self.boards.forget(transfer)  # first: a tombstone has no slot
         self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s)
         self.notes.forgotten(key)
         self.notes.stone(key)

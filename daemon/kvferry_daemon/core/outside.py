@@ -279,6 +279,22 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class ShowSlot:
+    """Write a snapshot into the slot of the pool's status board that it names."""
+
+    pool_id: str
+    snapshot: worker.Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class ClearSlot:
+    """A slot of the pool's status board is nobody's now."""
+
+    pool_id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class DropPool:
     """Nobody uses this pool, and another needs its room."""
 
@@ -321,5 +337,5 @@ class WatchWorker:
 NodeEffect = (
     ToWorker | ToSink | Say | OpenPeer | ClosePeer | Connect | Disconnect | Probe | Admit | Expel
     | Expect | CancelExpected | Transmit | Zero | MakePool | DropPool | WatchWorker
-    | Write | ForgetWorker
+    | Write | ForgetWorker | ShowSlot | ClearSlot
 )  # fmt: skip

@@ -28,7 +28,7 @@ from kvferry_daemon.core.window import Window
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.states import TERMINAL, StallReason, State
-from kvferry_proto.worker import Snapshot
+from kvferry_proto.worker import BoardSlot, Snapshot
 
 NEVER_S = float("inf")
 Aux = dict[str, int | float | str | bytes]
@@ -93,6 +93,7 @@ class Transfer:
         self._effects: list[Effect] = []
         self._seen: tuple[object, ...] = ()
         self._shown: list[Snapshot | None] = [None] * opening.world_size
+        self.slots: dict[int, BoardSlot] = {}  # of the status board, by rank
 
     @property
     def _first_level(self) -> int:
@@ -180,7 +181,20 @@ class Transfer:
             target_tokens=self.target_tokens,
             runs=self.window.runs(rank),
             aux=self.aux,
+            slot=self.slots.get(rank),
         )
+
+    def take_slot(self, rank: int, slot: BoardSlot) -> None:
+        """A rank is on the status board from now on, and its snapshots say where."""
+        self.slots[rank] = slot
+        self._shown[rank] = None
+
+    def drop_slots(self) -> dict[int, BoardSlot]:
+        """No rank is on the board any more; return the slots that they had."""
+        slots, self.slots = self.slots, {}
+        for rank in slots:
+            self._shown[rank] = None
+        return slots
 
     @property
     def _ask(self) -> tuple[State, StallReason | None, int]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
+from kvferry_daemon.core.boards import board_path
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -109,6 +110,7 @@ class Welcomer:
         for pool_id in [one for one in node.books if one not in used]:
             del node.books[pool_id]
             node.notes.pool_gone(pool_id)
+            node.boards.drop(pool_id)
             node.effects.append(out.DropPool(pool_id))
 
     def _quotas(self, blocks: int) -> tuple[int, int]:
@@ -155,6 +157,7 @@ class Welcomer:
                         blocks=book.pool.blocks,
                         block_bytes=book.layout.block_bytes,
                         window_tokens=node.settings.window_tokens,
+                        board=board_path(book.path),
                     ),
                     heartbeat_s=node.settings.timing.heartbeat_s,
                     peer_address=node.settings.peer_address,

@@ -177,10 +177,12 @@ class WorkerDesk:
                 refused.append(self._refused(watched, error))
                 continue
             self._has_acted(key, watched)
+            if call.board and key in self._node.transfers:
+                self._node.boards.give(self._node.transfers[key], watched.rank)
             after[key, watched.rank] = watched.after
             snapshot = self._snapshot(key, watched.rank)
             live |= snapshot.state not in TERMINAL
-            if snapshot.snapshot > watched.after:
+            if snapshot.snapshot > watched.after or call.board:
                 snapshots.append(snapshot)
         if snapshots or refused or not live or not may_wait or call.wait_s == 0:
             return worker.Snapshots(call=call.call, transfers=snapshots, refused=refused)
