@@ -1,6 +1,7 @@
 """What a worker imports: connect, send, receive, and windows as arrays."""
 
 from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
+from kvferry_client.board import BoardTrouble
 from kvferry_client.sync import Client, Receiving, Sending, connect
 from kvferry_client.views import Pool, Run, WindowView
 from kvferry_proto.errors import Code, Fault, FerryError
@@ -11,6 +12,7 @@ __all__ = [
     "AsyncClient",
     "AsyncReceiving",
     "AsyncSending",
+    "BoardTrouble",
     "Client",
     "Code",
     "Dtype",

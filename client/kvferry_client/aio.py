@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from kvferry_client.aio_connection import AsyncConnection
-from kvferry_client.calls import ReceiveOptions, SendOptions, made, receive_call, send_call
+from kvferry_client.board import Board, BoardTrouble, Poll
+from kvferry_client.calls import ReceiveOptions, SendOptions, receive_call, send_call
 from kvferry_client.connection import Heart
 from kvferry_client.logic import Progress, ReceiveLogic, SendLogic, nothing_left
 from kvferry_client.session import CALL_S, Session
@@ -81,11 +82,22 @@ class AsyncClient:
             return
 
     async def poll(self, *transfers: worker.Watched, wait_s: float = 0.0) -> worker.Snapshots:
-        """Snapshots of transfers whose number is above ``after``; waits for one if told to."""
-        call = made(worker.Poll, {"transfers": list(transfers), "wait_s": wait_s})
-        reply = await self.call(call)
-        assert isinstance(reply, worker.Snapshots), reply
-        return reply
+        """Snapshots of transfers whose number is above ``after``; waits for one if told to.
+
+        They come from the daemon's status board, where they can: see ``Client.poll``.
+        """
+        poll = Poll(self._board, transfers, wait_s)
+        reply = None if poll.call is None else await self.call(poll.call)
+        return poll.answer(self._board, reply)
+
+    @property
+    def _board(self) -> Board | None:
+        return None if self._session is None else self._session.board
+
+    @property
+    def board_trouble(self) -> BoardTrouble | None:
+        """Why polls go by message; None if the status board is used."""
+        return None if self._board is None else self._board.trouble
 
     async def send(self, transfer_id: str, **options: Unpack[SendOptions]) -> "AsyncSending":
         """Open the source side; FerryError if it is refused. Cancelled, it leaves none open."""

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from kvferry_client.board import Board
 from kvferry_client.views import Pool
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -51,10 +52,11 @@ class Lock:
 
 
 class Member(NamedTuple):
-    """What a hello gave: the daemon's words, and its pool mapped here."""
+    """What a hello gave: the daemon's words, and its pool and status board mapped here."""
 
     welcome: worker.Welcome
     pool: Pool
+    board: Board
 
 
 class Session:
@@ -73,6 +75,12 @@ class Session:
     def address(self) -> str:
         """The daemon's worker socket."""
         return f"ipc://{self.runtime_dir / 'worker.sock'}"
+
+    @property
+    def board(self) -> Board | None:
+        """The status board, once a daemon has said welcome."""
+        member = self.member
+        return None if member is None else member.board
 
     def next_number(self) -> int:
         """A call's number, which its answer echoes."""
@@ -104,6 +112,8 @@ class Session:
 
     def close(self) -> None:
         """The worker is gone."""
+        if self.member is not None:
+            self.member.board.leave()
         self.lock.release(is_known=self.member is not None)
 
     def unreachable(self, waited_s: float) -> FerryError:
@@ -115,9 +125,16 @@ class Session:
     def _join(self, welcome: worker.Welcome) -> Member:
         old = self.member
         if old is not None and old.welcome.session == welcome.session:
-            self.member = Member(welcome, old.pool)
+            pool = old.pool
         else:
-            self.member = Member(welcome, Pool(welcome.pool, self.layout))
+            pool = Pool(welcome.pool, self.layout)
+        if old is not None and old.board.boot_id == welcome.boot_id:
+            board = old.board
+        else:
+            board = Board(welcome)
+            if old is not None:
+                old.board.leave()
+        self.member = Member(welcome, pool, board)
         return self.member
 
 

@@ -8,7 +8,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from kvferry_client.calls import ReceiveOptions, SendOptions, made, receive_call, send_call
+from kvferry_client.board import NOTHING_NEW, BoardTrouble, Poll
+from kvferry_client.calls import ReceiveOptions, SendOptions, receive_call, send_call
 from kvferry_client.connection import Connection, Heart
 from kvferry_client.logic import Progress, ReceiveLogic, SendLogic, nothing_left
 from kvferry_client.session import CALL_S, Session
@@ -69,6 +70,12 @@ class Client:
         assert self._session.member is not None
         return self._session.member.pool
 
+    @property
+    def board_trouble(self) -> BoardTrouble | None:
+        """Why polls go by message; None if the status board is used."""
+        board = self._session.board
+        return None if board is None else board.trouble
+
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
         """A connection of one's own: a poll that waits then holds up nobody else."""
@@ -112,10 +119,19 @@ class Client:
             return
 
     def poll(self, *transfers: worker.Watched, wait_s: float = 0.0) -> worker.Snapshots:
-        """Snapshots of transfers whose number is above ``after``; waits for one if told to."""
-        reply = self.call(made(worker.Poll, {"transfers": list(transfers), "wait_s": wait_s}))
-        assert isinstance(reply, worker.Snapshots), reply
-        return reply
+        """Snapshots of transfers whose number is above ``after``; waits for one if told to.
+
+        They come from the daemon's status board, where they can: what has not changed is the same
+        object as before, so change none.
+        """
+        board = self._session.board
+        if not wait_s and len(transfers) == 1 and board is not None:
+            seen = board.look(transfers[0])
+            if seen is not None:
+                return seen.reply if seen.number > transfers[0].after else NOTHING_NEW
+        poll = Poll(board, transfers, wait_s)
+        reply = None if poll.call is None else self.call(poll.call)
+        return poll.answer(self._session.board, reply)
 
     def _open(self, call: worker.Send | worker.Receive) -> tuple[worker.Snapshots, Pool]:
         with self._connection() as connection:
