@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import aims, handoff, machine, messages, pieces, pool, short, waiting, windows
+from bench import aims, board, handoff, machine, messages, pieces, pool, short, waiting, windows
 
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "handoff": handoff.measure,
     "reading": handoff.measure_reading,
     "messages": messages.measure,
+    "board": board.measure,
     "live": messages.measure_live,
     "allocator": pool.measure,
     "start": waiting.measure_start,
