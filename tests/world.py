@@ -210,6 +210,8 @@ class World:
                 | out.ClosePeer()
                 | out.WatchWorker()
                 | out.ForgetWorker()
+                | out.ShowSlot()
+                | out.ClearSlot()
             ):
                 pass
             case Probe():

@@ -10,8 +10,10 @@ if __name__ == "__main__":  # by hand, from anywhere
     sys.path[:0] = [str(ROOT / "proto"), str(ROOT / "tests")]
 
 from kvferry_proto import control, peer, worker
+from kvferry_proto.board import pack_empty, pack_header, pack_slot, slot_key
 from kvferry_proto.codec import Codec
 from kvferry_proto.layout import Layout
+from kvferry_proto.worker import Snapshot
 
 HERE = Path(__file__).parent
 FAMILIES: dict[str, tuple[Codec[Any], ...]] = {
@@ -60,6 +62,21 @@ def layout_entry(name: str, layout: Layout) -> dict[str, Any]:
     }
 
 
+def board_entries(shown: dict[str, Snapshot]) -> list[dict[str, Any]]:
+    """A header, and slots as they are once written."""
+    entries: list[dict[str, Any]] = [
+        {"name": "header", "hex": pack_header(4096, "5" * 32, 3 * 10**9, 1234567890123).hex()},
+        {"name": "a slot that is nobody's", "sequence": 8, "hex": pack_empty(8).hex()},
+    ]
+    for name, one in shown.items():
+        key = slot_key(one.role, one.transfer_id, one.attempt, one.rank)
+        slot = pack_slot(6, key, one).hex()
+        entries.append(
+            {"name": name, "sequence": 6, "key": key, "message": to_json(one), "hex": slot}
+        )
+    return entries
+
+
 def files() -> dict[str, list[dict[str, Any]]]:
     """Every file's content."""
     from vectors import messages, refused
@@ -71,6 +88,7 @@ def files() -> dict[str, list[dict[str, Any]]]:
         ]
         for family, codecs in FAMILIES.items()
     }
+    made["board"] = board_entries(messages.SHOWN)
     made["layouts"] = [layout_entry(name, one) for name, one in messages.LAYOUTS.items()]
     made["refused"] = [
         {"name": name, "why": why, "frame_hex": frame.hex()}

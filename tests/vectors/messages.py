@@ -83,6 +83,7 @@ CALLS: dict[str, Any] = {
         call=6, wait_s=60.0,
         transfers=[w.Watched(role=Role.SOURCE, transfer_id="t", attempt=2, after=BIG), WATCHED],
     ),
+    "poll for a slot on the board": w.Poll(transfers=[WATCHED], board=True),
     "resume": w.Resume(call=7, transfer_id="t", sent_tokens=8192),
     "resume at 0": w.Resume(transfer_id="t", sent_tokens=0),
     "release": w.Release(call=8, transfer_id="t", role=Role.SINK),
@@ -105,11 +106,23 @@ FULL = w.Snapshot(
     aux=AUX,
 )  # fmt: skip
 FAILED = SNAPSHOT.model_copy(update={"state": State.FAILED, "error": ERROR, "snapshot": 9})
+SHOWN = {
+    "the smallest snapshot": SNAPSHOT,
+    "a full snapshot, whose aux values are asked for": FULL,
+    "a failed transfer, whose error is asked for": FAILED,
+}
 REPLIES: dict[str, Any] = {
     "welcome": w.Welcome(
         call=1, version=1, boot_id=SOURCE, session=SECRET, heartbeat_s=1.0,
         pool=w.PoolInfo(path="/run/kvferry/pools/\u00e9", blocks=1, block_bytes=64, window_tokens=8192),
         peer_address="tcp://127.0.0.1:7000",
+    ),
+    "welcome to a daemon with a board": w.Welcome(
+        version=1, boot_id=SOURCE, session=SECRET, heartbeat_s=1.0, peer_address="",
+        pool=w.PoolInfo(path="/p", blocks=1, block_bytes=64, window_tokens=0, board="/p.board"),
+    ),
+    "a snapshot that is on the board": w.Snapshots(
+        transfers=[SNAPSHOT.model_copy(update={"slot": w.BoardSlot(index=4095, key=BIG)})]
     ),
     "snapshots without any": w.Snapshots(call=2),
     "the smallest snapshot": w.Snapshots(transfers=[SNAPSHOT]),
