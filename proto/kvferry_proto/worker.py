@@ -128,7 +128,7 @@ class Watched(Message):
 class Poll(_Call):
     """Ask for snapshots; with ``wait_s`` the answer waits until one of them changes.
 
-    ``board``: give these transfers slots on the status board, and answer each, news or not.
+    ``board``: give these transfers slots on the status board, and show some of them, news or not.
     """
 
     kind: Literal["poll"] = "poll"

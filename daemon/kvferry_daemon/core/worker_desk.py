@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Named = worker.Send | worker.Ready | worker.Receive | worker.Resume | worker.Release | worker.Abort
 ROUTES_MAX = 64  # a client has up to 33; ZeroMQ gives a reconnect a new one
+PLACED_MAX = 128  # snapshots that only tell a slot: a frame has room for them beside the news
 NEWLINES = re.compile(r"[\r\n]+")
 
 
@@ -168,7 +169,7 @@ class WorkerDesk:
         self, session: Session, route: bytes, call: worker.Poll, *, may_wait: bool
     ) -> worker.Snapshots | None:
         snapshots, refused, after = [], [], {}
-        live = False
+        live, placed = False, 0
         for watched in call.transfers:
             key = ev.Key(watched.role, watched.transfer_id, watched.attempt)
             try:
@@ -182,8 +183,11 @@ class WorkerDesk:
             after[key, watched.rank] = watched.after
             snapshot = self._snapshot(key, watched.rank)
             live |= snapshot.state not in TERMINAL
-            if snapshot.snapshot > watched.after or call.board:
+            if snapshot.snapshot > watched.after:
                 snapshots.append(snapshot)
+            elif call.board and snapshot.slot is not None and placed < PLACED_MAX:
+                snapshots.append(snapshot)
+                placed += 1
         if snapshots or refused or not live or not may_wait or call.wait_s == 0:
             return worker.Snapshots(call=call.call, transfers=snapshots, refused=refused)
         until_s = self._node.now_s + call.wait_s
