@@ -28,14 +28,16 @@ from kvferry_client import (
     connect,
 )
 from kvferry_client.board import Board
+from kvferry_daemon.memory.board import Board as WrittenBoard
 from kvferry_proto import worker
-from kvferry_proto.board import HEADER_BYTES, MAGIC, VERSION
+from kvferry_proto.board import HEADER_BYTES, MAGIC, SLOT_BYTES, VERSION
 from kvferry_proto.worker import Snapshot
 from live import LiveDaemon
 
 WAIT_S = 20.0
-LOOKS = 3000
+LOOKS = 30_000
 WATCHED = worker.Watched(role=Role.SOURCE, transfer_id="t")
+SINK = worker.Watched(role=Role.SINK, transfer_id="t")
 
 
 def by_message(client: Client, watched: worker.Watched = WATCHED) -> Snapshot:
@@ -483,6 +485,99 @@ def test_a_board_goes_with_its_daemon(tmp_path: Path) -> None:
             assert client.board_trouble is None
 
 
+# --- answers and looks that overtake each other ---
+
+
+@pytest.fixture
+def written() -> Iterator[tuple[WrittenBoard, Board]]:
+    """A board, as the daemon writes it and as a client looks at it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
+        path = Path(root) / "board"
+        daemons = WrittenBoard.create(path, 4, board_writer.BOOT_ID, 3600.0)
+        yield daemons, Board(a_welcome(path))
+
+
+def test_an_answer_that_was_overtaken_by_a_look_is_not_what_is_told(
+    written: tuple[WrittenBoard, Board],
+) -> None:
+    daemons, board = written
+    daemons.show(board_writer.state(5))
+    assert board.note(board_writer.state(4), -1).snapshot == 4
+    seen = board.look(SINK)
+    assert seen is not None
+    assert seen.number == 5
+    assert board.note(board_writer.state(4), -1) is seen.snapshot
+    assert board.look(SINK) == seen
+
+
+def test_a_slot_that_is_behind_the_last_answer_is_not_believed(
+    written: tuple[WrittenBoard, Board],
+) -> None:
+    daemons, board = written
+    daemons.show(board_writer.state(4))
+    board.note(board_writer.state(5), -1)
+    assert board.look(SINK) is None
+    daemons.show(board_writer.state(6))
+    seen = board.look(SINK)
+    assert seen is not None
+    assert seen.snapshot == board_writer.state(6)
+
+
+def test_a_slot_that_stays_half_written_is_asked_for(
+    written: tuple[WrittenBoard, Board],
+) -> None:
+    """As by a daemon that died in the middle of it."""
+    daemons, board = written
+    daemons.show(board_writer.state(4))
+    board.note(board_writer.state(4), -1)
+    assert board.look(SINK) is not None
+    first = HEADER_BYTES + SLOT_BYTES
+    with daemons.path.open("r+b") as file:
+        file.seek(first)
+        file.write(b"\x03")
+    assert board.look(SINK) is None
+    daemons.show(board_writer.state(6))
+    assert board.look(SINK) is not None
+
+
+def test_a_cleared_slot_is_nobodys(written: tuple[WrittenBoard, Board]) -> None:
+    daemons, board = written
+    daemons.show(board_writer.state(4))
+    board.note(board_writer.state(4), -1)
+    assert board.look(SINK) is not None
+    daemons.clear(board_writer.SLOT.index)
+    assert board.look(SINK) is None
+
+
+def test_news_of_a_group_are_asked_for(written: tuple[WrittenBoard, Board]) -> None:
+    """Its ranks tell by their polls that they have acted."""
+    daemons, board = written
+    old, new = (board_writer.state(n).model_copy(update={"world_size": 2}) for n in (4, 5))
+    daemons.show(old)
+    board.note(old, 4)
+    assert board.look(SINK.model_copy(update={"after": 4})) is not None
+    daemons.show(new)
+    assert board.look(SINK.model_copy(update={"after": 4})) is None
+    board.note(new, 4)
+    assert board.look(SINK.model_copy(update={"after": 4})) is not None
+    assert board.look(SINK.model_copy(update={"after": 5})) is None  # not told yet
+
+
+def test_who_has_lost_a_slot_takes_nothing_from_who_has_it_now(
+    written: tuple[WrittenBoard, Board],
+) -> None:
+    daemons, board = written
+    first = board_writer.state(4)
+    second = first.model_copy(update={"transfer_id": "u"})
+    board.note(first, -1)
+    board.note(second, -1)
+    for seen in (first, second):  # both are forgotten, one after the other
+        assert board.note(seen.model_copy(update={"slot": None}), -1).slot is None
+    board.note(first, -1)
+    daemons.show(first)
+    assert board.look(SINK) is not None
+
+
 # --- torn reads ---
 
 
@@ -505,12 +600,11 @@ def test_no_reader_ever_sees_a_mix_of_two_states() -> None:
 
 def hammer(board: Board) -> None:
     """Look until enough was seen; whatever is seen is one of the two states, and never older."""
-    watched = worker.Watched(role=Role.SINK, transfer_id="t")
     last = seen = 0
     until = time.monotonic() + WAIT_S
     while seen < LOOKS:
         assert time.monotonic() < until, f"{seen} of {LOOKS} looks"
-        found = board.look(watched)
+        found = board.look(SINK)
         if found is None:
             continue
         seen += found.number > last
