@@ -1,6 +1,7 @@
 """Slots of the status board: what is packed comes back, and nothing else does."""
 
 import struct
+import zlib
 from typing import Any
 
 import pytest
@@ -124,3 +125,22 @@ def test_every_rank_of_every_attempt_and_side_has_its_own_key() -> None:
     keys = {slot_key(*name) for name in names}
     assert len(keys) == len(names)
     assert all(0 < key < 1 << 63 for key in keys)
+
+
+def test_everything_lies_where_the_page_says() -> None:
+    seen = a_snapshot(
+        stall=StallReason.WAITING_FOR_RESUME, start_tokens=11, sent_tokens=12, partial_sent_tokens=13,
+        last_resume_at=14, available_tokens=16, base_tokens=17, allocated_tokens=18,
+        target_tokens=19, runs=[(21, 22), (23, 24)],
+    )  # fmt: skip
+    packed = pack_slot(6, 99, seen)
+    assert struct.unpack_from("<QQQ", packed) == (6, 99, 7)
+    assert struct.unpack_from("<BBHI", packed, 24) == (3, 4, 0, 2)
+    assert struct.unpack_from("<9q", packed, 32) == (11, 12, 13, 14, -1, 16, 17, 18, 19)
+    assert struct.unpack_from("<5I", packed, 104) == (21, 22, 23, 24, 0)
+    assert struct.unpack_from("<Q", packed, 248) == (zlib.crc32(packed[:248]),)
+    head = pack_header(4096, "ab" * 16, 30, 17)
+    assert head[:8] == b"KVFBOARD"
+    assert struct.unpack_from("<II", head, 8) == (1, 4096)
+    assert head[16:48] == b"ab" * 16
+    assert struct.unpack_from("<QQ", head, 48) == (30, 17)
