@@ -12,7 +12,7 @@ from kvferry_client.calls import ReceiveOptions, SendOptions, receive_call, send
 from kvferry_client.connection import Heart
 from kvferry_client.logic import Progress, ReceiveLogic, SendLogic, nothing_left
 from kvferry_client.session import CALL_S, Session
-from kvferry_client.views import Pool, WindowView
+from kvferry_client.views import GpuWork, Pool, WindowView
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout
@@ -77,7 +77,11 @@ class AsyncClient:
         try:
             call = next(steps)
             while True:
-                call = steps.send(await self.call(call, pool=pool))
+                if isinstance(call, GpuWork):
+                    await asyncio.to_thread(call.wait)
+                    call = next(steps)
+                else:
+                    call = steps.send(await self.call(call, pool=pool))
         except StopIteration:
             return
 

@@ -6,7 +6,6 @@ numpy would cast and broadcast in silence: 1.5 into a plane of raw bfloat16 bits
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Plane
@@ -21,9 +20,9 @@ def numpy_dtype(plane: Plane) -> np.dtype[Any]:
 
 
 class Bits:
-    """An array's memory as numpy has it, and what its owner calls its dtype."""
+    """An array's memory as numpy has it (or a GPU's tensor), and what its owner calls its dtype."""
 
-    def __init__(self, array: NDArray[Any], dtype: str) -> None:
+    def __init__(self, array: Any, dtype: str) -> None:
         self.array = array
         self.dtype = dtype
 
@@ -48,7 +47,7 @@ def bits_of(array: Any) -> Bits:
     return Bits(as_ints.numpy().view(raw), name)
 
 
-def checked(bits: Bits, plane: Plane, tokens: int | None = None) -> NDArray[Any]:
+def checked(bits: Bits, plane: Plane, tokens: int | None = None) -> Any:
     """The array, if it is (tokens, *shape) of the plane's dtype; else FerryError(bad_array)."""
     array = bits.array
     names = (plane.dtype.value, _RAW.get(plane.dtype, plane.dtype.value))
@@ -58,6 +57,6 @@ def checked(bits: Bits, plane: Plane, tokens: int | None = None) -> NDArray[Any]
         raise FerryError(
             Code.BAD_ARRAY,
             f"plane {plane.name!r} takes {' or '.join(sorted(set(names)))} of shape "
-            f"({', '.join(map(str, wanted))}), not {bits.dtype} of {array.shape}",
+            f"({', '.join(map(str, wanted))}), not {bits.dtype} of {tuple(array.shape)}",
         )
     return array

@@ -1,12 +1,12 @@
 """What sending and receiving do, as generators that yield calls and are sent replies.
 
 Both clients drive them: one blocks on each call, the other awaits it. Nothing here waits itself.
+What they yield may also be a GpuWork, which is to be waited for.
 """
 
 from collections.abc import Generator
 from typing import Any
 
-from kvferry_client.arrays import bits_of, checked
 from kvferry_client.calls import made, reason_of
 from kvferry_client.views import Pool, WindowView, runs_of
 from kvferry_proto import worker
@@ -55,6 +55,12 @@ class TransferLogic:
         """Make a call and note what it answers."""
         self.note((yield call))
 
+    def settled(self) -> Steps:
+        """Let the GPU come to an end with what this thread's current stream has been given."""
+        work = self.pool.settle()
+        if work is not None:
+            yield work
+
     def change(self, wait_s: float = WAIT_S) -> Steps:
         """Wait for a change, or a few seconds."""
         watched = worker.Watched(role=self.role, after=self.now.snapshot, **self.name)
@@ -75,6 +81,7 @@ class TransferLogic:
     def release(self) -> Steps:
         """Say that no block is touched any more."""
         if not self.released:
+            yield from self.settled()
             yield from self.ask(worker.Release(role=self.role, **self.name))
             self.released = True  # only now: a call that was cut short is made again
 
@@ -121,6 +128,7 @@ class SendLogic(TransferLogic):
 
     def ready(self, ready: int, total: int | None, aux: dict[str, Any] | None) -> Steps:
         """Mark tokens ready."""
+        yield from self.settled()
         told = {"ready_tokens": ready, "total_tokens": total, "aux": aux}
         yield from self.ask(made(worker.Ready, {**told, **self.name}))
         self.told_total |= total is not None
@@ -151,7 +159,7 @@ class SendLogic(TransferLogic):
             )
         tokens = None
         for name, plane in planes.items():
-            tokens = len(checked(bits_of(arrays[name]), plane, tokens))
+            tokens = len(self.pool.checked(arrays[name], plane, tokens))
         assert tokens is not None  # a layout has a plane
         return tokens
 
@@ -196,6 +204,7 @@ class ReceiveLogic(TransferLogic):
 
     def resume(self, sent_tokens: int) -> Steps:
         """Tokens below are taken over."""
+        yield from self.settled()
         yield from self.ask(made(worker.Resume, {"sent_tokens": sent_tokens, **self.name}))
 
     def leave(self) -> Steps:
@@ -239,4 +248,9 @@ class Progress:
 
 def nothing_left(error: FerryError) -> bool:
     """Whether an abort was refused because there is nothing to give up any more."""
-    return error.code in (Code.DAEMON_RESTARTED, Code.DAEMON_UNREACHABLE, Code.UNKNOWN_TRANSFER)
+    return error.code in (
+        Code.DAEMON_RESTARTED,
+        Code.DAEMON_UNREACHABLE,
+        Code.POOL_LOST,
+        Code.UNKNOWN_TRANSFER,
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvferry_client.board import Board
+from kvferry_client.device import open_pool
 from kvferry_client.views import Pool
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -107,13 +108,18 @@ class Session:
             self.lock = Lock(self.runtime_dir)
         elif code != Code.UNKNOWN_SESSION or hello.session is None:
             raise reply.error.raised()
-        self.member = None
+        if self.member is not None:
+            self.member.pool.leave()
+        self.member = (
+            None  # closes a device's memory: it may keep the daemon from allocating it anew
+        )
         return None
 
     def close(self) -> None:
         """The worker is gone."""
         if self.member is not None:
             self.member.board.leave()
+            self.member.pool.leave()
         self.lock.release(is_known=self.member is not None)
 
     def unreachable(self, waited_s: float) -> FerryError:
@@ -127,7 +133,7 @@ class Session:
         if old is not None and old.welcome.session == welcome.session:
             pool = old.pool
         else:
-            pool = Pool(welcome.pool, self.layout)
+            pool = open_pool(welcome.pool, self.layout)
         if old is not None and old.board.boot_id == welcome.boot_id:
             board = old.board
         else:
@@ -139,15 +145,16 @@ class Session:
 
 
 def check_same_pool(member: Member | None, pool: Pool | None) -> None:
-    """FerryError(daemon_restarted) for a transfer of an earlier session: its blocks are gone.
+    """FerryError for a transfer of an earlier session: its blocks are gone.
+
+    It is pool_lost where they were in a device's memory, and daemon_restarted else.
 
     ``pool`` is the one that the transfer was opened on. Without this look a worker would go on
     filling the file of a daemon that is no more.
     """
     if pool is not None and member is not None and member.pool is not pool:
-        raise FerryError(
-            Code.DAEMON_RESTARTED, "the daemon's earlier life, its pool and transfers ended"
-        )
+        code = Code.DAEMON_RESTARTED if pool.info.device is None else Code.POOL_LOST
+        raise FerryError(code, "the daemon's earlier life, its pool and transfers ended")
 
 
 def is_refused(

@@ -14,7 +14,7 @@ from kvferry_client.connection import Connection, Heart
 from kvferry_client.logic import Progress, ReceiveLogic, SendLogic, nothing_left
 from kvferry_client.session import CALL_S, Session
 from kvferry_client.turns import Turns
-from kvferry_client.views import Pool, WindowView
+from kvferry_client.views import GpuWork, Pool, WindowView
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout
@@ -114,7 +114,11 @@ class Client:
         try:
             call = next(steps)
             while True:
-                call = steps.send(self.call(call, pool=pool))
+                if isinstance(call, GpuWork):
+                    call.wait()
+                    call = next(steps)
+                else:
+                    call = steps.send(self.call(call, pool=pool))
         except StopIteration:
             return
 
@@ -236,7 +240,7 @@ class Sending(_Transfer):
     ) -> None:
         """Copy the next tokens in, (tokens, *shape) a plane, waiting for room; marks them ready.
 
-        Arrays are numpy's or torch's (CPU). ``aux`` is told with the last token. Raises
+        Arrays are numpy's or torch's (of a GPU, if the pool is in one). ``aux`` is told with the last token. Raises
         FerryError(bad_array) if planes, dtypes, shapes or tokens do not fit; nothing is written.
         """
         self._drive(self.logic.fill(first_token, arrays, aux))

@@ -1,10 +1,15 @@
 """Windows as arrays: numpy and torch over the pool's own memory, without a copy.
 
+What lies in a GPU's memory has tensors only (``device.py``), and work that is under way: ``ready``,
+``resume`` and ``release`` wait for what the calling thread's current stream has been given so far.
+Who works on another stream makes that the current one around these calls.
+
 numpy has no bfloat16 and no float8: such planes are uint16 and uint8 arrays of their raw bits;
 ``torch_runs`` gives tensors of the true dtype.
 """
 
 import mmap
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +29,22 @@ class Run(NamedTuple):
     blocks: int
 
 
+class GpuWork:
+    """Work that a GPU has been given and may not have done yet; its waiting holds no GIL."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+
+    def wait(self) -> None:
+        """Until it is done; FerryError(device_failed) if the GPU failed."""
+        try:
+            self._wait()
+        except RuntimeError as error:
+            raise FerryError(
+                Code.DEVICE_FAILED, f"in this worker, which must be started again: {error}"
+            ) from error
+
+
 class Pool:
     """The daemon's pool, mapped into this process."""
 
@@ -34,7 +55,7 @@ class Pool:
         with open(info.path, "r+b") as file:
             self._mapping = mmap.mmap(file.fileno(), info.blocks * info.block_bytes)
 
-    def plane(self, name: str, run: Run) -> NDArray[Any]:
+    def plane(self, name: str, run: Run) -> Any:
         """A plane over a run: (blocks, block_size_tokens, *shape), strided, writable, no copy.
 
         The axes are the same whatever the plane's order; only the strides tell.
@@ -58,6 +79,33 @@ class Pool:
             (self.layout.block_bytes, *inner),
         )
         return array.swapaxes(1, 2) if hnd else array
+
+    def numpy_plane(self, name: str, run: Run) -> NDArray[Any]:
+        """A plane over a run for numpy, no copy."""
+        array: NDArray[Any] = self.plane(name, run)
+        return array
+
+    def torch_plane(self, name: str, run: Run) -> Any:
+        """The same for torch, of the plane's true dtype. Imports torch."""
+        import torch
+
+        true = getattr(torch, self.plane_named(name).dtype.value)
+        return torch.from_numpy(self.plane(name, run)).view(true)
+
+    def empty(self, plane: Plane, tokens: int) -> Any:
+        """(tokens, *shape) of the plane's dtype, beside the pool."""
+        return np.empty((tokens, *plane.shape), numpy_dtype(plane))
+
+    def checked(self, array: Any, plane: Plane, tokens: int | None = None) -> Any:
+        """The caller's array, if it is (tokens, *shape) of the plane's dtype; FerryError(bad_array)."""
+        return checked(bits_of(array), plane, tokens)
+
+    def settle(self) -> GpuWork | None:
+        """What has to be done before the daemon is told that blocks are filled or read."""
+        return None
+
+    def leave(self) -> None:
+        """This process is to touch the pool no more."""
 
     def plane_named(self, name: str) -> Plane:
         """A plane of the layout; FerryError(bad_array) names those that there are."""
@@ -86,40 +134,41 @@ class WindowView:
         return self.first_token + self.tokens
 
     def numpy_runs(self, plane: str) -> list[NDArray[Any]]:
-        """One array a run, (blocks, block_size_tokens, *shape), no copy.
+        """One array a run, (blocks, block_size_tokens, *shape), no copy; host pools only.
 
         Whole blocks: tokens outside of [first_token, end_token) hold nothing to be relied on.
+        Raises FerryError(device_only) for a pool in a GPU's memory.
         """
-        return [self._pool.plane(plane, run) for run in self.runs]
+        return [self._pool.numpy_plane(plane, run) for run in self.runs]
 
     def torch_runs(self, plane: str) -> list[Any]:
         """The same as torch tensors of the plane's true dtype, no copy. Imports torch."""
-        import torch
-
-        true = getattr(torch, self._pool.plane_named(plane).dtype.value)
-        return [torch.from_numpy(array).view(true) for array in self.numpy_runs(plane)]
+        return [self._pool.torch_plane(plane, run) for run in self.runs]
 
     def gather(self, plane: str, out: Any = None) -> Any:
         """Copy the window's tokens of a plane into one array, (tokens, *shape).
 
-        ``out``: the caller's numpy array or torch CPU tensor of that shape and the plane's dtype,
-        filled and returned. Raises FerryError(bad_array) if it is anything else.
+        ``out``: the caller's numpy array or torch tensor of that shape and the plane's dtype, filled
+        and returned; without it a numpy array, or a tensor where the pool is. Tensors of a GPU go with
+        pools of a GPU only. Raises FerryError(bad_array) if it is anything else.
         """
         found = self._pool.plane_named(plane)
         if out is None:
-            out = np.empty((self.tokens, *found.shape), numpy_dtype(found))
-        bits = checked(bits_of(out), found, self.tokens)
+            out = self._pool.empty(found, self.tokens)
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise FerryError(Code.BAD_ARRAY, "out is an array that cannot be written")
+        bits = self._pool.checked(out, found, self.tokens)
         for first, part in self._pieces(plane, self.first_token, self.end_token):
             at = first - self.first_token
             bits[at : at + len(part)] = part
         return out
 
     def scatter(self, plane: str, first_token: int, array: Any) -> None:
-        """Copy (tokens, *shape), a numpy array or torch CPU tensor, in from ``first_token`` on.
+        """Copy (tokens, *shape), a numpy array or torch tensor, in from ``first_token`` on.
 
         Raises FerryError(bad_array) if dtype or shape are not the plane's, or for tokens outside.
         """
-        bits = checked(bits_of(array), self._pool.plane_named(plane))
+        bits = self._pool.checked(array, self._pool.plane_named(plane))
         end = first_token + len(bits)
         if first_token < self.first_token or end > self.end_token:
             raise FerryError(

@@ -22,6 +22,7 @@ ENV_FILE = "KVFERRY_CONFIG"
 SERVICE_LINK = re.compile(
     r"KVFERRY_(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
+DEVICE = re.compile(r"host|cuda:(0|[1-9]\d?)")
 SOCKET_PATH_MAX = 107  # sun_path of a Unix socket, without its final NUL
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
@@ -77,7 +78,10 @@ class Config(Deadlines):
         None, min_length=1, description="what peers are told, if not peer_host"
     )
     insecure: bool = Field(False, description="allow clear text off loopback")
-    budget_bytes: ByteSize = Field(ByteSize(1 << 30), description="host memory for all pools")
+    device: str = Field("host", description="where pools lie: host, or cuda:N, a GPU's own memory")
+    budget_bytes: ByteSize = Field(
+        ByteSize(1 << 30), description="memory for all pools, the host's or the GPU's"
+    )
     pool_tokens: int | None = Field(
         None, ge=1, description="tokens that a pool holds; default: all that the budget leaves"
     )
@@ -100,6 +104,8 @@ class Config(Deadlines):
         path = str(self.runtime_dir / "control.sock")
         if len(os.fsencode(path)) > SOCKET_PATH_MAX:
             raise ValueError(f"runtime_dir: {path} is over {SOCKET_PATH_MAX} bytes long")
+        if not DEVICE.fullmatch(self.device):
+            raise ValueError(f"device: {self.device!r} is neither host nor cuda:N, such as cuda:0")
         if not self.insecure and not _is_loopback(self.peer_host):
             raise ValueError(
                 f"peer_host: {self.peer_host} is not loopback and traffic would be in clear text; "

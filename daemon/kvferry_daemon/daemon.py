@@ -15,7 +15,7 @@ from kvferry_daemon.config import Config
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
-from kvferry_daemon.core.records import RECORDS
+from kvferry_daemon.core.records import HOST, RECORDS
 from kvferry_daemon.core.report import status, transfers
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.ledger import Ledger
@@ -24,8 +24,10 @@ from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
+from kvferry_daemon.memory.device import Device
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.transports.tcp.staging import plain_buffer
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -42,8 +44,9 @@ class Daemon:
     """One life of a daemon. Create it inside a running event loop."""
 
     def __init__(self, config: Config) -> None:
-        """Bind everything; raises DirectoryTaken, OSError or zmq.ZMQError."""
+        """Bind everything; raises DirectoryTaken, OSError (DeviceError too) or zmq.ZMQError."""
         self.config = config
+        device = None if config.device == HOST else Device(config.device)  # first: it may be none
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
         self.directory = RuntimeDir(config.runtime_dir)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -64,9 +67,13 @@ class Daemon:
             0,
             asyncio.get_running_loop().time(),
         )
-        self.effects = Effects(self.node, self, self.directory.pools)
+        self.effects = Effects(self.node, self, self.directory.pools, device)
         self.streams = Streams(
-            config.peer_host, config.data_port, config.checksum, self.effects.feed
+            config.peer_host,
+            config.data_port,
+            config.checksum,
+            self.effects.feed,
+            plain_buffer if device is None else device.buffer,
         )
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)

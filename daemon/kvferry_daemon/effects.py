@@ -1,6 +1,7 @@
 """The one place where effects are performed, and where their outcome becomes an event."""
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -12,14 +13,16 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.boards import SLOTS, board_path
 from kvferry_daemon.core.node import Node
-from kvferry_daemon.core.records import PoolRecord
+from kvferry_daemon.core.records import HOST, PoolRecord
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.memory.board import Board
+from kvferry_daemon.memory.device import Device, DeviceError, DevicePool, NotShared
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
-from kvferry_daemon.memory.places import SlicePlans, whole
+from kvferry_daemon.memory.places import Pool, SlicePlans, whole
 from kvferry_daemon.probe import probe
 from kvferry_daemon.streams import Streams
 from kvferry_daemon.transports.tcp.staging import Place
+from kvferry_proto.errors import Code
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +42,17 @@ class Links(Protocol):
 class Effects:
     """Feeds events to the node, one after the other, and performs what it answers."""
 
-    def __init__(self, node: Node, links: Links, pools_dir: Path) -> None:
+    def __init__(
+        self, node: Node, links: Links, pools_dir: Path, device: Device | None = None
+    ) -> None:
+        """``device``: where new pools lie; None: in host memory."""
         self._node = node
+        self._device = device
         self._links = links
         self._pools_dir = pools_dir
         self._loop = asyncio.get_running_loop()
         self._streams: Streams | None = None
-        self._pools: dict[str, HostPool] = {}
+        self._pools: dict[str, Pool] = {}
         self._boards: dict[str, Board] = {}  # by pool
         self._ledger: Ledger | None = None
         self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
@@ -138,6 +145,9 @@ class Effects:
     def attach_pools(self, pools: list[PoolRecord]) -> None:
         """Map the pools that an earlier life left; OSError or ValueError."""
         for pool in pools:
+            if pool.device != HOST:
+                log.warning("a pool was in %s and is lost, with its transfers", pool.device)
+                continue
             path = self._pools_dir / pool.pool_id
             mapped = HostPool.attach(path, pool.layout.block_bytes, pool.blocks)
             self._pools[pool.pool_id] = mapped
@@ -217,14 +227,19 @@ class Effects:
         pool = self._pools[effect.pool_id]
 
         def work() -> out.NodeEvent:
-            for run in effect.runs:
-                pool.zero(run.first_block, run.blocks)
+            try:
+                for run in effect.runs:
+                    pool.zero(run.first_block, run.blocks)
+            except DeviceError as error:  # told by the pool: whoever gets these blocks has failed
+                log.error("cannot wipe blocks: %s", error)
             return out.Zeroed(effect.ticket)
 
         self._off_loop(work)
 
     def _drop_pool(self, effect: out.DropPool) -> None:
         """Off the loop: the kernel takes its time to give gigabytes back."""
+        if effect.pool_id not in self._pools:
+            return  # it was lost with an earlier life
         pool = [self._pools.pop(effect.pool_id)]  # the last to hold it is the thread
         board = self._boards.pop(effect.pool_id, None)
 
@@ -243,14 +258,37 @@ class Effects:
         def work() -> out.NodeEvent:
             wait(drops)
             try:
-                pool = HostPool.create(path, effect.layout.block_bytes, effect.blocks)
+                pool = self._new_pool(effect, path)
+            except NotShared as error:
+                return out.PoolNotMade(effect.pool_id, str(error), Code.POOL_UNREACHABLE)
             except (MemoryRefused, OSError) as error:
                 return out.PoolNotMade(effect.pool_id, str(error))
             self._pools[effect.pool_id] = pool
             self._make_board(effect.pool_id)
-            return out.PoolMade(effect.pool_id, str(path))
+            memory = pool.memory if isinstance(pool, DevicePool) else None
+            return out.PoolMade(effect.pool_id, str(path), memory)
 
         self._off_loop(work)
+
+    def _new_pool(self, effect: out.MakePool, path: Path) -> Pool:
+        block_bytes, blocks = effect.layout.block_bytes, effect.blocks
+        if self._device is None:
+            return HostPool.create(path, block_bytes, blocks)
+
+        def on_broken(message: str, usable: bool) -> None:
+            """In the thread that copied; the loop may be closed by now."""
+            log.error("pool %s: %s", effect.pool_id, message)
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._on_broken, pool, message, usable)
+
+        pool = DevicePool.create(self._device, block_bytes, blocks, on_broken)
+        return pool
+
+    def _on_broken(self, pool: DevicePool, message: str, usable: bool) -> None:
+        """Before the end of the stream or of the wiping that found it out."""
+        for pool_id, one in list(self._pools.items()):
+            if one is pool:  # else another is in its place
+                self.feed(out.PoolBroken(pool_id, message, usable))
 
     # --- status boards ---
 

@@ -12,7 +12,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Timing
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.past import LedgerWrong, Past
-from kvferry_daemon.core.records import DaemonRecord
+from kvferry_daemon.core.records import HOST, DaemonRecord
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
@@ -71,6 +71,8 @@ def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
         raise LedgerWrong("the machine was started anew since")
     past.check()
     for pool in past.pools:
+        if pool.device != HOST:
+            continue  # lost; nothing of it lies here
         path, size = directory.pools / pool.pool_id, pool.blocks * pool.layout.block_bytes
         found = path.stat().st_size if path.exists() else None
         if pool.layout.digest.hex() != pool.pool_id:
@@ -102,6 +104,7 @@ def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) ->
         transfers_max=config.transfers_max,
         workers_max=config.workers_max,
         deadline_max_s=config.deadline_max_s,
+        device=config.device,
     )
 
 

@@ -15,7 +15,7 @@ from kvferry_daemon.transports.tcp.bridge import LoopBridge
 from kvferry_daemon.transports.tcp.listener import ConnectError, Listener, connect
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
-from kvferry_daemon.transports.tcp.staging import Place
+from kvferry_daemon.transports.tcp.staging import NewBuffer, Place, plain_buffer
 from kvferry_proto.peer import PARTS_MAX
 
 CONNECT_S = 5.0
@@ -27,9 +27,15 @@ class Streams:
     """Owns senders and receivers; posts what happens to them as node events."""
 
     def __init__(
-        self, host: str, port: int, checksum: bool, feed: Callable[[out.NodeEvent], None]
+        self,
+        host: str,
+        port: int,
+        checksum: bool,
+        feed: Callable[[out.NodeEvent], None],
+        new_buffer: NewBuffer = plain_buffer,
     ) -> None:
         loop = asyncio.get_running_loop()
+        self._new_buffer = new_buffer
         self._feed = feed
         self._checksum = checksum
         self._receivers: dict[StreamKey, StreamReceiver] = {}
@@ -65,7 +71,7 @@ class Streams:
             sock.close()
             self._feed(out.SinkStreamDown(key, "closed while it was being opened"))
             return
-        self._receivers[key] = StreamReceiver(sock, key, self._sink_bridge.post)
+        self._receivers[key] = StreamReceiver(sock, key, self._sink_bridge.post, self._new_buffer)
         self._feed(out.SinkStreamUp(key))
 
     def disconnect(self, key: StreamKey) -> None:
@@ -135,7 +141,7 @@ class Streams:
                 key = _stream_key(event.key)
                 self.listener.opened(key)
                 self._senders[key] = StreamSender(
-                    event.sock, key, self._source_bridge.post, self._checksum
+                    event.sock, key, self._source_bridge.post, self._checksum, self._new_buffer
                 )
                 self._feed(out.SourceStreamUp(key))
             case te.Sent():

@@ -49,6 +49,10 @@ class Code(StrEnum):
     MAX_TOKENS_EXCEEDED = "max_tokens_exceeded"
     LAYOUT_MISMATCH = "layout_mismatch"
     POOL_REFUSED = "pool_refused"
+    POOL_UNREACHABLE = "pool_unreachable"
+    POOL_LOST = "pool_lost"
+    DEVICE_FAILED = "device_failed"
+    DEVICE_ONLY = "device_only"
     RESOURCE_EXHAUSTED = "resource_exhausted"
     DRAINING = "draining"
     PEER_UNREACHABLE = "peer_unreachable"
@@ -119,6 +123,19 @@ ADVICE: dict[Code, Advice] = {
     ),
     Code.POOL_REFUSED: Advice(
         _O, "raise the memory budget, or what backs it, or shrink the window"
+    ),
+    Code.POOL_UNREACHABLE: Advice(
+        _O,
+        "let daemon and worker see the same GPU in one PID and IPC namespace, or use device=host",
+    ),
+    Code.POOL_LOST: Advice(
+        _O, "device memory ended with its daemon's process; use attempt + 1 on both sides"
+    ),
+    Code.DEVICE_FAILED: Advice(
+        _O, "see the log; connect again and use attempt + 1, or restart what the message names"
+    ),
+    Code.DEVICE_ONLY: Advice(
+        _C, "use torch_runs, gather or scatter; numpy_runs needs a daemon with device=host"
     ),
     Code.RESOURCE_EXHAUSTED: Advice(_C, "end transfers or sessions, then try again"),
     Code.DRAINING: Advice(_O, "the daemon is stopping; use another node"),

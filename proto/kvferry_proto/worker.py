@@ -178,14 +178,23 @@ class Batch(_Call):
     calls: Annotated[list[Verb], Field(min_length=1, max_length=BATCH_MAX)]
 
 
-class PoolInfo(Message):
-    """The pool that a session uses: a file to map."""
+class DeviceMemory(Message):
+    """How a pool in a GPU's memory is opened."""
 
-    path: Annotated[str, Field(max_length=4096)]
+    device: Annotated[str, Field(max_length=16)]  # the daemon's own name for it: for people
+    uuid: Annotated[bytes, Field(min_length=16, max_length=16)]  # of the GPU, as the driver has it
+    handle: Annotated[bytes, Field(min_length=64, max_length=64)]  # for cuIpcOpenMemHandle
+
+
+class PoolInfo(Message):
+    """The pool that a session uses: a file to map, or a GPU's memory to open."""
+
+    path: Annotated[str, Field(max_length=4096)]  # empty where there is `device`
     blocks: Annotated[int, Field(ge=1, le=BLOCKS_MAX)]
     block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES_MAX)]
     window_tokens: Tokens  # the default window
     board: Annotated[str, Field(max_length=4096)] | None = None  # the status board's file
+    device: DeviceMemory | None = None
 
 
 class Welcome(_Call):

@@ -8,6 +8,7 @@ from kvferry_daemon.core.events import Key, WantBlocks
 from kvferry_daemon.core.pool import BlockPool, Grant, Lease
 from kvferry_proto.layout import Layout
 from kvferry_proto.states import Role
+from kvferry_proto.worker import DeviceMemory
 
 Kind = Literal["whole", "urgent", "more"]  # all or none; holds none yet; could go on with more
 KINDS: tuple[Kind, ...] = ("whole", "urgent", "more")
@@ -32,6 +33,8 @@ class PoolBook:
     pool: BlockPool
     source_blocks: int
     sink_blocks: int
+    memory: DeviceMemory | None = None  # how workers open it, if it is no file
+    lost: str = ""  # why nothing in it is to be relied on any more
     _queues: dict[tuple[Role, Kind], dict[Key, WantBlocks]] = field(
         default_factory=lambda: {(role, kind): {} for role in Role for kind in KINDS}
     )
@@ -44,6 +47,11 @@ class PoolBook:
     _on_the_way: dict[Key, int] = field(default_factory=dict)
     _owners: dict[Key, int] = field(default_factory=dict)
     _next_owner: int = 0
+
+    def empty(self) -> None:
+        """Its memory is gone, of which nobody holds a block any more."""
+        self.pool = BlockPool(0, 0, 0)
+        self.source_blocks = self.sink_blocks = 0
 
     def quota(self, role: Role) -> int:
         """Blocks that transfers of a role may hold together."""

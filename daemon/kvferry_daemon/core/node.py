@@ -17,7 +17,7 @@ from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.polls import Polls
-from kvferry_daemon.core.records import SessionRecord
+from kvferry_daemon.core.records import HOST, SessionRecord
 from kvferry_daemon.core.restore import restore
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
@@ -54,6 +54,7 @@ class Settings:
     transfers_max: int
     workers_max: int
     deadline_max_s: float = 3600.0
+    device: str = HOST  # where new pools lie
 
     def pool_path(self, pool_id: str) -> str:
         """Where a pool's file lies."""
@@ -117,6 +118,7 @@ class Node:
             out.LockDropped: self.workers.on_lock_dropped,
             out.PoolMade: self.workers.on_pool_made,
             out.PoolNotMade: self.workers.on_pool_not_made,
+            out.PoolBroken: self.workers.on_pool_broken,
             out.Zeroed: self._effects_of.on_zeroed,
             out.SourceSaid: self.sinks.on_message,
             out.Probed: self.sinks.on_probed,

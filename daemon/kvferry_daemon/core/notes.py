@@ -122,6 +122,7 @@ class Notes:
             blocks=book.pool.blocks,
             source_blocks=book.source_blocks,
             sink_blocks=book.sink_blocks,
+            device=book.device,
         )
         self._put(f"pool:{book.pool_id}", record)
 

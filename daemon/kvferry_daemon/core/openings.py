@@ -9,6 +9,7 @@ from kvferry_daemon.core.opening import opening_of, timing_of
 from kvferry_daemon.core.readiness import check_ready
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.transfer import Transfer
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role
@@ -42,6 +43,7 @@ class Openings:
             self._join(session, key, call)
             return
         book = node.books[session.pool_id]
+        node.workers.check_pool(book)
         opening = opening_of(key, session, book, node.settings, call)  # refuses bad numbers
         if node.draining:
             raise FerryError(Code.DRAINING, "no new transfers are taken")
@@ -128,10 +130,18 @@ class Openings:
         stone = self._node.tombstones.get(key)
         return None if stone is None else stone.owner(rank)
 
+    def _is_lost(self, key: ev.Key, owner: str | None) -> bool:
+        """Whether it failed with its pool, and its session too: its worker asks in a new one."""
+        thing = self._node.transfers.get(key) or self._node.tombstones.get(key)
+        if not owner or owner in self._node.sessions or thing is None:
+            return False
+        error = thing.error if isinstance(thing, Transfer) else thing.snapshot.error
+        return error is not None and error.code in (Code.POOL_LOST, Code.DEVICE_FAILED)
+
     def check_owner(self, session: Session, key: ev.Key, rank: int) -> None:
         """Raise FerryError unless a rank of a transfer is this worker's."""
         owner = self._owner(key, rank)
-        if owner == session.secret:
+        if owner == session.secret or self._is_lost(key, owner):
             return
         if owner is None or (not owner and key in self._node.transfers):
             which = f" rank {rank}" if rank else ""

@@ -10,6 +10,7 @@ from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
 from kvferry_daemon.core.records import Row
 from kvferry_daemon.core.window import Place
 from kvferry_proto import peer, worker
+from kvferry_proto.errors import Code
 from kvferry_proto.layout import Layout
 from kvferry_proto.parts import SideSlice
 
@@ -41,10 +42,14 @@ class LockDropped:
 
 @dataclass(frozen=True, slots=True)
 class PoolMade:
-    """The answer to MakePool: the file is there, all its space allocated."""
+    """The answer to MakePool: the file is there, all its space allocated.
+
+    ``memory``: there is no file, but a GPU's memory that workers open like this.
+    """
 
     pool_id: str
     path: str
+    memory: worker.DeviceMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,19 @@ class PoolNotMade:
 
     pool_id: str
     message: str
+    code: Code = Code.POOL_REFUSED
+
+
+@dataclass(frozen=True, slots=True)
+class PoolBroken:
+    """The device failed in a copy from or to this pool: nothing in it is to be relied on.
+
+    ``usable``: the device still works for this process, so that the pool can be made anew.
+    """
+
+    pool_id: str
+    message: str
+    usable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +189,8 @@ class TimePassed:
 
 
 NodeEvent = (
-    WorkerCalled | LockDropped | PoolMade | PoolNotMade | Zeroed | SourceSaid | SinkSaid | Probed
-    | SinkStreamUp | SinkStreamDown | SourceStreamUp | SourceStreamDown | ChunkReceived
+    WorkerCalled | LockDropped | PoolMade | PoolNotMade | PoolBroken | Zeroed | SourceSaid | SinkSaid
+    | Probed | SinkStreamUp | SinkStreamDown | SourceStreamUp | SourceStreamDown | ChunkReceived
     | ChunkMissed | ChunkDrained | ChunkSent | Restored | DrainBegun
     | TimePassed
 )  # fmt: skip

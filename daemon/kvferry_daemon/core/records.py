@@ -33,6 +33,7 @@ from kvferry_proto.worker import (
     Snapshot,
 )
 
+HOST = "host"  # the device of a pool that outlives its daemon's process
 LeaseRecord = Annotated[tuple[Count, Count, Count], Field(strict=False)]  # id, first block, blocks
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -49,7 +50,7 @@ class SessionRecord(Message):
 
 
 class PoolRecord(Message):
-    """A pool whose file lies beside the ledger."""
+    """A pool: its file lies beside the ledger, or it was in a device and ended with its process."""
 
     kind: Literal["pool"] = "pool"
     pool_id: FileName
@@ -57,6 +58,7 @@ class PoolRecord(Message):
     blocks: Count
     source_blocks: Count
     sink_blocks: Count
+    device: Annotated[str, Field(max_length=16)] = HOST
 
 
 class OpeningRecord(Message):

@@ -11,14 +11,13 @@ from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.opening import timing_of
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease
-from kvferry_daemon.core.records import PoolRecord, SessionRecord, StoneRecord, TransferRecord
+from kvferry_daemon.core.records import HOST, PoolRecord, SessionRecord, StoneRecord, TransferRecord
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.tombstones import Tombstone
 from kvferry_daemon.core.transfer import Opening
-from kvferry_daemon.core.welcome import DEVICE
 from kvferry_proto import worker
-from kvferry_proto.errors import FerryError
+from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
@@ -32,7 +31,10 @@ def restore(node: Node, past: Past) -> None:
         for pool in past.pools:
             _restore_pool(node, past, pool)
         for session in past.sessions:
-            _restore_session(node, session)
+            if node.books[session.pool_id].lost:
+                node.notes.session_gone(session.secret)  # it says hello anew, to open what is new
+            else:
+                _restore_session(node, session)
         for key, record in past.transfers.items():
             _restore_transfer(node, past, key, record)
         for key, stone in sorted(past.stones.items(), key=lambda item: item[1].until_s):
@@ -41,18 +43,24 @@ def restore(node: Node, past: Past) -> None:
             book.pool.check()
     except (ValueError, AssertionError) as error:
         raise LedgerWrong(str(error)) from error
-    for key in node.transfers:
+    for key, transfer in node.transfers.items():
+        lost = node.books[transfer.opening.pool_id].lost
+        if lost:
+            node.post(key, ev.Fail(Code.POOL_LOST, lost))
         node.post(key, ev.Tick(node.now_s))
         node.sinks.attach(key)
 
 
 def _restore_pool(node: Node, past: Past, record: PoolRecord) -> None:
+    if record.device != HOST:
+        _lose_pool(node, record)
+        return
     last_lease_id = node.settings.life * LEASES_OF_A_LIFE
     pool = BlockPool(record.blocks, record.source_blocks, record.sink_blocks, last_lease_id)
     book = PoolBook(
         record.pool_id,
         node.settings.pool_path(record.pool_id),
-        DEVICE,
+        record.device,
         record.layout,
         pool,
         record.source_blocks,
@@ -66,6 +74,17 @@ def _restore_pool(node: Node, past: Past, record: PoolRecord) -> None:
         for lease in _leases(book, key, transfer)
     ]
     pool.take_up(leases)
+
+
+def _lose_pool(node: Node, record: PoolRecord) -> None:
+    """It was in a device's memory, which went with the process; its books stay for its transfers."""
+    lost = f"the pool was in {record.device}, and ended with the daemon's life before"
+    path = node.settings.pool_path(record.pool_id)
+    pool = BlockPool(0, 0, 0)
+    node.books[record.pool_id] = PoolBook(
+        record.pool_id, path, record.device, record.layout, pool, 0, 0, lost=lost
+    )
+    node.counters["pools_lost"] += 1
 
 
 def _leases(book: PoolBook, key: ev.Key, record: TransferRecord) -> tuple[Lease, ...]:
@@ -85,6 +104,8 @@ def _restore_session(node: Node, record: SessionRecord) -> None:
 def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecord) -> None:
     told = past.openings[key]
     book = node.books[told.pool_id]
+    if book.lost:
+        record = record.model_copy(update={"leases": [], "quarantined": False})
     opening = Opening(
         key=key,
         session=told.session,

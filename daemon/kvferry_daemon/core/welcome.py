@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import board_path
+from kvferry_daemon.core.lost_pools import LostPools
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
@@ -16,14 +17,13 @@ from kvferry_proto.versions import agree
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node, Session
 
-DEVICE = "cpu"
-
 
 class Welcomer:
     """Answers hellos, at once or when their pool has been made."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self.lost_pools = LostPools(node)
         self._being_made: dict[str, tuple[Layout, int, dict[bytes, worker.Hello]]] = {}
 
     def on_hello(self, route: bytes, hello: worker.Hello, lock_held: bool) -> None:
@@ -33,7 +33,8 @@ class Welcomer:
             raise FerryError(Code.WORKER_NOT_LOCKED, f"nobody holds a flock on {hello.lock!r}")
         self._check_session(route, hello)
         pool_id = hello.layout.digest.hex()
-        if pool_id in self._node.books:
+        book = self._node.books.get(pool_id)
+        if book is not None and (not book.lost or hello.session is not None):
             self._welcome(route, hello)
         elif pool_id in self._being_made:
             waiting = self._being_made[pool_id][2]
@@ -41,6 +42,9 @@ class Welcomer:
                 raise FerryError(Code.RESOURCE_EXHAUSTED, "too many workers wait for this pool")
             waiting[route] = hello
         else:
+            self.lost_pools.check_device()
+            if book is not None:
+                self.lost_pools.clear(book)
             blocks = self._blocks_for(hello.layout)
             self._being_made[pool_id] = (hello.layout, blocks, {route: hello})
             self._node.effects.append(out.MakePool(pool_id, hello.layout, blocks))
@@ -123,7 +127,8 @@ class Welcomer:
         source, sink = self._quotas(blocks)
         last_lease_id = self._node.settings.life * LEASES_OF_A_LIFE
         pool = BlockPool(blocks, source, sink, last_lease_id)
-        book = PoolBook(event.pool_id, event.path, DEVICE, layout, pool, source, sink)
+        device = self._node.settings.device
+        book = PoolBook(event.pool_id, event.path, device, layout, pool, source, sink, event.memory)
         self._node.books[event.pool_id] = book
         self._node.notes.pool(book)
         for route, hello in waiting.items():
@@ -133,9 +138,7 @@ class Welcomer:
         """Tell all who waited why there is no pool."""
         _, _, waiting = self._being_made.pop(event.pool_id)
         for route, hello in waiting.items():
-            self._node.workers.refuse(
-                route, hello.call, FerryError(Code.POOL_REFUSED, event.message)
-            )
+            self._node.workers.refuse(route, hello.call, FerryError(event.code, event.message))
 
     def _welcome(self, route: bytes, hello: worker.Hello) -> None:
         node = self._node
@@ -153,11 +156,12 @@ class Welcomer:
                     boot_id=node.settings.boot_id,
                     session=session.secret,
                     pool=worker.PoolInfo(
-                        path=book.path,
+                        path=book.path if book.memory is None else "",
                         blocks=book.pool.blocks,
                         block_bytes=book.layout.block_bytes,
                         window_tokens=node.settings.window_tokens,
                         board=board_path(book.path),
+                        device=book.memory,
                     ),
                     heartbeat_s=node.settings.timing.heartbeat_s,
                     peer_address=node.settings.peer_address,

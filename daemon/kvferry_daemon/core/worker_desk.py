@@ -35,6 +35,8 @@ class WorkerDesk:
         self.openings = Openings(node)
         self.on_pool_made = self._welcomer.on_pool_made
         self.on_pool_not_made = self._welcomer.on_pool_not_made
+        self.on_pool_broken = self._welcomer.lost_pools.on_broken
+        self.check_pool = self._welcomer.lost_pools.check_book
 
     # --- calls ---
 

@@ -39,7 +39,7 @@ class _Group(NamedTuple):
         return self.heads * self.row_bytes
 
 
-class _Area(NamedTuple):
+class Area(NamedTuple):
     """Equal pieces of neighbouring blocks: ``wires`` wire blocks of ``tokens`` tokens of each."""
 
     offset_bytes: int  # of the first block in the pool
@@ -48,6 +48,16 @@ class _Area(NamedTuple):
     wires: int
     tokens: int
     chunk_tokens: int  # tokens of the chunk before these
+
+
+class Strided(NamedTuple):
+    """The same bytes in the pool and in a chunk; all in bytes, the last axis are neighbours."""
+
+    shape: tuple[int, ...]
+    pool_at: int
+    in_pool: tuple[int, ...]
+    chunk_at: int
+    in_chunk: tuple[int, ...]
 
 
 class SlicePlan:
@@ -90,8 +100,20 @@ class SlicePlan:
         ``runs`` are (first_block, blocks) from ``base_token`` on. ValueError for tokens that the
         window does not hold, or that do not begin with a wire block: copying then cannot fail.
         """
-        self._check(pool, runs, base_token, first_token, tokens)
-        areas: list[_Area] = []
+        areas = self.areas(len(pool), runs, base_token, first_token, tokens)
+        return SlicedExtent(self, pool, areas, self.chunk_bytes(tokens))
+
+    def areas(
+        self,
+        pool_bytes: int,
+        runs: Sequence[tuple[int, int]],
+        base_token: int,
+        first_token: int,
+        tokens: int,
+    ) -> list[Area]:
+        """What ``strided`` needs to find these tokens in a pool of so many bytes; as ``extent``."""
+        self._check(pool_bytes, runs, base_token, first_token, tokens)
+        areas: list[Area] = []
         token, end = base_token, first_token + tokens
         for first_block, blocks in runs:
             run_end = token + blocks * self._block_size
@@ -99,11 +121,11 @@ class SlicePlan:
             if low < high:
                 areas += self._areas(first_block, low - token, high - token, low - first_token)
             token = run_end
-        return SlicedExtent(self, pool, areas, self.chunk_bytes(tokens))
+        return areas
 
     def _check(
         self,
-        pool: memoryview,
+        pool_bytes: int,
         runs: Sequence[tuple[int, int]],
         base_token: int,
         first_token: int,
@@ -118,10 +140,10 @@ class SlicePlan:
         if first_token % self._wire_tokens or (first_token - base_token) % self._wire_tokens:
             raise ValueError(f"token {first_token} begins no wire block of {self._wire_tokens}")
         for first_block, blocks in runs:
-            if not 0 <= first_block <= len(pool) // self._block_bytes - blocks:
+            if not 0 <= first_block <= pool_bytes // self._block_bytes - blocks:
                 raise ValueError(f"blocks {first_block} to {first_block + blocks} of no such pool")
 
-    def _areas(self, first_block: int, low: int, high: int, done: int) -> Iterator[_Area]:
+    def _areas(self, first_block: int, low: int, high: int, done: int) -> Iterator[Area]:
         """Cut tokens [low, high) of a run: whole blocks in one area, what is left in its own.
 
         ``low`` begins a wire block, so every turn takes some.
@@ -137,60 +159,68 @@ class SlicePlan:
             else:
                 blocks, wires, tokens = 1, 1, left  # the last wire block of the chunk
             at = (first_block + block) * self._block_bytes
-            yield _Area(at, inside, blocks, wires, tokens, done)
+            yield Area(at, inside, blocks, wires, tokens, done)
             low += blocks * wires * tokens
             done += blocks * wires * tokens
 
+    def strided(self, areas: list[Area]) -> Iterator[Strided]:
+        """Where the bytes of these areas lie on both sides, piece by piece."""
+        for area in areas:
+            wire_bytes = area.tokens * self.token_bytes
+            for group in self._groups:
+                pool_at = area.offset_bytes + group.offset_bytes
+                chunk_at = area.chunk_tokens * self.token_bytes
+                yield Strided(
+                    shape=(
+                        area.blocks,
+                        area.wires,
+                        group.slices,
+                        area.tokens,
+                        group.heads,
+                        group.row_bytes,
+                    ),
+                    pool_at=pool_at + area.inside_tokens * group.token_step_bytes,
+                    in_pool=(
+                        self._block_bytes,
+                        self._wire_tokens * group.token_step_bytes,
+                        group.slice_step_bytes,
+                        group.token_step_bytes,
+                        group.head_step_bytes,
+                        1,
+                    ),
+                    chunk_at=chunk_at + area.tokens * group.wire_offset_bytes,
+                    in_chunk=(
+                        area.wires * wire_bytes,
+                        wire_bytes,
+                        area.tokens * group.token_bytes,
+                        group.token_bytes,
+                        group.row_bytes,
+                        1,
+                    ),
+                )
+
     def _pairs(
-        self, pool: memoryview, areas: list[_Area], chunk: memoryview
+        self, pool: memoryview, areas: list[Area], chunk: memoryview
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """The same bytes in the pool and in the chunk, as arrays of one shape."""
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else it starts a thread a core
         import numpy as np
 
-        for area in areas:
-            for group in self._groups:
-                item = np.dtype(f"u{gcd(group.row_bytes, ITEM_BYTES_MAX)}")
-                shape = (
-                    area.blocks,
-                    area.wires,
-                    group.slices,
-                    area.tokens,
-                    group.heads,
-                    group.row_bytes // item.itemsize,
-                )
-                in_pool = (
-                    self._block_bytes,
-                    self._wire_tokens * group.token_step_bytes,
-                    group.slice_step_bytes,
-                    group.token_step_bytes,
-                    group.head_step_bytes,
-                    item.itemsize,
-                )
-                wire_bytes = area.tokens * self.token_bytes
-                in_chunk = (
-                    area.wires * wire_bytes,
-                    wire_bytes,
-                    area.tokens * group.token_bytes,
-                    group.token_bytes,
-                    group.row_bytes,
-                    item.itemsize,
-                )
-                pool_at = area.offset_bytes + group.offset_bytes
-                pool_at += area.inside_tokens * group.token_step_bytes
-                chunk_at = area.chunk_tokens * self.token_bytes
-                chunk_at += area.tokens * group.wire_offset_bytes
-                yield (
-                    np.ndarray(shape, item, pool, pool_at, in_pool),
-                    np.ndarray(shape, item, chunk, chunk_at, in_chunk),
-                )
+        for shape, pool_at, in_pool, chunk_at, in_chunk in self.strided(areas):
+            row_bytes = shape[-1]
+            item = np.dtype(f"u{gcd(row_bytes, ITEM_BYTES_MAX)}")
+            items = (*shape[:-1], row_bytes // item.itemsize)
+            yield (
+                np.ndarray(items, item, pool, pool_at, (*in_pool[:-1], item.itemsize)),
+                np.ndarray(items, item, chunk, chunk_at, (*in_chunk[:-1], item.itemsize)),
+            )
 
 
 class SlicedExtent:
     """Checked places of a chunk's bytes; ``gather`` and ``scatter`` may run in any thread."""
 
     def __init__(
-        self, plan: SlicePlan, pool: memoryview, areas: list[_Area], payload_bytes: int
+        self, plan: SlicePlan, pool: memoryview, areas: list[Area], payload_bytes: int
     ) -> None:
         self._plan = plan
         self._pool = pool

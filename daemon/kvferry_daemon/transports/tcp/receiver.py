@@ -13,7 +13,13 @@ from typing import NamedTuple
 import xxhash
 
 from kvferry_daemon.transports.tcp.events import Drained, Post, Received, Rejected, StreamDown
-from kvferry_daemon.transports.tcp.staging import Place, Staging, payload_bytes_of
+from kvferry_daemon.transports.tcp.staging import (
+    NewBuffer,
+    Place,
+    Staging,
+    payload_bytes_of,
+    plain_buffer,
+)
 from kvferry_proto.chunk import (
     HEADER_BYTES,
     TRAILER_BYTES,
@@ -37,13 +43,19 @@ class _Claim(NamedTuple):
 class StreamReceiver:
     """Receives into claims of this very connection; everything else is read aside."""
 
-    def __init__(self, sock: socket.socket, key: Hashable, post: Post) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        key: Hashable,
+        post: Post,
+        new_buffer: NewBuffer = plain_buffer,
+    ) -> None:
         self._sock = sock
         self._key = key
         self._post = post
         self._claims: dict[tuple[int, int], _Claim] = {}
         self._scratch = memoryview(bytearray(0))
-        self._staging = Staging()
+        self._staging = Staging(new_buffer)
         sock.settimeout(None)
         threading.Thread(target=self._run, name="kvferry-receive", daemon=True).start()
 

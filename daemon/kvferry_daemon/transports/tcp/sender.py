@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import xxhash
 
 from kvferry_daemon.transports.tcp.events import Post, Sent, StreamDown
-from kvferry_daemon.transports.tcp.staging import Place, Staging, payload_bytes_of
+from kvferry_daemon.transports.tcp.staging import (
+    NewBuffer,
+    Place,
+    Staging,
+    payload_bytes_of,
+    plain_buffer,
+)
 from kvferry_proto.chunk import ChunkHeader, pack_trailer
 
 STEP_BYTES = 1 << 20  # of one sendmsg, and of one hashing step: the bytes are then still in cache
@@ -38,13 +44,20 @@ class SendJob:
 class StreamSender:
     """Sends jobs in order; ``close`` ends it at once, and StreamDown proves that it has ended."""
 
-    def __init__(self, sock: socket.socket, key: Hashable, post: Post, checksum: bool) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        key: Hashable,
+        post: Post,
+        checksum: bool,
+        new_buffer: NewBuffer = plain_buffer,
+    ) -> None:
         self._sock = sock
         self._key = key
         self._post = post
         self._checksum = checksum
         self._jobs: deque[SendJob] = deque()
-        self._staging = Staging()
+        self._staging = Staging(new_buffer)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.Lock()  # who writes to it must know that it is still open
         self._asleep = False

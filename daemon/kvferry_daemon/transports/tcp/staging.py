@@ -1,10 +1,14 @@
-"""Where a chunk's bytes lie: in views, sent and received as they are, or strided in slices."""
+"""Where a chunk's bytes lie: in views, sent and received as they are, or where they are copied."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 
 class Sliced(Protocol):
-    """Bytes that go through a buffer of the thread; the copies are the thread's work too."""
+    """Bytes that go through a buffer of the thread; the copies are the thread's work too.
+
+    A copy raises OSError when what it copies from or to fails: that ends the connection.
+    """
 
     @property
     def payload_bytes(self) -> int:
@@ -18,6 +22,12 @@ class Sliced(Protocol):
 
 
 Place = list[memoryview] | Sliced
+NewBuffer = Callable[[int], memoryview]  # of so many bytes
+
+
+def plain_buffer(size_bytes: int) -> memoryview:
+    """Ordinary memory of the process."""
+    return memoryview(bytearray(size_bytes))
 
 
 def payload_bytes_of(place: Place) -> int:
@@ -30,12 +40,13 @@ def payload_bytes_of(place: Place) -> int:
 class Staging:
     """One thread's buffer, used again for every sliced chunk: as large as the largest so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_buffer: NewBuffer = plain_buffer) -> None:
+        self._new_buffer = new_buffer
         self._buffer = memoryview(bytearray(0))
 
     def view(self, size_bytes: int) -> memoryview:
         """The first bytes of it. What an earlier view showed is gone."""
         if len(self._buffer) < size_bytes:
             self._buffer = memoryview(bytearray(0))  # not both at once
-            self._buffer = memoryview(bytearray(size_bytes))
+            self._buffer = self._new_buffer(size_bytes)
         return self._buffer[:size_bytes]
