@@ -88,8 +88,8 @@ def test_status_tells_of_pools_peers_and_transfers(daemon: LiveDaemon, client: C
     assert f"peers connect to {daemon.address}; 1 workers" in out
     assert "2 waiting_for_peer" in out
     assert "tcp://[fe80::1]:5000" in out, "an IPv6 address is no markup"
-    pool = next(line for line in out.splitlines() if line.startswith("cpu "))
-    assert pool.split()[:9] == ["cpu", "2", "planes", "16", "tokens,", "640", "B", "16", "12"]
+    pool = next(line for line in out.splitlines() if line.startswith("host "))
+    assert pool.split()[:9] == ["host", "2", "planes", "16", "tokens,", "640", "B", "16", "12"]
 
 
 @pytest.mark.parametrize("transfer_id", HARD_IDS)

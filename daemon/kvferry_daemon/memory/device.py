@@ -114,8 +114,8 @@ class Device:
         except DriverError as error:
             raise NotShared(
                 f"workers cannot open memory of {self.name} ({error}); the driver allows it neither "
-                "with PYTORCH_CUDA_ALLOC_CONF=expandable_segments or backend:cudaMallocAsync, nor in "
-                "some virtual machines and containers: set device=host there"
+                "with expandable_segments or cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF, nor in some "
+                "virtual machines and containers: unset the variable, or set device=host"
             ) from error
         if (found.base, found.size_bytes) != (address, size_bytes):
             raise NotShared(
