@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench bench-peers soak sim faults model clean
+.PHONY: demo test check bench bench-peers soak sim faults model gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -38,6 +38,10 @@ faults: $(INSTALLED)
 model: export PYTHONPATH = tests
 model: $(INSTALLED)
 	$(BIN)/python -m model.walk
+
+# On a machine with a CUDA device and a torch that is built for it; without one they are skipped.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
 # Everything in one run, into bench/results: minutes. One part: make bench ARGS='--only pieces'
 bench: $(INSTALLED)

@@ -104,6 +104,7 @@ class Connection:
             raise FerryError(Code.UNKNOWN_SESSION, "nobody has joined yet")
         reply = self._exchange(hello, CALL_S)
         if isinstance(reply, worker.Failure):
+            self._session.refused(reply)
             raise reply.error.raised()
 
     def _exchange(self, call: Any, wait_s: float) -> Any:

@@ -115,6 +115,14 @@ class Session:
         )
         return None
 
+    def refused(self, reply: worker.Failure) -> None:
+        """A connection that makes no calls of the worker's own could not follow the others.
+
+        An idle worker, too, lets go of device memory that its daemon will want to allocate anew.
+        """
+        if reply.error.code == Code.UNKNOWN_SESSION and self.member is not None:
+            self.member.pool.leave()
+
     def close(self) -> None:
         """The worker is gone."""
         if self.member is not None:

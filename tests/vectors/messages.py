@@ -121,6 +121,13 @@ REPLIES: dict[str, Any] = {
         version=1, boot_id=SOURCE, session=SECRET, heartbeat_s=1.0, peer_address="",
         pool=w.PoolInfo(path="/p", blocks=1, block_bytes=64, window_tokens=0, board="/p.board"),
     ),
+    "welcome to a pool in device memory": w.Welcome(
+        version=1, boot_id=SOURCE, session=SECRET, heartbeat_s=1.0, peer_address="",
+        pool=w.PoolInfo(
+            path="", blocks=1, block_bytes=64, window_tokens=0,
+            device=w.DeviceMemory(device="cuda:0", uuid=bytes(range(16)), handle=bytes(range(64))),
+        ),
+    ),
     "a snapshot that is on the board": w.Snapshots(
         transfers=[SNAPSHOT.model_copy(update={"slot": w.BoardSlot(index=4095, key=BIG)})]
     ),
@@ -192,7 +199,7 @@ PEER: dict[str, Any] = {
 }  # fmt: skip
 
 POOL = c.PoolStatus(
-    device="cpu", path="/p", block_bytes=64, block_size_tokens=128, blocks_total=8, blocks_free=3,
+    device="host", path="/p", block_bytes=64, block_size_tokens=128, blocks_total=8, blocks_free=3,
     blocks_leased=4, blocks_quarantined=1, source_blocks=4, sink_blocks=4, largest_run_blocks=2,
     workers=1, planes=["layer.0.k"],
 )  # fmt: skip

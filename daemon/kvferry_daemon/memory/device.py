@@ -48,8 +48,10 @@ class Device:
 
     def __init__(self, name: str) -> None:
         """Begin with ``cuda:N``; DeviceError says what is missing."""
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            raise DeviceError(f"{name} needs torch, or set device=host: {error}") from error
         self.name = name
         self._torch = torch
         self._threads = threading.local()
