@@ -104,7 +104,7 @@ class Connection:
             raise FerryError(Code.UNKNOWN_SESSION, "nobody has joined yet")
         reply = self._exchange(hello, CALL_S)
         if isinstance(reply, worker.Failure):
-            self._session.refused(reply)
+            self._session.refused(reply, hello)
             raise reply.error.raised()
 
     def _exchange(self, call: Any, wait_s: float) -> Any:

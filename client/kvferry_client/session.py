@@ -115,13 +115,16 @@ class Session:
         )
         return None
 
-    def refused(self, reply: worker.Failure) -> None:
+    def refused(self, reply: worker.Failure, hello: worker.Hello) -> None:
         """A connection that makes no calls of the worker's own could not follow the others.
 
         An idle worker, too, lets go of device memory that its daemon will want to allocate anew.
         """
-        if reply.error.code == Code.UNKNOWN_SESSION and self.member is not None:
-            self.member.pool.leave()
+        if reply.error.code != Code.UNKNOWN_SESSION:
+            return
+        member = self.member
+        if member is not None and member.welcome.session == hello.session:  # not joined anew since
+            member.pool.leave()
 
     def close(self) -> None:
         """The worker is gone."""

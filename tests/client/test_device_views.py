@@ -11,12 +11,15 @@ import torch
 
 from kvferry_client import FerryError, Pool, WindowView
 from kvferry_client.aio import AsyncClient
+from kvferry_client.board import Board
 from kvferry_client.device import DevicePool, open_pool
 from kvferry_client.logic import ReceiveLogic, SendLogic
-from kvferry_client.session import check_same_pool
+from kvferry_client.session import Member, Session, check_same_pool
 from kvferry_client.sync import Client
 from kvferry_client.views import GpuWork, runs_of
 from kvferry_proto import worker
+from kvferry_proto.errors import Code
+from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
 from kvferry_proto.states import Role, State
 
@@ -159,6 +162,31 @@ def test_a_transfer_of_a_lost_pool_says_so() -> None:
     with pytest.raises(FerryError) as refused:
         check_same_pool(Joined(), device_pool())  # type: ignore[arg-type]
     assert refused.value.code == "pool_lost"
+
+
+@pytest.mark.parametrize("code", [Code.UNKNOWN_SESSION, Code.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize("is_current", [True, False])
+def test_an_idle_worker_lets_go_of_a_lost_pool(
+    tmp_path: Path, code: Code, is_current: bool
+) -> None:
+    """Its heart hears that the session is unknown; a newer session's pool is left alone."""
+    (tmp_path / "workers").mkdir()
+    session = Session(tmp_path, LAYOUT, "worker")
+    pool = device_pool()
+    welcome = worker.Welcome(
+        version=1,
+        boot_id="b" * 16,
+        session=("a" if is_current else "b") * 32,
+        pool=pool.info,
+        heartbeat_s=1.0,
+        peer_address="",
+    )
+    session.member = Member(welcome, pool, Board(welcome))
+    hello = worker.Hello(lock="lock", layout=LAYOUT, session="a" * 32)
+    session.refused(worker.Failure(error=ErrorInfo.of(code, "x")), hello)
+    is_left = code is Code.UNKNOWN_SESSION and is_current
+    assert (pool._opened is None) == is_left
+    session.close()
 
 
 # --- work that is under way ---

@@ -111,8 +111,10 @@ class Devices(World):
         self.call("b", sink, receive)
         self.live(3)
         self.fill("a", self.snapshot("a", source, Role.SOURCE, attempt=attempt), WINDOW)
-        ready = {"ready_tokens": WINDOW, "total_tokens": WINDOW}
-        self.call("a", source, worker.Ready(transfer_id="t", attempt=attempt, **ready))
+        ready = worker.Ready(
+            transfer_id="t", attempt=attempt, ready_tokens=WINDOW, total_tokens=WINDOW
+        )
+        self.call("a", source, ready)
         self.live(3)
         end = self.snapshot("b", sink, Role.SINK, attempt=attempt)
         assert end.state is State.SUCCESS, end
@@ -199,9 +201,10 @@ def test_a_device_that_is_lost_takes_no_pool_until_the_daemon_is_restarted() -> 
     world = Devices("b")
     world.open_both()
     world.break_pool("b", usable=False)
-    assert "the daemon has lost the device and must be restarted" in world.error(
-        "b", SINK, Role.SINK
-    )[1]
+    assert (
+        "the daemon has lost the device and must be restarted"
+        in world.error("b", SINK, Role.SINK)[1]
+    )
     world.die("b")
     for kind in (layout(), layout(block=2 * BLOCK)):
         error = world.refused_hello("b", AGAIN, kind=kind)

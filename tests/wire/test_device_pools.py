@@ -123,9 +123,7 @@ def test_heads_of_another_order_and_block_size_arrive(daemons: list[InThread]) -
     """Slices, which the device collects."""
     plane = Plane(name="k", dtype=Dtype.INT16, shape=(2, 3), heads_total=2)
     here = Layout(planes=(plane,), block_size_tokens=4)
-    there = Layout(
-        planes=(plane.model_copy(update={"order": Order.HND}),), block_size_tokens=8
-    )
+    there = Layout(planes=(plane.model_copy(update={"order": Order.HND}),), block_size_tokens=8)
     source, sink = daemons
     with DeviceWorker(source, here) as one, DeviceWorker(sink, there) as two:
         one.snapshot(worker.Send(transfer_id="t", total_tokens=16))
@@ -140,7 +138,10 @@ def test_heads_of_another_order_and_block_size_arrive(daemons: list[InThread]) -
         blocks = [b for first, n in end.runs for b in range(first, first + n)]
         for first, block in zip((0, 8), blocks, strict=True):
             heads = [
-                b"".join(bytes(range(t * 12 + h * 6, t * 12 + h * 6 + 6)) for t in range(first, first + 8))
+                b"".join(
+                    bytes(range(t * 12 + h * 6, t * 12 + h * 6 + 6))
+                    for t in range(first, first + 8)
+                )
                 for h in range(2)
             ]
             assert two.block(block)[: 8 * 12] == b"".join(heads)
