@@ -290,3 +290,41 @@ def test_host_pools_of_the_same_daemon_live_on() -> None:
     assert world.snapshot("b", SINK, Role.SINK).state is State.TRANSFERRING
     world.hello("b", OTHER, other)
     assert world.snapshot("b", OTHER, Role.SINK, "u").error is not None
+
+
+def test_a_pool_made_anew_has_the_lost_ones_part_of_the_budget() -> None:
+    world = Devices("b")
+    node = world.machines["b"].node
+    budget = 8 * layout().block_bytes
+    node.settings = replace(node.settings, budget_bytes=budget, pool_tokens=None)
+    world.open_both()
+    world.feed("b", out.PoolBroken(world.pool_id("b"), "x", True))
+    world.die("b")
+    assert node.transfers, "its source has not noted the end yet"
+    assert world.hello("b", AGAIN).pool.blocks == 8
+
+
+def test_a_lost_transfer_that_is_not_forgotten_yet_keeps_no_slot_of_the_new_board() -> None:
+    world = Devices("b")
+    world.open_both()
+    node = world.machines["b"].node
+
+    def slots(route: bytes, attempt: int) -> list[int]:
+        watched = worker.Watched(role=Role.SINK, transfer_id="t", attempt=attempt)
+        reply = world.call("b", route, worker.Poll(transfers=[watched], board=True))
+        return [one.slot.index for one in reply.transfers if one.slot is not None]
+
+    assert slots(SINK, 0) == [0]
+    world.feed("b", out.PoolBroken(world.pool_id("b"), "x", True))
+    world.die("b")
+    old = next(iter(node.transfers))
+    world.hello("b", AGAIN)  # before the source has noted the end of the old one
+    world.call("b", AGAIN, worker.Receive(transfer_id="t", attempt=1, source="tcp://a:1"))
+    assert old in node.transfers
+    assert slots(AGAIN, 1) == [0]
+    world.wait(1.0)
+    assert old not in node.transfers
+    world.call("b", AGAIN, worker.Receive(transfer_id="u", source="tcp://a:1"))
+    watched = worker.Watched(role=Role.SINK, transfer_id="u")
+    reply = world.call("b", AGAIN, worker.Poll(transfers=[watched], board=True))
+    assert reply.transfers[0].slot.index == 1
