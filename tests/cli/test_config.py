@@ -202,3 +202,14 @@ def test_an_address_that_nobody_can_connect_to_is_not_announced(host: str) -> No
 
 def test_a_runtime_directory_too_deep_for_a_socket_is_refused() -> None:
     assert "runtime_dir" in refused("--runtime-dir", "/" + "x" * 100)
+
+
+@pytest.mark.parametrize("device", ["host", "cuda:0", "cuda:7", "cuda:15"])
+def test_pools_lie_in_the_host_or_in_one_gpu(device: str) -> None:
+    assert shown("--device", device)["device"] == device
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:", "cuda:-1", "cuda:01", "gpu:0", "0"])
+def test_a_device_that_is_none_is_refused_with_an_example(device: str) -> None:
+    line = refused(env={"KVFERRY_DEVICE": device})
+    assert f"device: {device!r} is neither host nor cuda:N, such as cuda:0" in line

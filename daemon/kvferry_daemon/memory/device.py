@@ -131,7 +131,8 @@ class Device:
         torch = self._torch
         if self.is_cuda:
             try:
-                pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+                with torch.cuda.device(self._device):  # else the first one gets a context, too
+                    pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 log.warning("copies will be slower, %d bytes not pinned: %s", size_bytes, error)
             else:
