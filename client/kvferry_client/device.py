@@ -22,11 +22,12 @@ class DevicePool(Pool):
         self.info = info
         self.layout = layout
         self._opened: Tensor | None = memory
+        self._why_left = Code.CLIENT_CLOSED
 
     @property
     def _memory(self) -> Tensor:
         if self._opened is None:
-            raise FerryError(Code.CLIENT_CLOSED, "this pool's client has left it")
+            raise FerryError(self._why_left, "this pool is open no more")
         return self._opened
 
     def plane(self, name: str, run: Run) -> Tensor:
@@ -71,20 +72,27 @@ class DevicePool(Pool):
             tensor: Tensor = checked(bits, plane, tokens)
         else:
             found = checked(bits_of(array), plane, tokens)
+            if any(step < 0 for step in found.strides):
+                raise FerryError(
+                    Code.BAD_ARRAY, "an array that runs backwards is no tensor; copy it"
+                )
             tensor = torch.from_numpy(found) if found.flags.writeable else torch.tensor(found)
         return tensor.view(_dtype(plane))
 
-    def settle(self) -> GpuWork:
+    def settle(self) -> GpuWork | None:
         """What this thread's current stream has been given so far."""
         import torch
 
-        if self._memory.device.type != "cuda":
+        memory = self._opened
+        if memory is None:
+            return None  # all of it was waited for; the daemon will say what became of the pool
+        if memory.device.type != "cuda":
             return GpuWork(lambda: None)
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._memory.device))
+        event.record(torch.cuda.current_stream(memory.device))
         return GpuWork(event.synchronize)
 
-    def leave(self) -> None:
+    def leave(self, why: Code = Code.CLIENT_CLOSED) -> None:
         """Wait for all work of this process on the device, and let go of the pool.
 
         It is closed once no tensor of it is left: those must not be used any more.
@@ -92,6 +100,8 @@ class DevicePool(Pool):
         import torch
 
         memory, self._opened = self._opened, None
+        if memory is not None:
+            self._why_left = why
         if memory is not None and memory.device.type == "cuda":
             GpuWork(lambda: torch.cuda.synchronize(memory.device)).wait()
 

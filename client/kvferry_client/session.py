@@ -108,11 +108,9 @@ class Session:
             self.lock = Lock(self.runtime_dir)
         elif code != Code.UNKNOWN_SESSION or hello.session is None:
             raise reply.error.raised()
-        if self.member is not None:
-            self.member.pool.leave()
-        self.member = (
-            None  # closes a device's memory: it may keep the daemon from allocating it anew
-        )
+        if self.member is not None:  # a device may have no room for the next pool beside this one
+            self.member.pool.leave(Code.POOL_LOST)
+        self.member = None
         return None
 
     def refused(self, reply: worker.Failure, hello: worker.Hello) -> None:
@@ -124,7 +122,7 @@ class Session:
             return
         member = self.member
         if member is not None and member.welcome.session == hello.session:  # not joined anew since
-            member.pool.leave()
+            member.pool.leave(Code.POOL_LOST)
 
     def close(self) -> None:
         """The worker is gone."""

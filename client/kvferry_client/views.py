@@ -104,8 +104,8 @@ class Pool:
         """What has to be done before the daemon is told that blocks are filled or read."""
         return None
 
-    def leave(self) -> None:
-        """This process is to touch the pool no more."""
+    def leave(self, why: Code = Code.CLIENT_CLOSED) -> None:
+        """This process is to touch the pool no more; ``why`` is what it is told if it tries to."""
 
     def plane_named(self, name: str) -> Plane:
         """A plane of the layout; FerryError(bad_array) names those that there are."""

@@ -122,6 +122,7 @@ def test_runs_are_the_memory_itself(window: WindowView) -> None:
         torch.zeros((14, 1), dtype=torch.int64),
         torch.zeros(13, dtype=torch.int64),
         np.zeros(14, np.int32),
+        np.zeros(14, np.int64)[::-1],
         [0] * 14,
     ],
 )
@@ -145,6 +146,7 @@ def test_a_pool_that_was_left_shows_nothing(window: WindowView) -> None:
     with pytest.raises(FerryError) as refused:
         window.torch_runs("ids")
     assert refused.value.code == "client_closed"
+    assert said(sending(window._pool).release()) == ["release"], "the daemon says what became of it"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -184,8 +186,11 @@ def test_an_idle_worker_lets_go_of_a_lost_pool(
     session.member = Member(welcome, pool, Board(welcome))
     hello = worker.Hello(lock="lock", layout=LAYOUT, session="a" * 32)
     session.refused(worker.Failure(error=ErrorInfo.of(code, "x")), hello)
-    is_left = code is Code.UNKNOWN_SESSION and is_current
-    assert (pool._opened is None) == is_left
+    if code is Code.UNKNOWN_SESSION and is_current:
+        with pytest.raises(FerryError, match="pool_lost"):
+            pool.empty(PLANES[0], 1)
+    else:
+        assert len(pool.empty(PLANES[0], 1)) == 1
     session.close()
 
 

@@ -6,6 +6,7 @@ arena instead. All else is as it is with a GPU, staging and threads included.
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class DeviceWorker(RawWorker):
 
     def __init__(self, daemon: InThread, layout: Layout = LAYOUT) -> None:
         super().__init__(daemon.directory, layout)
-        self.pool = daemon.pool(layout)
+        self.pool = daemon.pool(layout)  # there since the hello
 
     def block(self, block: int) -> bytes:
         size = self.pool.block_bytes
@@ -147,6 +148,14 @@ def test_heads_of_another_order_and_block_size_arrive(daemons: list[InThread]) -
             assert two.block(block)[: 8 * 12] == b"".join(heads)
 
 
+def wait_until_alone(daemon: InThread) -> None:
+    """Until the daemon has seen that all workers are gone."""
+    until = time.monotonic() + WAIT_S
+    while daemon.daemon.node.sessions:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("role", list(Role))
 def test_a_device_that_fails_fails_its_transfers_and_the_next_pool_serves(
     daemons: list[InThread], flow: Flow, role: Role
@@ -171,23 +180,11 @@ def test_a_device_that_fails_fails_its_transfers_and_the_next_pool_serves(
         assert early.code(hello) == "device_failed", "its pool is still open in a worker"
     me.close()
     me.close = lambda: None  # type: ignore[method-assign]
-    again = wait_for_pool(broken)
-    with again:
+    wait_until_alone(broken)
+    with DeviceWorker(broken) as again:
         assert again.snapshot(worker.Send(transfer_id="u")).state is State.BOOTSTRAPPING
         seen = again.wait_for(Role.SOURCE, lambda seen: seen.allocated_tokens == WINDOW, "u")
         again.fill(seen, BLOCK)
-
-
-def wait_for_pool(daemon: InThread) -> DeviceWorker:
-    """Say hello until the daemon has seen that the workers of the lost pool are gone."""
-    for _ in range(100):
-        one = RawWorker(daemon.directory, hello=False)
-        reply = one.call(worker.Hello(lock=one.lock_name, layout=LAYOUT))
-        one.close()
-        if isinstance(reply, worker.Welcome):
-            return DeviceWorker(daemon)
-        assert reply.error.code == "device_failed", reply
-    raise AssertionError(reply)
 
 
 def test_after_a_restart_its_transfers_are_lost_and_their_next_attempt_succeeds(
