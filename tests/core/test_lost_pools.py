@@ -174,7 +174,7 @@ def test_a_broken_pool_is_made_anew_once_nobody_has_it_open() -> None:
     world.break_pool("b")
     error = world.refused_hello("b", AGAIN)
     assert error.code == Code.DEVICE_FAILED
-    assert "the 1 workers that have it open" in error.message
+    assert "once all who have it open (1 workers) have closed" in error.message
     assert world.dropped == []
     world.die("b")
     assert world.hello("b", AGAIN).pool.device == MEMORY

@@ -233,11 +233,12 @@ def test_nobody_waits_for_another_streams_work() -> None:
     device = Device("cuda:0")
     pool = device_pool(device)
     pool.zero(0, BLOCKS)
+    buffer = device.buffer(64)  # now: pinning waits for the whole device
     stream, done = torch.cuda.Stream(), torch.cuda.Event()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]  # about a second
         done.record(stream)
-    pool.spans([(0, 64)]).gather(device.buffer(64))
+    pool.spans([(0, 64)]).gather(buffer)
     assert not done.query()  # type: ignore[no-untyped-call]
     done.synchronize()
 

@@ -60,7 +60,7 @@ class LostPools:
         if workers or book.pool.free_blocks < book.pool.blocks:
             raise FerryError(
                 Code.DEVICE_FAILED,
-                f"{book.lost}; the pool is made anew once the {workers} workers that have it open "
+                f"{book.lost}; the pool is made anew once all who have it open ({workers} workers) "
                 "have closed their clients or ended",
             )
         if not book.pool.blocks:
