@@ -35,6 +35,7 @@ class InThread:
             window_tokens=WINDOW,
             pool_tokens=4 * WINDOW,
             heartbeat_s=0.2,
+            lost_s=WAIT_S,  # the workers here do not beat
             **settings,
         ).model_copy(update={"device": "cpu"})
         self.loop = asyncio.new_event_loop()
