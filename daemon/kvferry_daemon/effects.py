@@ -16,7 +16,8 @@ from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.records import HOST, PoolRecord
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.memory.board import Board
-from kvferry_daemon.memory.device import Device, DeviceError, DevicePool, NotShared
+from kvferry_daemon.memory.device import Device, DeviceError, NotShared
+from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
 from kvferry_daemon.memory.places import Pool, SlicePlans, whole
 from kvferry_daemon.probe import probe

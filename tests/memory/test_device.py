@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry_daemon.memory.device import Device, DeviceError, DevicePool
+from kvferry_daemon.memory.device import Device, DeviceError
+from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_daemon.memory.host import HostPool
 from kvferry_daemon.memory.places import SlicePlans, whole
 from kvferry_proto.layout import Dtype, Layout, Order, Plane

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvferry_daemon.memory.device import Device, DevicePool
+from kvferry_daemon.memory.device import Device
+from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_daemon.memory.places import SlicePlans, whole
 from kvferry_daemon.transports.tcp import events as te
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver

@@ -17,7 +17,7 @@ import torch
 from contract.conftest import Flow
 from kvferry_daemon.config import Config
 from kvferry_daemon.daemon import Daemon
-from kvferry_daemon.memory.device import DevicePool
+from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
 from kvferry_proto.states import Role, State

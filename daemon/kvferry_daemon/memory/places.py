@@ -5,7 +5,7 @@ Views are of host memory; what lies in a device is copied through a buffer, whol
 
 from collections.abc import Sequence
 
-from kvferry_daemon.memory.device import DevicePool, DeviceSlices, DeviceSpans
+from kvferry_daemon.memory.device_pool import DevicePool, DeviceSlices, DeviceSpans
 from kvferry_daemon.memory.host import HostPool
 from kvferry_daemon.memory.slices import SlicedExtent, SlicePlan
 from kvferry_daemon.memory.spans import spans
