@@ -71,10 +71,11 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
         return
     from kvferry_daemon.daemon import run
     from kvferry_daemon.runtime_dir import DirectoryTaken
+    from kvferry_daemon.transports.nixl.agent import NixlFailed
 
     try:
         sys.exit(run(config))
-    except (DirectoryTaken, OSError, zmq.ZMQError) as error:
+    except (DirectoryTaken, NixlFailed, OSError, zmq.ZMQError) as error:
         _stop(EXIT_SERVE, f"cannot start: {error}")
 
 

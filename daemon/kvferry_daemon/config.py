@@ -12,7 +12,7 @@ import socket
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
@@ -83,6 +83,9 @@ class Config(Deadlines):
     )
     source_share: float = Field(0.5, ge=0, le=1, description="part of a pool for sending")
     window_tokens: int = Field(8192, ge=1, le=1 << 30, description="default window")
+    transport: Literal["auto", "tcp", "nixl"] = Field(
+        "auto", description="how blocks travel; auto: the best that both ends have"
+    )
     streams: int = Field(1, ge=1, le=16, description="data connections to each source")
     chunk_bytes: ByteSize = Field(ByteSize(1 << 20), description="aimed-at size of a chunk")
     checksum: bool = Field(True, description="xxh3 over every chunk")

@@ -26,6 +26,7 @@ from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -65,8 +66,9 @@ class Daemon:
             asyncio.get_running_loop().time(),
         )
         self.effects = Effects(self.node, self, self.directory.pools)
+        self.node.ways, poller = begin_ways(config.transport)
         self.streams = Streams(
-            config.peer_host, config.data_port, config.checksum, self.effects.feed
+            config.peer_host, config.data_port, config.checksum, self.effects.feed, poller
         )
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)
@@ -213,6 +215,7 @@ class Daemon:
             now_s = asyncio.get_running_loop().time()
             if isinstance(request, control.GetStatus):
                 self.node.counters["ledger_commits"] = self.ledger.commits
+                self.node.counters["nixl_reads"] = self.streams.nixl_reads
                 answer = status(self.node, request.call, str(self.directory.path), now_s)
                 frame = control.ANSWERS.encode(answer)
             else:

@@ -19,7 +19,8 @@ from kvferry_daemon.memory.host import HostPool, MemoryRefused
 from kvferry_daemon.memory.places import SlicePlans, whole
 from kvferry_daemon.probe import probe
 from kvferry_daemon.streams import Streams
-from kvferry_daemon.transports.tcp.staging import Place
+from kvferry_daemon.transports.nixl.agent import Memory
+from kvferry_daemon.transports.tcp.staging import Blocks, Place
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Effects:
         self._streams = streams
         self._moves[pr.Connect] = streams.connect
         self._moves[pr.Disconnect] = lambda e: streams.disconnect(e.key)
-        self._moves[out.Admit] = lambda e: streams.listener.admit(e.ticket, e.key, 10.0)
+        self._moves[out.Admit] = streams.admit
         self._moves[out.Expel] = lambda e: streams.expel(e.key)
 
     def use_ledger(self, ledger: Ledger) -> None:
@@ -140,7 +141,7 @@ class Effects:
         for pool in pools:
             path = self._pools_dir / pool.pool_id
             mapped = HostPool.attach(path, pool.layout.block_bytes, pool.blocks)
-            self._pools[pool.pool_id] = mapped
+            self._have_pool(pool.pool_id, mapped)
             self._make_board(pool.pool_id)
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class Effects:
 
     def _expect(self, effect: out.Expect) -> None:
         assert self._streams is not None
-        if not self._streams.expect(effect, self._place(effect)):
+        if not self._streams.expect(effect, self._place(effect), _blocks(effect)):
             self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
@@ -195,9 +196,8 @@ class Effects:
 
     def _transmit(self, effect: out.Transmit) -> None:
         assert self._streams is not None
-        self._streams.transmit(
-            effect, self._place(effect)
-        )  # if it is gone, its end tells the transfer
+        # If it is gone, its end tells the transfer.
+        self._streams.transmit(effect, self._place(effect), _blocks(effect))
 
     # --- work off the loop ---
 
@@ -228,7 +228,11 @@ class Effects:
         pool = [self._pools.pop(effect.pool_id)]  # the last to hold it is the thread
         board = self._boards.pop(effect.pool_id, None)
 
+        streams = self._streams
+
         def work() -> None:
+            if streams is not None:
+                streams.drop_pool(effect.pool_id)
             pool.pop().remove()
             if board is not None:
                 board.remove()
@@ -246,11 +250,17 @@ class Effects:
                 pool = HostPool.create(path, effect.layout.block_bytes, effect.blocks)
             except (MemoryRefused, OSError) as error:
                 return out.PoolNotMade(effect.pool_id, str(error))
-            self._pools[effect.pool_id] = pool
+            self._have_pool(effect.pool_id, pool)
             self._make_board(effect.pool_id)
             return out.PoolMade(effect.pool_id, str(path))
 
         self._off_loop(work)
+
+    def _have_pool(self, pool_id: str, pool: HostPool) -> None:
+        self._pools[pool_id] = pool
+        if self._streams is not None:
+            memory = Memory(pool.address, pool.block_bytes, pool.blocks, pool)
+            self._streams.add_pool(pool_id, memory)
 
     # --- status boards ---
 
@@ -285,3 +295,11 @@ class Effects:
             return out.Probed(effect.address, await probe(effect.address))
 
         self._track(self._loop.create_task(ask()))
+
+
+def _blocks(effect: out.Expect | out.Transmit) -> Blocks | None:
+    """The blocks of an extent, where it has them whole but for the payload's end."""
+    base_tokens, runs = effect.place
+    if effect.slices is not None or effect.first_token != base_tokens:
+        return None
+    return Blocks(effect.pool_id, runs)

@@ -72,11 +72,14 @@ def status_for_people(answer: control.Status) -> str:
         )
         for pool in answer.pools
     )
-    peers = ((p.address, p.state, str(p.streams_open), p.detail) for p in answer.peers)
+    peers = (
+        (p.address, p.state, str(p.streams_open), p.transport, p.detail or p.why)
+        for p in answer.peers
+    )
     return _page(
         words,
         _table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
-        _table(("peer", "state", "streams", "detail"), peers),
+        _table(("peer", "state", "streams", "transport", "detail"), peers),
     )
 
 

@@ -53,7 +53,8 @@ class PeerStatus(Message):
     state: Literal["connecting", "up", "lost"]
     boot_id: str | None = None
     streams_open: Count = 0
-    transport: str = ""
+    transport: str = ""  # of the newest data connection
+    why: str = ""  # it is this one
     detail: str = ""
 
 

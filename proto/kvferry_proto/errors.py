@@ -53,6 +53,7 @@ class Code(StrEnum):
     DRAINING = "draining"
     PEER_UNREACHABLE = "peer_unreachable"
     PEER_PROTOCOL = "peer_protocol"
+    TRANSPORT_UNAVAILABLE = "transport_unavailable"
     SOURCE_LOST = "source_lost"
     SOURCE_FAILED = "source_failed"
     SINK_FAILED = "sink_failed"
@@ -124,6 +125,9 @@ ADVICE: dict[Code, Advice] = {
     Code.DRAINING: Advice(_O, "the daemon is stopping; use another node"),
     Code.PEER_UNREACHABLE: Advice(_O, "check the source's address, its daemon and the network"),
     Code.PEER_PROTOCOL: Advice(_P, "the other daemon broke the protocol; compare the versions"),
+    Code.TRANSPORT_UNAVAILABLE: Advice(
+        _O, "install the same NIXL on both ends, or set transport to auto on both"
+    ),
     Code.SOURCE_LOST: Advice(_P, "the source daemon forgot the transfer; try attempt + 1"),
     Code.SOURCE_FAILED: Advice(_P, "see the source's own error; try attempt + 1"),
     Code.SINK_FAILED: Advice(_P, "see the sink's own error; try attempt + 1"),

@@ -18,6 +18,7 @@ from kvferry_proto.fields import (
     Count,
     ErrorInfo,
     Message,
+    Text,
     Tokens,
     TransferId,
     WireState,
@@ -33,6 +34,7 @@ PARTS_MAX = 1 << 12  # RANKS_MAX squared
 Handle = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Number = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
+Transport = Literal["tcp", "nixl"]
 
 
 class PeerHello(Message):
@@ -76,22 +78,37 @@ class Pong(_Linked):
     frames: Count
 
 
+class Ways(Message):
+    """By which transports an end can move blocks, and which one its operator wishes."""
+
+    wish: Literal["auto", "tcp", "nixl"] = "tcp"
+    nixl: Annotated[str, Field(max_length=32)] = ""  # its version; empty: not to be had
+    fast: bool = False  # NIXL has hardware there that beats tcp
+    why: Text = ""  # why it is not to be had, or not fast
+
+
 class OpenStream(_Linked):
     """Ask for a ticket for connection number ``connection`` of data stream ``stream``."""
 
     kind: Literal["open_stream"] = "open_stream"
     stream: Stream
     connection: Number
+    ways: Ways = Ways()
 
 
 class Ticket(_Linked):
-    """A single-use secret that admits one data connection on ``port`` of the same host."""
+    """A single-use secret that admits one data connection on ``port`` of the same host.
+
+    ``transport`` is what the source has chosen of both ends' ways, and ``why``.
+    """
 
     kind: Literal["ticket"] = "ticket"
     stream: Stream
     connection: Number
     port: Annotated[int, Field(ge=1, le=65535)]
     ticket: Annotated[bytes, Field(min_length=32, max_length=32)]
+    transport: Transport = "tcp"
+    why: Text = ""
 
 
 class Want(Message):

@@ -28,6 +28,7 @@ TAKE = (StallReason.WAITING_FOR_RESUME, StallReason.WAITING_FOR_BLOCKS)
 TRANSPORTS: dict[str, dict[str, Any]] = {
     "handoff": {},
     "tcp": {},
+    "nixl": {"transport": "nixl"},
     "tcp-nochecksum": {"toml": "checksum = false"},
     "tcp-2streams": {"streams": 2, "chunk_bytes": 2 * LAYOUT.block_bytes},
 }

@@ -155,6 +155,14 @@ PEER: dict[str, Any] = {
     "ping": p.Ping(**LINK),
     "pong": p.Pong(frames=BIG, **LINK),
     "open stream": p.OpenStream(stream=15, connection=BIG, **LINK),
+    "open stream, with what else might be": p.OpenStream(
+        stream=0, connection=1,
+        ways=p.Ways(wish="auto", nixl="1.5.1", fast=False, why="no RDMA device"), **LINK,
+    ),
+    "ticket that names a transport": p.Ticket(
+        stream=0, connection=1, port=1, ticket=DIGEST * 2, transport="nixl",
+        why="the sink is set to it", **LINK,
+    ),
     "ticket": p.Ticket(stream=0, connection=0, port=65535, ticket=DIGEST * 2, **LINK),
     "a pull that asks for news": p.Pulls(pulls=[PULL], **LINK),
     "a pull that wants two extents": p.Pulls(
@@ -208,7 +216,7 @@ CONTROL: dict[str, Any] = {
         peers=[
             c.PeerStatus(address="tcp://[::1]:1", state="connecting"),
             c.PeerStatus(
-                address="tcp://b:2", state="up", boot_id=SINK, streams_open=2, transport="tcp",
+                address="tcp://b:2", state="up", boot_id=SINK, streams_open=2, transport="tcp", why="w",
                 detail="all is well",
             ),
         ],

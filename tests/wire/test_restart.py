@@ -22,8 +22,9 @@ BOTH = [("source",), ("sink",), ("source", "sink")]
 class Pair:
     """A source's and a sink's daemon, their workers, and what has been received."""
 
-    def __init__(self, directory: Path) -> None:
-        self.daemons = {name: LiveDaemon(directory / name) for name in ("source", "sink")}
+    def __init__(self, directory: Path, **flags: object) -> None:
+        names = ("source", "sink")
+        self.daemons = {name: LiveDaemon(directory / name, **flags) for name in names}
         self.source = connect(self.daemons["source"].directory, LAYOUT, "source")
         self.sink = connect(self.daemons["sink"].directory, LAYOUT, "sink")
         self.arrays = payload(TOKENS)

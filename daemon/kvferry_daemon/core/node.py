@@ -27,6 +27,7 @@ from kvferry_daemon.core.tombstones import Tombstones
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
+from kvferry_proto.peer import Ways
 from kvferry_proto.states import Role
 
 TIMERS_A_TURN = 32  # then what else waits gets its turn: a pull costs some 30 us
@@ -86,6 +87,7 @@ class Node:
     ) -> None:
         self.settings = settings
         self.data_port = data_port  # where sinks' data connections come in
+        self.ways = Ways()  # by which bytes may go
         self.new_secret = new_secret
         self.now_s = self.started_s = now_s
         self.draining = False

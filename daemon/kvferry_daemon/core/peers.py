@@ -9,6 +9,8 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.versions import Versions, agree
 
 NEVER_S = float("inf")
+ONLY_TCP = wire.Ways()
+FATAL = (Code.NO_COMMON_VERSION, Code.TRANSPORT_UNAVAILABLE)  # asking again does not help
 
 
 # --- effects ---
@@ -29,6 +31,7 @@ class Connect:
     key: StreamKey
     port: int
     ticket: bytes
+    transport: wire.Transport = "tcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ class Peer:
     timing: Timing
     streams_wanted: int
     now_s: float
+    ways: wire.Ways = ONLY_TCP
+    transport: wire.Transport | None = None  # of the newest connection; None before the first
+    why: str = ""  # it is this one
     state: Literal["connecting", "up", "lost"] = "connecting"
     boot_id: str | None = None
     detail: str = ""
@@ -279,10 +285,9 @@ class Peer:
 
     def _refused(self, message: wire.PeerRefused) -> None:
         self.detail = f"{message.error.code}: {message.error.message}"
-        if message.error.code == Code.NO_COMMON_VERSION:
-            self._effects.append(
-                PeerFailed(self.address, Code.NO_COMMON_VERSION, message.error.message)
-            )
+        if message.error.code in FATAL:
+            code = Code(message.error.code)
+            self._effects.append(PeerFailed(self.address, code, message.error.message))
         elif self.state == "up" and message.boot_id != self.boot_id:
             self._lose("restarted")
         elif self.state == "up" and message.error.code == Code.HELLO_FIRST:
@@ -306,6 +311,7 @@ class Peer:
                     wire.OpenStream(
                         stream=index,
                         connection=stream.connection,
+                        ways=self.ways,
                         source_boot_id=self.boot_id or "",
                         sink_boot_id=self.our_boot_id,
                     )
@@ -316,5 +322,6 @@ class Peer:
         if stream is None or stream.connection != message.connection or stream.state != "asking":
             return
         stream.state = "connecting"
+        self.transport, self.why = message.transport, message.why
         key = StreamKey(self.address, message.stream, message.connection)
-        self._effects.append(Connect(key, message.port, message.ticket))
+        self._effects.append(Connect(key, message.port, message.ticket, message.transport))

@@ -72,7 +72,8 @@ def _peer(node: Node, address: str) -> control.PeerStatus:
         state=peer.state,
         boot_id=peer.boot_id,
         streams_open=len(peer.streams_open),
-        transport="tcp",
+        transport=peer.transport or "",
+        why=peer.why,
         detail=peer.detail,
     )
 
@@ -101,12 +102,11 @@ def _remembered(snapshot: Snapshot) -> control.TransferStatus:
 def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferStatus:
     session = node.sessions.get(transfer.opening.session)
     source = transfer.opening.source
-    local = _is_local(node, transfer)
     return control.TransferStatus(
         snapshot=_as_it_is(transfer),
         worker=session.name if session else "",
         source=source,
-        transport="handoff" if local else "tcp",
+        transport=_transport(node, transfer),
         age_s=round(now_s - transfer.opened_s, 3),
         idle_s=round(now_s - transfer.progress_s, 3),
         blocks=transfer.window.blocks,
@@ -160,6 +160,16 @@ def _behind(transfer: AnyTransfer) -> list[int]:
         lowest = ranks.lowest_tokens
         return [n for n in numbers if ranks[n].level_tokens == lowest]
     return []
+
+
+def _transport(node: Node, transfer: AnyTransfer) -> str:
+    """Empty before a data connection to the other side was asked for."""
+    if _is_local(node, transfer):
+        return "handoff"
+    if isinstance(transfer, SourceTransfer):
+        return node.sources.transports.get(transfer.sink or "", "")
+    peer = node.sinks.peers.get(transfer.opening.source or "")
+    return (peer.transport if peer else None) or ""
 
 
 def _is_local(node: Node, transfer: AnyTransfer) -> bool:

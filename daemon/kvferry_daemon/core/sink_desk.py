@@ -237,7 +237,7 @@ class SinkDesk:
             daemon_id=settings.daemon_id,
             life=settings.life,
         )
-        peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s)
+        peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s, node.ways)
         self.peers[address] = peer
         node.effects.append(out.OpenPeer(address))
         self._do(peer, peer.tick(node.now_s))

@@ -32,7 +32,7 @@ class HostPool:
         self._mapping = mapping
         self._view = memoryview(mapping)
         self._anchor = (ctypes.c_char * len(mapping)).from_buffer(mapping)
-        self._address = ctypes.addressof(self._anchor)
+        self.address = ctypes.addressof(self._anchor)
 
     @classmethod
     def create(cls, path: Path, block_bytes: int, blocks: int, cgroup: Path = CGROUP) -> Self:
@@ -79,7 +79,7 @@ class HostPool:
         """Wipe neighbouring blocks. ctypes releases the GIL meanwhile."""
         offset, length = first_block * self.block_bytes, blocks * self.block_bytes
         self._check_inside(offset, length)
-        ctypes.memset(self._address + offset, 0, length)
+        ctypes.memset(self.address + offset, 0, length)
 
     def remove(self) -> None:
         """Remove the file. The mapping goes with the last view of it."""

@@ -1,6 +1,6 @@
 """Where a chunk's bytes lie: in views, sent and received as they are, or strided in slices."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Sliced(Protocol):
@@ -15,6 +15,18 @@ class Sliced(Protocol):
 
     def scatter(self, data: memoryview) -> None:
         """Write the buffer into the pool."""
+
+
+class Blocks(NamedTuple):
+    """Whole blocks of a pool, in token order."""
+
+    pool_id: str
+    runs: tuple[tuple[int, int], ...]  # (first_block, blocks)
+
+    @property
+    def total(self) -> int:
+        """How many."""
+        return sum([blocks for _, blocks in self.runs])
 
 
 Place = list[memoryview] | Sliced
