@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from kvferry_daemon.memory.placement import NODE_MAX, parse_cpus
+
 ENV_PREFIX = "KVFERRY_"
 ENV_FILE = "KVFERRY_CONFIG"
 # Kubernetes and Docker put these into every container beside a service called kvferry.
@@ -89,6 +91,10 @@ class Config(Deadlines):
     streams: int = Field(1, ge=1, le=16, description="data connections to each source")
     chunk_bytes: ByteSize = Field(ByteSize(1 << 20), description="aimed-at size of a chunk")
     checksum: bool = Field(True, description="xxh3 over every chunk")
+    numa_node: int | None = Field(
+        None, ge=0, le=NODE_MAX, description="NUMA node for pools; copying stays on its CPUs"
+    )
+    copy_cpus: str = Field("", description="CPUs for copying, such as 0-3,8")
     transfers_max: int = Field(20_000, ge=1)
     workers_max: int = Field(1024, ge=1)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
@@ -108,6 +114,7 @@ class Config(Deadlines):
                 f"peer_host: {self.peer_host} is not loopback and traffic would be in clear text; "
                 "set insecure=true if the network is trusted"
             )
+        parse_cpus(self.copy_cpus)
         told = self.advertise_host or self.peer_host
         if _is_wildcard(told):
             raise ValueError(

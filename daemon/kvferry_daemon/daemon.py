@@ -24,6 +24,8 @@ from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
+from kvferry_daemon.memory.huge_pages import huge_pages
+from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
 from kvferry_daemon.transports.nixl.ways import begin as begin_ways
@@ -43,10 +45,16 @@ class Daemon:
     """One life of a daemon. Create it inside a running event loop."""
 
     def __init__(self, config: Config) -> None:
-        """Bind everything; raises DirectoryTaken, OSError or zmq.ZMQError."""
+        """Bind everything; raises PlacementRefused, DirectoryTaken, OSError or zmq.ZMQError."""
         self.config = config
+        placement = Placement.settle(config.numa_node, config.copy_cpus)
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
         self.directory = RuntimeDir(config.runtime_dir)
+        self._placed = control.PlacementStatus(
+            huge_pages=huge_pages(self.directory.pools),
+            numa_node=placement.node,
+            copy_cpus=cpu_list(placement.cpus),
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)  # before the first one
         self._peer_socket = make_socket(self._context, zmq.ROUTER)
@@ -65,10 +73,15 @@ class Daemon:
             0,
             asyncio.get_running_loop().time(),
         )
-        self.effects = Effects(self.node, self, self.directory.pools)
+        self.effects = Effects(self.node, self, self.directory.pools, placement)
         self.node.ways, poller = begin_ways(config.transport)
         self.streams = Streams(
-            config.peer_host, config.data_port, config.checksum, self.effects.feed, poller
+            config.peer_host,
+            config.data_port,
+            config.checksum,
+            self.effects.feed,
+            poller,
+            placement.enter,
         )
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)
@@ -216,7 +229,9 @@ class Daemon:
             if isinstance(request, control.GetStatus):
                 self.node.counters["ledger_commits"] = self.ledger.commits
                 self.node.counters["nixl_reads"] = self.streams.nixl_reads
-                answer = status(self.node, request.call, str(self.directory.path), now_s)
+                answer = status(
+                    self.node, request.call, str(self.directory.path), self._placed, now_s
+                )
                 frame = control.ANSWERS.encode(answer)
             else:
                 frame = control.frame_of(transfers(self.node, request, now_s))

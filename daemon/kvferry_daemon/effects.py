@@ -16,6 +16,7 @@ from kvferry_daemon.core.records import PoolRecord
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.memory.board import Board
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
+from kvferry_daemon.memory.placement import ANYWHERE, Placement
 from kvferry_daemon.memory.places import SlicePlans, whole
 from kvferry_daemon.probe import probe
 from kvferry_daemon.streams import Streams
@@ -40,10 +41,13 @@ class Links(Protocol):
 class Effects:
     """Feeds events to the node, one after the other, and performs what it answers."""
 
-    def __init__(self, node: Node, links: Links, pools_dir: Path) -> None:
+    def __init__(
+        self, node: Node, links: Links, pools_dir: Path, placement: Placement = ANYWHERE
+    ) -> None:
         self._node = node
         self._links = links
         self._pools_dir = pools_dir
+        self._placement = placement
         self._loop = asyncio.get_running_loop()
         self._streams: Streams | None = None
         self._pools: dict[str, HostPool] = {}
@@ -58,7 +62,7 @@ class Effects:
         self._tasks: set[asyncio.Future[Any]] = set()
         self._drops: list[Future[None]] = []
         self._slice_plans = SlicePlans()
-        self._memory = ThreadPoolExecutor(2, "kvferry-memory")
+        self._memory = ThreadPoolExecutor(2, "kvferry-memory", placement.enter)
         self._moves: dict[type, Callable[[Any], None]] = {
             out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
             out.ToSink: links.to_sink,
@@ -247,7 +251,9 @@ class Effects:
         def work() -> out.NodeEvent:
             wait(drops)
             try:
-                pool = HostPool.create(path, effect.layout.block_bytes, effect.blocks)
+                pool = HostPool.create(
+                    path, effect.layout.block_bytes, effect.blocks, node=self._placement.node
+                )
             except (MemoryRefused, OSError) as error:
                 return out.PoolNotMade(effect.pool_id, str(error))
             self._have_pool(effect.pool_id, pool)

@@ -60,6 +60,8 @@ def status_for_people(answer: control.Status) -> str:
         f"peers connect to {answer.peer_address}; {answer.workers} workers",
         f"transfers: {states}; waiting: {stalls}",
     ]
+    if answer.placement is not None:
+        words.insert(2, _placed(answer.placement))
     pools = (
         (
             f"{pool.device} {len(pool.planes)} planes",
@@ -81,6 +83,12 @@ def status_for_people(answer: control.Status) -> str:
         _table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
         _table(("peer", "state", "streams", "transport", "detail"), peers),
     )
+
+
+def _placed(placement: control.PlacementStatus) -> str:
+    node = "" if placement.numa_node is None else f" on NUMA node {placement.numa_node}"
+    cpus = placement.copy_cpus or "any"
+    return f"pools{node}; huge pages: {placement.huge_pages}; copied on CPUs: {cpus}"
 
 
 def transfers_for_people(answer: control.Transfers) -> str:

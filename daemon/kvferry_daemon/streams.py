@@ -38,11 +38,14 @@ class Streams:
         checksum: bool,
         feed: Callable[[out.NodeEvent], None],
         poller: Poller | None = None,
+        enter: te.Enter = te.stay,
     ) -> None:
+        """``enter`` is called by every thread that moves bytes, before all else."""
         loop = asyncio.get_running_loop()
         self._feed = feed
         self._checksum = checksum
         self._poller = poller
+        self._enter = enter
         self._receivers: dict[StreamKey, StreamReceiver] = {}
         self._senders: dict[StreamKey, StreamSender] = {}
         self._connecting: dict[StreamKey, bool] = {}  # key -> still wanted
@@ -87,8 +90,8 @@ class Streams:
         post = self._sink_bridge.post
         if transport == "nixl":
             assert self._poller is not None  # else our ways had not offered it
-            return OfferReceiver(sock, key, post, self._poller)
-        return StreamReceiver(sock, key, post)
+            return OfferReceiver(sock, key, post, self._poller, self._enter)
+        return StreamReceiver(sock, key, post, self._enter)
 
     def disconnect(self, key: StreamKey) -> None:
         """Close a connection that we opened; SinkStreamDown follows."""
@@ -180,8 +183,8 @@ class Streams:
         post = self._source_bridge.post
         if transport == "nixl":
             assert self._poller is not None  # else we had not chosen it
-            return OfferSender(sock, key, post, self._checksum, self._poller)
-        return StreamSender(sock, key, post, self._checksum)
+            return OfferSender(sock, key, post, self._checksum, self._poller, self._enter)
+        return StreamSender(sock, key, post, self._checksum, self._enter)
 
     # --- pools that NIXL reads ---
 

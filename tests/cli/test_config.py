@@ -202,3 +202,27 @@ def test_an_address_that_nobody_can_connect_to_is_not_announced(host: str) -> No
 
 def test_a_runtime_directory_too_deep_for_a_socket_is_refused() -> None:
     assert "runtime_dir" in refused("--runtime-dir", "/" + "x" * 100)
+
+
+@pytest.mark.parametrize("cpus", ["1-", "a,b", "9999999"])
+def test_a_list_of_cpus_that_is_none_is_refused(cpus: str) -> None:
+    line = refused("--copy-cpus", cpus)
+    assert "copy_cpus" in line
+    assert '"0-3,8"' in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--copy-cpus", str(max(os.sched_getaffinity(0)) + 1), "this process may not run on CPU"),
+        ("--numa-node", "777", "there is no NUMA node 777"),
+    ],
+)
+def test_a_placement_that_this_machine_has_not_is_refused_before_anything_is_made(
+    tmp_path: Path, flag: str, value: str, words: str
+) -> None:
+    done = kvferry("serve", "--runtime-dir", tmp_path / "d", flag, value)
+    assert (done.returncode, done.stdout) == (EXIT_CONFIG, "")
+    (line,) = done.stderr.splitlines()
+    assert words in line
+    assert not (tmp_path / "d").exists()

@@ -221,6 +221,12 @@ CONTROL: dict[str, Any] = {
             ),
         ],
     ),
+    "status with placement": c.Status(
+        call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
+        draining=False, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
+        blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
+        placement=c.PlacementStatus(huge_pages="within_size", numa_node=0, copy_cpus="0-3,8"),
+    ),
     "transfers": c.Transfers(
         call=2, more=1,
         transfers=[

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node
 
 
-def status(node: Node, call: int, runtime_dir: str, now_s: float) -> control.Status:
+def status(
+    node: Node, call: int, runtime_dir: str, placement: control.PlacementStatus, now_s: float
+) -> control.Status:
     """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
     snapshots = [_as_it_is(t) for t in node.transfers.values()]
     states = Counter(s.state.name.lower() for s in snapshots)
@@ -35,6 +37,7 @@ def status(node: Node, call: int, runtime_dir: str, now_s: float) -> control.Sta
         draining=node.draining,
         peer_address=node.settings.peer_address,
         runtime_dir=runtime_dir,
+        placement=placement,
         workers=len(node.sessions),
         blocks_total=sum(book.pool.blocks for book in node.books.values()),
         blocks_free=sum(book.pool.free_blocks for book in node.books.values()),

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Hashable
 
 from kvferry_daemon.transports.nixl.poller import Poller
-from kvferry_daemon.transports.tcp.events import Drained, Post, Received, Rejected
+from kvferry_daemon.transports.tcp.events import Drained, Enter, Post, Received, Rejected, stay
 from kvferry_daemon.transports.tcp.receiver import Claim, StreamReceiver
 from kvferry_proto.chunk import BadChunk
 from kvferry_proto.offer import (
@@ -23,13 +23,15 @@ from kvferry_proto.offer import (
 class OfferReceiver(StreamReceiver):
     """Reads what is offered and claimed; it has arrived once the source says that it stood."""
 
-    def __init__(self, sock: socket.socket, key: Hashable, post: Post, poller: Poller) -> None:
+    def __init__(
+        self, sock: socket.socket, key: Hashable, post: Post, poller: Poller, enter: Enter = stay
+    ) -> None:
         self._poller = poller
         self._pools: dict[int, PoolFrame] = {}
         self._taken: dict[tuple[int, int], Claim] = {}  # offered; until it stood
         self._under_way = 0
         self._quiet = threading.Condition()
-        super().__init__(sock, key, post)
+        super().__init__(sock, key, post, enter)
 
     def close(self) -> None:
         """End the connection, but say so to the source only once no read is under way."""

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from kvferry_daemon.transports.nixl.poller import Poller
-from kvferry_daemon.transports.tcp.events import Post, Sent
+from kvferry_daemon.transports.tcp.events import Enter, Post, Sent, stay
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
 from kvferry_daemon.transports.tcp.staging import payload_bytes_of
 from kvferry_proto.chunk import BadChunk
@@ -40,7 +40,13 @@ class OfferSender(StreamSender):
     """
 
     def __init__(
-        self, sock: socket.socket, key: Hashable, post: Post, checksum: bool, poller: Poller
+        self,
+        sock: socket.socket,
+        key: Hashable,
+        post: Post,
+        checksum: bool,
+        poller: Poller,
+        enter: Enter = stay,
     ) -> None:
         self._poller = poller
         self._pools: dict[str, int] = {}  # shown on this connection, under which number
@@ -50,7 +56,7 @@ class OfferSender(StreamSender):
         self._bye = False  # the sink's last word, or the end of its stream
         self._lost = False  # the connection broke, and the end of its stream proves nothing
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-        super().__init__(sock, key, post, checksum)
+        super().__init__(sock, key, post, checksum, enter)
 
     def close(self) -> None:
         """Send no more. It ends at once, or when the sink has ended what it reads."""

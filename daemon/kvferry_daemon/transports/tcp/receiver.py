@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvferry_daemon.transports.tcp.events import Drained, Post, Received, Rejected, StreamDown
+from kvferry_daemon.transports.tcp.events import (
+    Drained,
+    Enter,
+    Post,
+    Received,
+    Rejected,
+    StreamDown,
+    stay,
+)
 from kvferry_daemon.transports.tcp.staging import Blocks, Place, Staging, payload_bytes_of
 from kvferry_proto.chunk import (
     HEADER_BYTES,
@@ -40,10 +48,11 @@ class Claim(NamedTuple):
 class StreamReceiver:
     """Receives into claims of this very connection; everything else is read aside."""
 
-    def __init__(self, sock: socket.socket, key: Hashable, post: Post) -> None:
+    def __init__(self, sock: socket.socket, key: Hashable, post: Post, enter: Enter = stay) -> None:
         self._sock = sock
         self._key = key
         self._post = post
+        self._enter = enter
         self._claims: dict[tuple[int, int], Claim] = {}
         self._scratch = memoryview(bytearray(0))
         self._staging = Staging()
@@ -75,6 +84,7 @@ class StreamReceiver:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
+        self._enter()
         reason = "closed by the other side"
         header = bytearray(HEADER_BYTES)
         try:

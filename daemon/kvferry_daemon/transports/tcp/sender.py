@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from kvferry_daemon.transports.tcp.events import Post, Sent, StreamDown
+from kvferry_daemon.transports.tcp.events import Enter, Post, Sent, StreamDown, stay
 from kvferry_daemon.transports.tcp.staging import Blocks, Place, Staging, payload_bytes_of
 from kvferry_proto.chunk import BadChunk, ChunkHeader, pack_trailer
 
@@ -39,10 +39,18 @@ class SendJob:
 class StreamSender:
     """Sends jobs in order; ``close`` ends it at once, and StreamDown proves that it has ended."""
 
-    def __init__(self, sock: socket.socket, key: Hashable, post: Post, checksum: bool) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        key: Hashable,
+        post: Post,
+        checksum: bool,
+        enter: Enter = stay,
+    ) -> None:
         self._sock = sock
         self._key = key
         self._post = post
+        self._enter = enter
         self._checksum = checksum
         self._jobs: deque[SendJob] = deque()
         self._staging = Staging()
@@ -70,6 +78,7 @@ class StreamSender:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
+        self._enter()
         reason = "closed by the other side"
         try:
             while self._wait():
