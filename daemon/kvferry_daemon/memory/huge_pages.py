@@ -1,8 +1,7 @@
 """Whether a pool's file lies in huge pages: the mount that it is on says so.
 
-They make a worker's first touch of a pool, and dropping one, many times cheaper, and copying not
-faster (docs/decisions/0013). A tmpfs that is mounted so gives them; one that was not keeps to small
-pages.
+They make a worker's first touch of a pool, and dropping one, many times cheaper, and copying a
+little (docs/decisions/0013). A tmpfs that is mounted so gives them; any other keeps to small pages.
 """
 
 import ctypes
