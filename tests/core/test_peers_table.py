@@ -38,7 +38,7 @@ on_stream_down              | connecting up      | absorbed
 on_stream_down              | lost               | stream closed
 on_stream_down, stale       | connecting up lost | absorbed
 PeerWelcome                 | connecting         | link up stream asking PeerIsUp OpenStream
-PeerWelcome                 | up                 | stays
+PeerWelcome                 | up                 | stays NewsAreLost
 PeerWelcome                 | lost               | link up PeerIsUp
 PeerWelcome of another life | connecting         | link up stream asking PeerIsUp OpenStream
 PeerWelcome of another life | up                 | stays PeerIsDown PeerIsUp

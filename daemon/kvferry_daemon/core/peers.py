@@ -273,7 +273,8 @@ class Peer:
         self._silent_since_s = self.now_s
         self._frames = 0  # it may have forgotten us, and counts anew
         if self.state == "up" and message.boot_id == self.boot_id:
-            return  # a hello was answered twice
+            self._effects.append(NewsAreLost(self.address))  # or a hello was answered twice
+            return
         if self.state == "up":
             self._lose("restarted")
         self.state = "up"
