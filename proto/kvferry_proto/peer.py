@@ -72,10 +72,10 @@ class Ping(_Linked):
 
 
 class Pong(_Linked):
-    """Source to sink: the answer to a ping, and how many frames of news went before it."""
+    """Source to sink: the answer to a ping, and how many news were told on this link before it."""
 
     kind: Literal["pong"] = "pong"
-    frames: Count
+    news: Count
 
 
 class Ways(Message):
@@ -168,10 +168,10 @@ class Progress(Message):
 
 
 class Progresses(_Linked):
-    """News of several transfers; ``frame`` counts those of this link, from 1."""
+    """News of several transfers; ``before``: how many were told on this link before these."""
 
     kind: Literal["progresses"] = "progresses"
-    frame: Count
+    before: Count
     progresses: Annotated[list[Progress], Field(min_length=1, max_length=PULLS_MAX)]
 
 
@@ -223,6 +223,7 @@ MESSAGES: Codec[
 def frames_of(message: PeerMessage) -> list[bytes]:
     """Encode a message; one of many pulls or progresses becomes several where it is too large.
 
+    Each of them says what went before it, so that none can be lost unseen.
     Raises FerryError(resource_exhausted) if even a single one of them does not fit into a frame.
     """
     many = _parts(message)
@@ -231,10 +232,12 @@ def frames_of(message: PeerMessage) -> list[bytes]:
     except FerryError as error:
         if error.code is not Code.RESOURCE_EXHAUSTED or len(many) < 2:
             raise
-    field = "pulls" if isinstance(message, Pulls) else "progresses"
     half = len(many) // 2
-    halves = [message.model_copy(update={field: part}) for part in (many[:half], many[half:])]
-    return [frame for part in halves for frame in frames_of(part)]
+    field = "pulls" if isinstance(message, Pulls) else "progresses"
+    halves: list[dict[str, object]] = [{field: many[:half]}, {field: many[half:]}]
+    if isinstance(message, Progresses):
+        halves[1]["before"] = message.before + half
+    return [frame for part in halves for frame in frames_of(message.model_copy(update=part))]
 
 
 def _parts(message: PeerMessage) -> list[Pull] | list[Progress]:

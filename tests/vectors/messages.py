@@ -153,7 +153,7 @@ PEER: dict[str, Any] = {
     "peer hello": p.PeerHello(boot_id=SINK, daemon_id=SOURCE, life=2),
     "peer welcome": p.PeerWelcome(version=1, boot_id=SOURCE, sink_boot_id=SINK),
     "ping": p.Ping(**LINK),
-    "pong": p.Pong(frames=BIG, **LINK),
+    "pong": p.Pong(news=BIG, **LINK),
     "open stream": p.OpenStream(stream=15, connection=BIG, **LINK),
     "open stream, with what else might be": p.OpenStream(
         stream=0, connection=1,
@@ -178,13 +178,13 @@ PEER: dict[str, Any] = {
         ],
         **LINK,
     ),
-    "progress": p.Progresses(frame=1, progresses=[NEWS], **LINK),
+    "progress": p.Progresses(before=0, progresses=[NEWS], **LINK),
     "progress of an unknown transfer": p.Progresses(
-        frame=BIG,
+        before=BIG,
         progresses=[NEWS.model_copy(update={"known": False, "state": State.BOOTSTRAPPING})], **LINK
     ),
     "progress with everything": p.Progresses(
-        frame=BIG,
+        before=BIG,
         progresses=[
             p.Progress(
                 transfer_id="t", attempt=2, number=3, state=State.FAILED, available_tokens=4,

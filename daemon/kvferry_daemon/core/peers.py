@@ -108,7 +108,7 @@ class Peer:
     boot_id: str | None = None
     detail: str = ""
     used_s: float = 0.0  # when a live transfer needed it last
-    _frames: int = 0  # of news, that have come or are known to be lost
+    _news: int = 0  # that have come or are known to be lost
     _silent_since_s: float = 0.0
     _say_at_s: float = 0.0
     _say_s: float = 0.0
@@ -184,16 +184,16 @@ class Peer:
             if isinstance(message, wire.Ticket):
                 self._ticket(message)
             elif isinstance(message, wire.Progresses):
-                self._count(message.frame - 1, message.frame)
+                self._count(message.before, message.before + len(message.progresses))
             elif isinstance(message, wire.Pong):
-                self._count(message.frames, message.frames)
+                self._count(message.news, message.news)
         return self._taken()
 
-    def _count(self, before: int, frames: int) -> None:
-        """Of the frames ``before`` this message some may not have come; ``frames`` now have."""
-        if before > self._frames:
+    def _count(self, before: int, news: int) -> None:
+        """Of those ``before`` this message some may not have come; ``news`` now have."""
+        if before > self._news:
             self._effects.append(NewsAreLost(self.address))
-        self._frames = max(self._frames, frames)
+        self._news = max(self._news, news)
 
     def is_current(self, message: wire.PeerMessage) -> bool:
         """Whether a message comes from the life of the peer that we talk to, to this life."""
@@ -271,7 +271,7 @@ class Peer:
             self._effects.append(PeerFailed(self.address, error.code, error.message))
             return
         self._silent_since_s = self.now_s
-        self._frames = 0  # it may have forgotten us, and counts anew
+        self._news = 0  # it may have forgotten us, and counts anew
         if self.state == "up" and message.boot_id == self.boot_id:
             self._effects.append(NewsAreLost(self.address))  # or a hello was answered twice
             return

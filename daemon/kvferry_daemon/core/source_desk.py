@@ -53,7 +53,7 @@ class SourceDesk:
             match message:
                 case wire.Ping():
                     pong = wire.Pong(
-                        frames=daemon.frames,
+                        news=daemon.news,
                         source_boot_id=self._node.settings.boot_id,
                         sink_boot_id=sink,
                     )
@@ -274,14 +274,14 @@ class SourceDesk:
                 continue  # it has to say hello again, and to ask
             for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):
                 part = progresses[first : first + FRAME_PROGRESSES_MAX]
-                daemon.frames += 1
                 message = wire.Progresses.model_construct(
                     kind="progresses",
-                    frame=daemon.frames,
+                    before=daemon.news,
                     progresses=part,
                     source_boot_id=self._node.settings.boot_id,
                     sink_boot_id=sink,
                 )
+                daemon.news += len(part)
                 self._say(daemon, message)
 
     def _say(self, daemon: SinkDaemon, message: wire.PeerMessage) -> None:
