@@ -15,8 +15,21 @@ FAULTS_MAX = 6
 LONGEST_S = 4.0  # of one fault of the network: all together stay below the shortest deadline
 
 
-def draw(seed: int, *, groups: bool = True) -> Plan:
-    """The same seed, the same plan. ``groups``: some requests have several ranks."""
+def draw(seed: int, *, groups: bool = True, later: bool = True) -> Plan:
+    """The same seed, the same plan.
+
+    ``groups``: some requests have several ranks. ``later``: what was drawn last is drawn, too;
+    seeds that failed once keep the plan that they failed with.
+    """
+    plan = _draw(seed, groups=groups)
+    return _with_later(Random(f"later {seed}"), plan) if later else plan
+
+
+def _with_later(dice: Random, plan: Plan) -> Plan:
+    return replace(plan, boards=dice.random() < 0.5)
+
+
+def _draw(seed: int, *, groups: bool) -> Plan:
     dice = Random(seed)
     machines = ("a", "b", "c")[: dice.choice((2, 2, 2, 3))]
     window = dice.randint(1, 8)

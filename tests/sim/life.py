@@ -11,7 +11,9 @@ from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.records import Row
+from kvferry_proto import worker
 from sim import streams
+from sim.boards import ModelBoard
 from sim.invariants import Watcher
 from sim.memory import EMPTY, Broken, Memory, WatchedPool
 
@@ -50,6 +52,7 @@ class Life:
         self.senders: dict[StreamKey, streams.Connection] = {}
         self.receivers: dict[StreamKey, streams.Connection] = {}
         self.watched: dict[str, str] = {}  # session -> lock
+        self.boards: dict[str, ModelBoard] = {}  # by pool
         self.sides: dict[
             tuple[Key, int], Side
         ] = {}  # what workers do with the transfers of this life
@@ -81,6 +84,8 @@ class Life:
             pr.Disconnect: self._disconnect,
             out.Admit: self._admit,
             out.Expel: self._expel,
+            out.ShowSlot: lambda e: self.boards[e.pool_id].show(e.snapshot),
+            out.ClearSlot: lambda e: self.boards[e.pool_id].clear(e.index),
         }
 
     # --- events in ---
@@ -118,10 +123,15 @@ class Life:
                 for effect in effects:
                     if isinstance(effect, out.ToWorker):
                         self.watcher.check_shown(effect.reply)
+                    elif isinstance(effect, out.ShowSlot):
+                        self.watcher.check_shown(worker.Snapshots(transfers=[effect.snapshot]))
                     elif isinstance(effect, out.Expect):
                         self.watcher.check_claim(effect)
                 self._perform_once_written(effects)
                 self.watcher.check()
+                if not self._unwritten:
+                    for pool_id, board in self.boards.items():
+                        board.check(self.node, pool_id)
         finally:
             self._feeding = False
         self.arm()
@@ -129,6 +139,7 @@ class Life:
     def _adopt_pools(self) -> None:
         for pool_id, book in self.node.books.items():
             book.pool = WatchedPool.adopt(self, self.pools[pool_id], book.pool)
+            self.boards[pool_id] = ModelBoard()
         self.watcher.take_up()
 
     def _perform_once_written(self, effects: list[out.NodeEffect]) -> None:
@@ -199,6 +210,8 @@ class Life:
     def end(self) -> None:
         """The process is gone, its sockets with it; what its ledger held by then stays."""
         self.dead = True
+        for board in self.boards.values():  # until it is old, workers believe it
+            self.world.clock.after(self.node.settings.timing.lost_s, board.give_up)
         for rows, _ in self._unwritten:
             if self.world.dice.random() < 0.5:
                 break
@@ -304,11 +317,14 @@ class Life:
 
     def _drop_pool(self, effect: out.DropPool) -> None:
         del self.pools[effect.pool_id]
+        self.boards.pop(effect.pool_id).give_up()
 
     def _pool_made(self, effect: out.MakePool, made: out.NodeEvent) -> None:
         if self.machine.paused_until_s > self.world.clock.now_s:
             self.world.clock.at(self.machine.paused_until_s, self._pool_made, effect, made)
             return
+        if isinstance(made, out.PoolMade):
+            self.boards[effect.pool_id] = ModelBoard()
         self.feed(made)
         book = self.node.books.get(effect.pool_id)
         if book is not None and effect.pool_id not in self.pools:

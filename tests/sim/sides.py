@@ -8,6 +8,7 @@ from kvferry_daemon.core.events import Key
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
 from kvferry_proto.states import TERMINAL, Mode, Role, StallReason, State
+from sim import boards
 from sim.memory import BLOCK, EMPTY, Broken, Memory
 
 if TYPE_CHECKING:
@@ -138,9 +139,16 @@ class Side:
         """Wait for a change."""
         assert self.seen is not None
         watched = worker.Watched(role=self.role, after=self.seen.snapshot, **self.name)
+        if self.world.plan.boards:
+            boards.poll(self, watched, self.world.dice.choice((0.0, 0.0, WAIT_S)))
+            return
         self.process.ask(worker.Poll, self._on_reply, transfers=[watched], wait_s=WAIT_S)
 
     def _on_reply(self, reply: worker.Snapshots | worker.Failure) -> None:
+        self.heard(reply, 0.0)
+
+    def heard(self, reply: worker.Snapshots | worker.Failure, idle_s: float) -> None:
+        """Take an answer in and go on; only after ``idle_s`` if it brings nothing."""
         if self.released or self.over:
             return
         if isinstance(reply, worker.Failure):
@@ -157,7 +165,8 @@ class Side:
                     raise Broken(f"I10: {self.key} rank {self.rank} is shown {seen}")
                 self.job.was_shown(self.role, self.group, seen.snapshot, _common(seen))
                 self.seen = seen
-        wait_s = self.think_s * (0.5 + self.world.dice.random())
+        wait_s = self.think_s if reply.transfers else max(idle_s, self.think_s)
+        wait_s *= 0.5 + self.world.dice.random()
         self.process.later(wait_s, self._think)
 
     def _think(self) -> None:

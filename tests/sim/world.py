@@ -42,6 +42,7 @@ class Plan:
     calm_at_s: float
     jobs: tuple[JobPlan, ...]
     faults: tuple[Fault, ...]
+    boards: bool = False  # workers look at status boards
 
 
 class World:
