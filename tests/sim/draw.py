@@ -26,7 +26,13 @@ def draw(seed: int, *, groups: bool = True, later: bool = True) -> Plan:
 
 
 def _with_later(dice: Random, plan: Plan) -> Plan:
-    return replace(plan, boards=dice.random() < 0.5)
+    plan = replace(plan, boards=dice.random() < 0.5)
+    if dice.random() < 0.9:
+        return plan
+    for_s = _moment(dice, LONGEST_S)
+    lost = faults.LoseSink(_moment(dice, 1.5), dice.randrange(4), for_s)
+    calm_at_s = max(plan.calm_at_s, lost.at_s + for_s + 0.5)
+    return replace(plan, calm_at_s=calm_at_s, faults=(*plan.faults, lost))
 
 
 def _draw(seed: int, *, groups: bool) -> Plan:

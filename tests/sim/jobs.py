@@ -64,6 +64,7 @@ class Job:
         self._consumed: set[tuple[int, int]] = set()  # (attempt, rank)
         self.done = False  # consumed to the end
         self.cancelled = False
+        self.lost = False  # its sink is gone, and nobody tells its source
         self.finished = False
         self.source_succeeded = False
         self.excuse: str | None = None  # why an attempt of it may fail
@@ -135,6 +136,18 @@ class Job:
             side = self.sides.get((role, rank))
             if side is not None:
                 self.world.clock.after(wait_s, self._give_up, side, abort)
+        self.look()
+
+    def lose(self) -> None:
+        """Its sink's daemon is about to be gone for good, and the router with it."""
+        if self.done or self.cancelled:
+            return
+        self.cancelled = self.lost = True
+        for rank in range(self.plan.ranks):
+            side = self.sides.pop((Role.SINK, rank), None)
+            if side is not None:
+                side.process.forget(side)
+                side.process.sides.pop((side.key, rank), None)
         self.look()
 
     def _give_up(self, side: Side, abort: bool) -> None:

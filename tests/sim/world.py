@@ -15,6 +15,7 @@ from sim.jobs import Job, JobPlan
 from sim.machine import Machine
 from sim.memory import BLOCK, Broken
 from sim.network import Network
+from sim.quiet import Quiet
 from sim.streams import Connection
 from sim.workers import LAYOUTS, Lock, Process
 
@@ -50,6 +51,7 @@ class World:
 
     def __init__(self, plan: Plan, *, salt: int = 0, tell: bool = False) -> None:
         self.plan = plan
+        self.timing = TIMING
         self.dice = Random(plan.seed * 1_000_003 + salt)
         self.story: list[str] | None = [] if tell else None
         self.clock = Clock()
@@ -193,6 +195,7 @@ class World:
         for name, process in list(self.processes.items()):
             process.stopped_until_s = 0.0
             self.start_process(name)
+        Quiet(self)
 
     def _is_tidy(self) -> bool:
         for machine in self.machines.values():
