@@ -247,7 +247,8 @@ class LoseSink(Fault):
 
     def begin(self, world: World) -> None:
         job = world.jobs[self.job % len(world.jobs)]
-        if job.plan.source != job.plan.sink:
+        is_up = world.machines[job.plan.sink].life is not None  # else it comes back as it was
+        if is_up and job.plan.source != job.plan.sink:
             excuse(world.jobs_of(machine=job.plan.sink), "sink lost")
             excuse(world.jobs_of(machine=job.plan.source), "a lost one holds room")
             job.lose()
