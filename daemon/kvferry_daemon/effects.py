@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvferry_daemon.copies import Copies
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.boards import SLOTS, board_path
@@ -63,6 +64,7 @@ class Effects:
         self._drops: list[Future[None]] = []
         self._slice_plans = SlicePlans()
         self._memory = ThreadPoolExecutor(2, "kvferry-memory", placement.enter)
+        self._copies = Copies(self.feed)
         self._moves: dict[type, Callable[[Any], None]] = {
             out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
             out.ToSink: links.to_sink,
@@ -160,6 +162,7 @@ class Effects:
         for task in self._tasks:
             task.cancel()
         self._memory.shutdown(wait=True)
+        self._copies.close()
 
     # --- time ---
 
@@ -189,16 +192,23 @@ class Effects:
         return self._slice_plans.sliced(pool, layout, slices, *extent)
 
     def _expect(self, effect: out.Expect) -> None:
+        if effect.key.is_here:
+            self._copies.expect(effect, self._place(effect))
+            return
         assert self._streams is not None
         if not self._streams.expect(effect, self._place(effect), _blocks(effect)):
             self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
         assert self._streams is not None
-        for key, handle, first_token in self._streams.cancel(effect.handle):
+        claims = self._streams.cancel(effect.handle) + self._copies.cancel(effect.handle)
+        for key, handle, first_token in claims:
             self._events.append(out.ChunkMissed(key, handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
+        if effect.key.is_here:
+            self._copies.transmit(effect, self._place(effect))
+            return
         assert self._streams is not None
         # If it is gone, its end tells the transfer.
         self._streams.transmit(effect, self._place(effect), _blocks(effect))

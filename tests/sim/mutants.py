@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from kvferry_daemon.core import effects_of, here
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import CLEAN, MIXED, RunAllocator
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.claims import Claims
+from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.peers import Peer
@@ -372,6 +374,28 @@ def slot_before_ledger(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Life, "_perform_once_written", wrong)
 
 
+def closing_is_a_proof(patch: pytest.MonkeyPatch) -> None:
+    """What is copied within a daemon is over when somebody has waited for long enough."""
+    right = EffectDesk._close_stream
+
+    def wrong(self: EffectDesk, transfer: Any, effect: ev.CloseStream) -> None:
+        if effect.key.is_here:
+            self._node.post(transfer.key, ev.StreamDown(effect.key))
+        right(self, transfer, effect)
+
+    patch.setattr(EffectDesk, "_close_stream", wrong)
+
+
+def takes_over_whatever(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of one pool change owner, however many ranks there are on either side."""
+
+    def wrong(source: Any, sink: Any) -> bool:
+        return bool(source.opening.pool_id == sink.opening.pool_id)
+
+    patch.setattr(here, "can_take_over", wrong)
+    patch.setattr(effects_of, "can_take_over", wrong)
+
+
 def _move(patch: pytest.MonkeyPatch, side: type[Any], event: type[Any], move: Any) -> None:
     """Replace what a side does with an event, live and ended."""
     name = side.LIVE[event].__name__
@@ -391,5 +415,5 @@ MUTANTS = (
     unfloored_resume, old_unknown, writer_forgotten, reader_forgotten, never_again, not_zeroed,
     half_blocks, seen_before_ledger, free_is_clean, done_forgotten, fastest_part, fastest_rank,
     one_released, total_of_one, shown_at_once, shown_before_death, news_not_missed,
-    any_ping_renews, slot_not_kept, slot_before_ledger,
+    any_ping_renews, slot_not_kept, slot_before_ledger, closing_is_a_proof, takes_over_whatever,
 )  # fmt: skip

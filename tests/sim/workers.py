@@ -11,7 +11,8 @@ from kvferry_proto import worker
 from kvferry_proto.errors import Code
 from kvferry_proto.layout import Dtype, Layout, Plane
 from sim.boards import ModelReader
-from sim.memory import BLOCK, Broken
+from sim.jobs import is_wide
+from sim.memory import BLOCK, WIDE, Broken
 
 if TYPE_CHECKING:
     from sim.life import Life
@@ -25,7 +26,9 @@ Then = Callable[[worker.Snapshots | worker.Failure], None]
 
 _PLANES = (Plane(name="kv", dtype=Dtype.UINT8, shape=(64,)),)
 LAYOUTS = {
-    names: Layout(planes=_PLANES, aux=names, block_size_tokens=BLOCK) for names in ((), ("first",))
+    (names, size): Layout(planes=_PLANES, aux=names, block_size_tokens=size)
+    for names in ((), ("first",))
+    for size in (BLOCK, WIDE)
 }
 
 
@@ -45,6 +48,7 @@ class Process:
         self.world = world
         self.machine = machine
         self.name = name
+        self.layout = world.layouts[WIDE if is_wide(name) else BLOCK]
         self.alive = True
         self.stopped_until_s = 0.0
         self._locks = 0
@@ -177,7 +181,7 @@ class Process:
         self.joined = False
         self._number += 1
         hello = worker.Hello(
-            call=self._number, lock=self.lock, layout=self.world.layout, session=self.session
+            call=self._number, lock=self.lock, layout=self.layout, session=self.session
         )
         self._calls[self._number] = (hello, None)
         self._send(self._number)

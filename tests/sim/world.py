@@ -13,7 +13,7 @@ from sim.clock import Clock
 from sim.faults import SILENCE_S, Fault, excuse
 from sim.jobs import Job, JobPlan
 from sim.machine import Machine
-from sim.memory import BLOCK, Broken
+from sim.memory import BLOCK, WIDE, Broken
 from sim.network import Network
 from sim.quiet import Quiet
 from sim.streams import Connection
@@ -56,7 +56,8 @@ class World:
         self.story: list[str] | None = [] if tell else None
         self.clock = Clock()
         self.network = Network(self.clock, self.dice)
-        self.layout = LAYOUTS[("first",) if plan.aux else ()]
+        names = ("first",) if plan.aux else ()
+        self.layouts = {size: LAYOUTS[names, size] for size in (BLOCK, WIDE)}
         self.node_events = 0
         self.connections: list[Connection] = []
         self.routes: dict[bytes, Process] = {}
@@ -95,7 +96,7 @@ class World:
             pool_tokens=plan.blocks * BLOCK,
             source_share=plan.source_share,
             streams=plan.streams,
-            chunk_bytes=plan.chunk_blocks * self.layout.block_bytes,
+            chunk_bytes=plan.chunk_blocks * self.layouts[BLOCK].block_bytes,
             transfers_max=100,
             workers_max=20,
         )

@@ -15,6 +15,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.effects_of import EffectDesk
+from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.polls import Polls
 from kvferry_daemon.core.records import SessionRecord
@@ -112,6 +113,7 @@ class Node:
         self.workers = WorkerDesk(self)
         self.sources = SourceDesk(self)
         self.sinks = SinkDesk(self)
+        self.here = Here(self)
         self._effects_of = EffectDesk(self)
         self.notes = Notes(self)
         self._moves: dict[type, Callable[[Any], None]] = {

@@ -167,18 +167,16 @@ def _behind(transfer: AnyTransfer) -> list[int]:
 
 def _transport(node: Node, transfer: AnyTransfer) -> str:
     """Empty before a data connection to the other side was asked for."""
-    if _is_local(node, transfer):
-        return "handoff"
     if isinstance(transfer, SourceTransfer):
-        return node.sources.transports.get(transfer.sink or "", "")
-    peer = node.sinks.peers.get(transfer.opening.source or "")
-    return (peer.transport if peer else None) or ""
-
-
-def _is_local(node: Node, transfer: AnyTransfer) -> bool:
-    if isinstance(transfer, SinkTransfer):
-        return transfer.opening.source is None
-    return transfer.sink == node.settings.boot_id
+        if transfer.sink != node.settings.boot_id:
+            return node.sources.transports.get(transfer.sink or "", "")
+        sink = node.transfers.get(transfer.key._replace(role=Role.SINK))
+        if isinstance(sink, SinkTransfer):
+            transfer = sink
+    elif transfer.opening.source is not None:
+        peer = node.sinks.peers.get(transfer.opening.source)
+        return (peer.transport if peer else None) or ""
+    return "handoff" if not isinstance(transfer, SinkTransfer) or transfer.takes_over else "copy"
 
 
 def our_version() -> str:

@@ -155,8 +155,9 @@ class SinkDesk:
 
     def on_received(self, event: out.ChunkReceived) -> None:
         """An extent is in place."""
-        self._node.counters["chunks_received"] += 1
-        self._node.counters["bytes_received"] += event.payload_bytes
+        how = "copied" if event.key.is_here else "received"
+        self._node.counters[f"chunks_{how}"] += 1
+        self._node.counters[f"bytes_{how}"] += event.payload_bytes
         key, part = self.named(event.handle)
         self._node.post(key, ev.Received(event.key, event.first_token, part))
 

@@ -200,7 +200,7 @@ class SourceDesk:
         if unmet is None:
             return
         if unmet[0].sink == self._node.settings.boot_id:
-            self._node.post(key, unmet[0])
+            self._node.here.pull(unmet[0])
         else:
             self._on_pull(unmet[0])
 
@@ -255,8 +255,9 @@ class SourceDesk:
 
     def on_sent(self, event: out.ChunkSent) -> None:
         """An extent has left."""
-        self._node.counters["chunks_sent"] += 1
-        self._node.counters["bytes_sent"] += event.payload_bytes
+        if not event.key.is_here:
+            self._node.counters["chunks_sent"] += 1
+            self._node.counters["bytes_sent"] += event.payload_bytes
         self._node.post(event.owner, ev.Sent(event.key, event.first_token, event.part))
 
     # --- saying ---
