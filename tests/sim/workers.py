@@ -221,8 +221,7 @@ class Process:
         if self.board is not None:
             self.board.leave()
         assert self.life is not None
-        [board] = self.life.boards.values()
-        self.board = ModelReader(welcome, board)
+        self.board = ModelReader(welcome, self.life.boards[self.layout.digest.hex()])
 
     def _lost_everything(self) -> None:
         """The daemon was started anew and knows none of this process's transfers."""
