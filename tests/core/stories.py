@@ -19,7 +19,7 @@ class Story:
     world: World = field(default_factory=World)
     late: bool = True
     handoff: bool = False
-    copy: bool = False  # within one daemon, too, but the sink's blocks are larger
+    copy: Role | None = None  # within one daemon, too, but the blocks of this side are larger
     attempt: int = 0
     start: int = 0
     read: list[Any] = field(default_factory=list)
@@ -28,8 +28,8 @@ class Story:
 
     def __post_init__(self) -> None:
         self.where = "b" if self.handoff or self.copy else "a"
-        self.world.hello(self.where, SOURCE)
-        self.world.hello("b", SINK, layout(block=2 * BLOCK if self.copy else BLOCK))
+        for where, route, role in ((self.where, SOURCE, Role.SOURCE), ("b", SINK, Role.SINK)):
+            self.world.hello(where, route, layout(block=2 * BLOCK if role is self.copy else BLOCK))
 
     def open(self, **receive: Any) -> None:
         """Open both sides."""

@@ -18,8 +18,9 @@ WINDOW = 8
 
 @pytest.mark.parametrize("total", [0, 1, BLOCK, 2 * BLOCK - 1, WINDOW, WINDOW + 1, 37])
 @pytest.mark.parametrize("late", [True, False])
-def test_every_length(total: int, late: bool) -> None:
-    story = Story(total, late=late, copy=True)
+@pytest.mark.parametrize("wide", list(Role))
+def test_every_length(total: int, late: bool, wide: Role) -> None:
+    story = Story(total, late=late, copy=wide)
     story.open()
     story.check(story.run())
     counters = story.world.machines["b"].node.counters
@@ -31,7 +32,7 @@ def test_every_length(total: int, late: bool) -> None:
 @pytest.mark.parametrize("first", ["source", "sink"])
 def test_either_side_may_come_first(first: str) -> None:
     """What they are to each other is found out when they meet, not before."""
-    story = Story(3 * WINDOW + 1, copy=True)
+    story = Story(3 * WINDOW + 1, copy=Role.SINK)
     (story.open_source if first == "source" else story.open_sink)()
     story.world.wait(1)
     story.world.beat()
@@ -43,14 +44,14 @@ def test_either_side_may_come_first(first: str) -> None:
 
 
 def test_a_prefix_that_the_sink_has_is_not_copied() -> None:
-    story = Story(5 * WINDOW, copy=True, start=2 * WINDOW)
+    story = Story(5 * WINDOW, copy=Role.SINK, start=2 * WINDOW)
     story.open()
     story.check(story.run())
     assert story.world.machines["b"].node.counters["bytes_copied"] == 3 * WINDOW
 
 
 def test_whole_mode_has_it_all() -> None:
-    story = Story(20, World(blocks=32, window_tokens=WINDOW), copy=True)
+    story = Story(20, World(blocks=32, window_tokens=WINDOW), copy=Role.SINK)
     story.open(mode=Mode.WHOLE, max_tokens=24)
     end = story.run()
     assert (end.base_tokens, story.resumes) == (0, [])
@@ -58,7 +59,7 @@ def test_whole_mode_has_it_all() -> None:
 
 
 def test_an_operator_sees_how_bytes_travel() -> None:
-    for story, how in ((Story(4, copy=True), "copy"), (Story(4, handoff=True), "handoff")):
+    for story, how in ((Story(4, copy=Role.SINK), "copy"), (Story(4, handoff=True), "handoff")):
         story.open()
         story.world.wait(0.1)
         node = story.world.machines["b"].node
@@ -68,7 +69,7 @@ def test_an_operator_sees_how_bytes_travel() -> None:
 
 def in_flight(total: int = WINDOW) -> tuple[Story, Chunk]:
     """A whole window is served, and one of its copies is under way."""
-    story = Story(total, copy=True)
+    story = Story(total, copy=Role.SINK)
     story.open()
     story.world.wait(0.1)
     story.produce()
