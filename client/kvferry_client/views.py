@@ -59,6 +59,13 @@ class Pool:
         )
         return array.swapaxes(1, 2) if hnd else array
 
+    def torch_blocks(self) -> Any:
+        """All of it as a torch tensor, (blocks, block_bytes) uint8, no copy. Imports torch."""
+        import torch
+
+        whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        return whole.view(self.info.blocks, self.info.block_bytes)
+
     def plane_named(self, name: str) -> Plane:
         """A plane of the layout; FerryError(bad_array) names those that there are."""
         for plane in self.layout.planes:

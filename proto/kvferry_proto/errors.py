@@ -66,6 +66,7 @@ class Code(StrEnum):
     DAEMON_RESTARTED = "daemon_restarted"
     DAEMON_UNREACHABLE = "daemon_unreachable"
     BAD_ARRAY = "bad_array"
+    BAD_BLOCK_TABLE = "bad_block_table"
     CLIENT_CLOSED = "client_closed"
     INTERNAL = "internal"
 
@@ -140,6 +141,9 @@ ADVICE: dict[Code, Advice] = {
     Code.DAEMON_RESTARTED: Advice(_O, "open the transfer again with attempt + 1 on both sides"),
     Code.DAEMON_UNREACHABLE: Advice(_O, "start the daemon, or check the runtime directory"),
     Code.BAD_ARRAY: Advice(_C, "give each plane's dtype and shape, the same tokens of every plane"),
+    Code.BAD_BLOCK_TABLE: Advice(
+        _C, "name a block of the cache for every token up to the last one copied"
+    ),
     Code.CLIENT_CLOSED: Advice(_C, "connect again, in the process that uses it"),
     Code.INTERNAL: Advice(_U, "report it with the daemon's log"),
 }
