@@ -2,22 +2,22 @@
 
 An engine keeps the KV cache in blocks of its own, found through a block table a request; a window
 is runs of a pool's blocks. ``PagedCopy`` is built once for both and copies tokens either way: on a
-GPU as one launch of a Triton kernel for all planes, in host memory with torch.
+GPU as one launch of a Triton kernel for all planes, in host memory piece by piece.
 
 Not imported by ``kvferry_client`` itself: it needs torch, and on a GPU triton.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvferry_client.arrays import dtype_names
-from kvferry_client.paged_reference import TorchCopier
+from kvferry_client.paged_host import HostCopier
 from kvferry_client.paged_rows import Copier, Move, Rows, rows_of
-from kvferry_client.views import WindowView
+from kvferry_client.views import Run
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout, Order, Plane
 
@@ -34,6 +34,17 @@ class CachePlane(NamedTuple):
 
     tensor: torch.Tensor
     order: Order = Order.NHD
+
+
+class Window(Protocol):
+    """What is needed of a ``WindowView``: tokens [first_token, end_token), and where they lie."""
+
+    @property
+    def first_token(self) -> int: ...
+    @property
+    def end_token(self) -> int: ...
+    @property
+    def runs(self) -> Sequence[Run]: ...
 
 
 class HeadSlice(NamedTuple):
@@ -129,10 +140,10 @@ class PagedCopy:
 
             self._copier: Copier = TritonCopier(planes)
         else:
-            self._copier = TorchCopier(planes)
+            self._copier = HostCopier(planes)
 
     def gather(
-        self, block_table: BlockTable, window: WindowView, first_token: int, tokens: int
+        self, block_table: BlockTable, window: Window, first_token: int, tokens: int
     ) -> None:
         """Copy tokens [first_token, first_token + tokens) out of the cache into a window.
 
@@ -144,7 +155,7 @@ class PagedCopy:
         self._copier.copy(self._move(block_table, window, first_token, tokens), to_pool=True)
 
     def scatter(
-        self, block_table: BlockTable, window: WindowView, first_token: int, tokens: int
+        self, block_table: BlockTable, window: Window, first_token: int, tokens: int
     ) -> None:
         """Copy tokens [first_token, first_token + tokens) of a window into the cache.
 
@@ -158,9 +169,7 @@ class PagedCopy:
             )
         self._copier.copy(move, to_pool=False)
 
-    def _move(
-        self, block_table: BlockTable, window: WindowView, first_token: int, tokens: int
-    ) -> Move:
+    def _move(self, block_table: BlockTable, window: Window, first_token: int, tokens: int) -> Move:
         end_token = first_token + tokens
         if tokens < 1 or first_token < window.first_token or end_token > window.end_token:
             raise FerryError(
@@ -198,7 +207,7 @@ class PagedCopy:
             )
         return entries.astype(np.int64)
 
-    def _pool_blocks(self, window: WindowView, first: int, end: int) -> NDArray[np.int64]:
+    def _pool_blocks(self, window: Window, first: int, end: int) -> NDArray[np.int64]:
         """The pool's blocks that hold tokens [first, end) of a window, in order."""
         size = self._pool.layout.block_size_tokens
         found, at = [], first // size * size

@@ -1,4 +1,4 @@
-"""The Triton kernel beside the torch reference: in Triton's interpreter, or on a GPU if there is one.
+"""The Triton kernel beside the copy in host memory: in Triton's interpreter, or on a GPU if there is one.
 
 The interpreter knows nothing of types and of what a GPU does at once, so the kernel is also compiled
 for one. That needs none.
@@ -19,8 +19,8 @@ if not IS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton and a kernel are loaded
 
 from kvferry_client.paged import PagedCopy, _pairs
+from kvferry_client.paged_host import HostCopier
 from kvferry_client.paged_kernel import TritonCopier
-from kvferry_client.paged_reference import TorchCopier
 from kvferry_proto.errors import FerryError
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
 from paged.cases import Case, cached, case_of, cases
@@ -29,21 +29,21 @@ on_gpu = pytest.mark.skipif(not IS_CUDA, reason="no CUDA device: the kernel is i
 
 
 def assert_copies_alike(case: Case, *, to_pool: bool) -> None:
-    """The kernel leaves every byte of both sides as the reference does."""
+    """The kernel leaves every byte of both sides as the host copy does."""
     planes = list(_pairs(case.cache, case.paged_pool, case.heads))
     move = case.copy()._move(*case.where)
     before = case.put_aside("cuda" if IS_CUDA else "cpu")
     TritonCopier(list(_pairs(before.cache, before.paged_pool, case.heads))).copy(
         move, to_pool=to_pool
     )
-    TorchCopier(planes).copy(move, to_pool=to_pool)
+    HostCopier(planes).copy(move, to_pool=to_pool)
     assert before.memory() == case.memory()
 
 
 @pytest.mark.parametrize("to_pool", [True, False], ids=["gather", "scatter"])
 @given(case=cases())
 @settings(max_examples=40, deadline=None)
-def test_the_kernel_copies_what_the_reference_does(case: Case, to_pool: bool) -> None:
+def test_the_kernel_copies_what_the_host_copy_does(case: Case, to_pool: bool) -> None:
     assert_copies_alike(case, to_pool=to_pool)
 
 
