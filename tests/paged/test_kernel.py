@@ -42,7 +42,7 @@ def assert_copies_alike(case: Case, *, to_pool: bool) -> None:
 
 @pytest.mark.parametrize("to_pool", [True, False], ids=["gather", "scatter"])
 @given(case=cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_kernel_copies_what_the_host_copy_does(case: Case, to_pool: bool) -> None:
     assert_copies_alike(case, to_pool=to_pool)
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from kvferry_client.paged import CachePlane, HeadSlice, PagedCache, PagedCopy, PagedPool
+from kvferry_client.paged_rows import rows_of
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
 from paged.cases import Case, cached, case_of, cases
@@ -41,7 +42,7 @@ def a_case(heads: HeadSlice | None = None, have: int | None = None) -> Case:
 
 @pytest.mark.parametrize("to_pool", [True, False], ids=["gather", "scatter"])
 @given(case=cases())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_right_bytes_are_copied_and_no_other(case: Case, to_pool: bool) -> None:
     want = case.expected(to_pool=to_pool)
     copy = case.copy()
@@ -214,6 +215,17 @@ def test_memory_that_is_no_pool_is_refused(memory: torch.Tensor) -> None:
     with pytest.raises(FerryError, match="a pool is contiguous uint8 of") as refused:
         PagedPool(memory, LAYOUT)
     assert refused.value.code is Code.BAD_ARRAY
+
+
+@pytest.mark.parametrize(("skip", "align_bytes"), [(0, 16), (8, 8), (4, 4), (2, 2), (5, 1)])
+def test_words_are_as_wide_as_addresses_allow(skip: int, align_bytes: int) -> None:
+    """Strides and rows that are multiples of 16 bytes say nothing of where a tensor begins."""
+    whole = torch.zeros(4, 2, 3, 64, dtype=torch.uint8)
+    view = whole[..., skip : skip + 16]
+    assert whole.data_ptr() % 16 == 0
+    assert rows_of("k", view, torch.zeros_like(whole[..., :16])).align_bytes == align_bytes
+    elsewhere = torch.from_numpy(whole.numpy()[..., skip : skip + 16])  # an offset of 0
+    assert rows_of("k", elsewhere, whole[..., :16]).align_bytes == align_bytes
 
 
 def test_the_client_needs_neither_torch_nor_triton() -> None:
