@@ -114,7 +114,7 @@ class PagedCopy:
     """Copies tokens between a cache and windows of a pool, all planes of the cache at once.
 
     Planes that the layout has and the cache has not are left alone: a cache of a few layers copies
-    those. Holds the tensors of both for as long as it lives. Threads may share it.
+    those. Holds the tensors of both for as long as it lives.
 
     On a GPU a copy is queued on the current stream: wait for it before you tell the daemon
     ``ready``, ``resume`` or ``release``.

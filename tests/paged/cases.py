@@ -163,13 +163,15 @@ def case_of(
     first: int,
     tokens: int,
     heads: HeadSlice | None = None,
+    ahead: int = 0,
 ) -> Case:
-    """A window that begins in the block of its first token, in a pool a block larger than it."""
+    """A window whose first ``ahead`` blocks are not copied, in a pool a block larger than it."""
     pool = pool_of(layout, max(first_block + count for first_block, count in runs) + 1)
     size = layout.block_size_tokens
-    placed = runs_of(first // size * size, size, runs)
+    placed = runs_of((first // size - ahead) * size, size, runs)
+    begin = placed[0].first_token if ahead else first
     end = placed[-1].first_token + placed[-1].blocks * size
-    window = WindowView(pool, first, end - first, placed)
+    window = WindowView(pool, begin, end - begin, placed)
     return Case(layout, cached, pool.torch_blocks(), window, table, first, tokens, heads)
 
 
@@ -203,17 +205,19 @@ def cases(draw: st.DrawFn) -> Case:
     blocks = needed + draw(st.integers(0, 3))
     table = draw(st.permutations(range(blocks)))[:needed]
     heads = _slice(draw, layout)
+    ahead = draw(st.integers(0, min(2, first // size)))
     some = draw(st.lists(st.sampled_from(layout.planes), min_size=1, unique_by=lambda p: p.name))
     if heads is not None and all(plane.heads_total is None for plane in some):
         heads = None
     return case_of(
         layout,
         [_cached(draw, plane, blocks, cache_size, heads) for plane in some],
-        runs=_runs(draw, -(-(first + tokens) // size) - first // size),
+        runs=_runs(draw, -(-(first + tokens) // size) - first // size + ahead),
         table=table,
         first=first,
         tokens=tokens,
         heads=heads,
+        ahead=ahead,
     )
 
 
@@ -240,7 +244,11 @@ def _slice(draw: st.DrawFn, layout: Layout) -> HeadSlice | None:
 
 def _runs(draw: st.DrawFn, blocks: int) -> list[tuple[int, int]]:
     """Runs of so many blocks and maybe one more, in any order."""
-    held = draw(st.permutations(range(blocks + 2)))[: blocks + draw(st.integers(0, 1))]
-    if draw(st.booleans()):
-        return [(1, len(held))]
-    return [(block, 1) for block in held]
+    left, at = blocks + draw(st.integers(0, 1)), 0
+    runs: list[tuple[int, int]] = []
+    while left:
+        at += draw(st.integers(0, 1))
+        count = draw(st.integers(1, left))
+        runs.append((at, count))
+        at, left = at + count, left - count
+    return draw(st.permutations(runs))

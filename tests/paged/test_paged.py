@@ -228,6 +228,11 @@ def test_words_are_as_wide_as_addresses_allow(skip: int, align_bytes: int) -> No
     assert rows_of("k", elsewhere, whole[..., :16]).align_bytes == align_bytes
 
 
+def test_an_axis_of_one_entry_makes_no_word_narrower() -> None:
+    one = torch.zeros(128, dtype=torch.uint8).as_strided((1, 2, 1, 16), (5, 32, 3, 1))
+    assert rows_of("k", one, one.clone()).align_bytes == 16
+
+
 def test_the_client_needs_neither_torch_nor_triton() -> None:
     code = "import sys; sys.modules['torch'] = sys.modules['triton'] = None; import kvferry_client"
     subprocess.run([sys.executable, "-c", code], check=True)
