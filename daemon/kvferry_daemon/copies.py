@@ -17,6 +17,7 @@ from typing import NamedTuple
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.transports.tcp.bridge import LoopBridge
+from kvferry_daemon.transports.tcp.events import Enter, stay
 from kvferry_daemon.transports.tcp.staging import Place, Staging, payload_bytes_of
 from kvferry_proto.peer import PARTS_MAX
 
@@ -32,10 +33,11 @@ class _Claim(NamedTuple):
 class Copies:
     """Brings claims and served extents together; posts what became of them as node events."""
 
-    def __init__(self, feed: Callable[[out.NodeEvent], None]) -> None:
+    def __init__(self, feed: Callable[[out.NodeEvent], None], enter: Enter = stay) -> None:
+        """``enter`` is called by every thread that copies, before all else."""
         self._claims: dict[tuple[int, int], _Claim] = {}  # by handle and first token
         self._bridge: LoopBridge[out.NodeEvent] = LoopBridge(asyncio.get_running_loop(), feed)
-        self._threads = ThreadPoolExecutor(THREADS, "kvferry-copy")
+        self._threads = ThreadPoolExecutor(THREADS, "kvferry-copy", enter)
         self._of_thread = threading.local()
 
     def expect(self, effect: out.Expect, place: Place) -> None:

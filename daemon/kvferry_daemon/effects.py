@@ -64,7 +64,7 @@ class Effects:
         self._drops: list[Future[None]] = []
         self._slice_plans = SlicePlans()
         self._memory = ThreadPoolExecutor(2, "kvferry-memory", placement.enter)
-        self._copies = Copies(self.feed)
+        self._copies = Copies(self.feed, placement.enter)
         self._moves: dict[type, Callable[[Any], None]] = {
             out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
             out.ToSink: links.to_sink,
