@@ -13,7 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import aims, board, handoff, machine, messages, pieces, pool, short, waiting, windows
+from bench import (
+    aims,
+    board,
+    handoff,
+    machine,
+    messages,
+    paged,
+    pieces,
+    pool,
+    short,
+    waiting,
+    windows,
+)
 
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +35,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "at_once": windows.measure_at_once,
     "handoff": handoff.measure,
     "reading": handoff.measure_reading,
+    "paged": paged.measure,
     "messages": messages.measure,
     "board": board.measure,
     "live": messages.measure_live,

@@ -83,7 +83,7 @@ def measure(
         "bytes_verified": True,
         "total_bytes": scene.total_bytes,
         "microseconds": spread(one * 1e6 for one in seconds[1:]),
-        "bytes_copied": counters.get("bytes_received", 0),
+        "bytes_copied": counters.get("bytes_copied", 0) + counters.get("bytes_received", 0),
         "blocks_handed_over": counters["blocks_handed_over"],
     }
 

@@ -9,6 +9,7 @@ its figures are replaced by the reason.
 import sys
 import tempfile
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ WAYS = {
     "zeromq": ["zeromq"],
     "plain": ["stream", "plain"],
     "checksum": ["stream", "checksum"],
+    "offer": ["offer"],
 }
+OPTIONAL = {"offer": "nixl"}  # ours, but for a package that need not be there
 PEERS = {
     "nixl_read": ["nixl", "READ"],
     "nixl_write": ["nixl", "WRITE"],
@@ -79,6 +82,9 @@ def measure(
         pairs: dict[str, Pair] = {}
         missing: dict[str, str] = {}
         for name, way in WAYS.items():
+            if name in OPTIONAL and find_spec(OPTIONAL[name]) is None:
+                missing[name] = f"not installed: {OPTIONAL[name]}"
+                continue
             pairs[name] = Pair(Path(sys.executable), way, pools.paths, Path(root))
             stack.callback(pairs[name].close)
         for name, way in PEERS.items():
@@ -120,6 +126,11 @@ def _measure_size(
     total_bytes = pools.sink.block_bytes
     found = {f"{name}_gb_per_s": rates(total_bytes, seconds[name]) for name in pairs}
     found |= {f"{name}_gb_per_s": absent(why) for name, why in missing.items()}
+    found["offer_to_nixl_read"] = (
+        absent(" or ".join(missing[name] for name in ("offer", "nixl_read") if name in missing))
+        if missing.keys() & {"offer", "nixl_read"}
+        else ratios(seconds["nixl_read"], seconds["offer"])
+    )
     for ours in OURS:
         for other in YARDSTICKS:
             found[f"{ours}_to_{other}"] = (

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bench import board, handoff, messages, pieces, pool, waiting, windows
+from bench import board, handoff, messages, paged, pieces, pool, waiting, windows
 from bench.payload import llama
 from bench.windows import Case
 
@@ -21,6 +21,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "at_once": partial(windows.measure_at_once, AT_ONCE, (1, 8), 1),
     "handoff": partial(handoff.measure, LAYOUT, 256, 1),
     "reading": partial(handoff.measure_reading, LAYOUT, 256, 1),
+    "paged": paged.measure,
     "messages": partial(messages.measure, 1, 100, 100),
     "board": board.measure,
     "live": partial(messages.measure_live, (10, 100), 1, 100),

@@ -142,17 +142,27 @@ class World:
         self, name: str, snapshot: worker.Snapshot
     ) -> Iterator[tuple[int, tuple[tuple[str, int], int]]]:
         """Every token of the window, and its (pool, block) and index there."""
-        pool_id = next(iter(self.machines[name].node.books))
+        node = self.machines[name].node
+        key = Key(snapshot.role, snapshot.transfer_id, snapshot.attempt)
+        if key not in node.transfers:
+            return  # over, and it holds nothing
+        pool_id = node.transfers[key].opening.pool_id
         token = snapshot.base_tokens
         for first, blocks in snapshot.runs:
             for block in range(first, first + blocks):
-                for index in range(BLOCK):
+                for index in range(self.block_size(name, pool_id)):
                     yield token, ((pool_id, block), index)
                     token += 1
 
     def block(self, name: str, block: tuple[str, int]) -> list[Token | None]:
         """The token slots of one block."""
-        return self.machines[name].memory.setdefault(block, [None] * BLOCK)
+        return self.machines[name].memory.setdefault(
+            block, [None] * self.block_size(name, block[0])
+        )
+
+    def block_size(self, name: str, pool_id: str) -> int:
+        """Tokens of a pool's blocks."""
+        return self.machines[name].node.books[pool_id].layout.block_size_tokens
 
     # --- effects ---
 
@@ -182,7 +192,8 @@ class World:
             case out.Zero():
                 for run in effect.runs:
                     for block in range(run.first_block, run.first_block + run.blocks):
-                        me.memory[effect.pool_id, block] = [None] * BLOCK
+                        size = self.block_size(name, effect.pool_id)
+                        me.memory[effect.pool_id, block] = [None] * size
                         me.zeroed_blocks += 1
                 return [out.Zeroed(effect.ticket)]
             case out.Admit():
@@ -226,11 +237,13 @@ class World:
         return out.SinkStreamUp(effect.key)
 
     def _transmit(self, name: str, effect: out.Transmit) -> None:
-        for sink_key, source_key in self.sockets.items():
+        here = [(effect.key, effect.key)] if effect.key.is_here else []
+        for sink_key, source_key in [*here, *self.sockets.items()]:
             if source_key == effect.key:
+                to = name if here else "b" if name == "a" else "a"
                 self.wire.append(
                     Chunk(
-                        "b" if name == "a" else "a", sink_key, effect.handle, effect.first_token,
+                        to, sink_key, effect.handle, effect.first_token,
                         effect.tokens, source_key, effect.owner, effect.pool_id,
                         effect.place.runs, effect.place.base_tokens,
                     )
@@ -249,7 +262,7 @@ class World:
             self._deliver_chunk(thing)
 
     def _deliver_chunk(self, chunk: Chunk) -> None:
-        source = "a" if chunk.to == "b" else "b"
+        source = chunk.to if chunk.key.is_here else "a" if chunk.to == "b" else "b"
         data = self._read_extent(source, chunk)
         sent = out.ChunkSent(
             chunk.source_key,
@@ -262,11 +275,14 @@ class World:
         me = self.machines[chunk.to]
         claim = me.claims.pop((chunk.key, chunk.handle, chunk.first_token), None)
         if claim is None or claim.tokens != chunk.tokens:
+            if chunk.key.is_here:
+                return  # nobody reads it aside
             self.feed(chunk.to, out.ChunkDrained(chunk.tokens))
             return
         blocks = [b for run in claim.place.runs for b in range(sum(run[:1]), sum(run))]
+        size = self.block_size(chunk.to, claim.pool_id)
         for token, name in enumerate(data, chunk.first_token):
-            block, index = divmod(token - claim.place.base_tokens, BLOCK)
+            block, index = divmod(token - claim.place.base_tokens, size)
             self.block(chunk.to, (claim.pool_id, blocks[block]))[index] = name
         self.feed(
             chunk.to, out.ChunkReceived(chunk.key, chunk.handle, chunk.first_token, chunk.tokens)
@@ -275,8 +291,9 @@ class World:
     def _read_extent(self, source: str, chunk: Chunk) -> list[Token | None]:
         blocks = [b for run in chunk.runs for b in range(run.first_block, sum(run))]
         data = []
+        size = self.block_size(source, chunk.pool_id)
         for token in range(chunk.first_token, chunk.first_token + chunk.tokens):
-            block, index = divmod(token - chunk.base_tokens, BLOCK)
+            block, index = divmod(token - chunk.base_tokens, size)
             data.append(self.block(source, (chunk.pool_id, blocks[block]))[index])
         return data
 

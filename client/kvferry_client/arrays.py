@@ -19,6 +19,11 @@ def numpy_dtype(plane: Plane) -> np.dtype[Any]:
     return np.dtype(_RAW.get(plane.dtype, plane.dtype.value))
 
 
+def dtype_names(plane: Plane) -> list[str]:
+    """What an array or tensor of a plane may call its dtype: the true one, or the raw bits."""
+    return sorted({plane.dtype.value, _RAW.get(plane.dtype, plane.dtype.value)})
+
+
 class Bits:
     """An array's memory as numpy has it (or a GPU's tensor), and what its owner calls its dtype."""
 
@@ -50,13 +55,13 @@ def bits_of(array: Any) -> Bits:
 def checked(bits: Bits, plane: Plane, tokens: int | None = None) -> Any:
     """The array, if it is (tokens, *shape) of the plane's dtype; else FerryError(bad_array)."""
     array = bits.array
-    names = (plane.dtype.value, _RAW.get(plane.dtype, plane.dtype.value))
+    names = dtype_names(plane)
     shape_fits = array.ndim == 1 + len(plane.shape) and array.shape[1:] == plane.shape
     if bits.dtype not in names or not shape_fits or tokens not in (None, len(array)):
         wanted = ("tokens" if tokens is None else tokens, *plane.shape)
         raise FerryError(
             Code.BAD_ARRAY,
-            f"plane {plane.name!r} takes {' or '.join(sorted(set(names)))} of shape "
+            f"plane {plane.name!r} takes {' or '.join(names)} of shape "
             f"({', '.join(map(str, wanted))}), not {bits.dtype} of {tuple(array.shape)}",
         )
     return array

@@ -92,6 +92,13 @@ class Pool:
         true = getattr(torch, self.plane_named(name).dtype.value)
         return torch.from_numpy(self.plane(name, run)).view(true)
 
+    def torch_blocks(self) -> Any:
+        """All of it as a torch tensor, (blocks, block_bytes) uint8, no copy. Imports torch."""
+        import torch
+
+        whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        return whole.view(self.info.blocks, self.info.block_bytes)
+
     def empty(self, plane: Plane, tokens: int) -> Any:
         """(tokens, *shape) of the plane's dtype, beside the pool."""
         return np.empty((tokens, *plane.shape), numpy_dtype(plane))

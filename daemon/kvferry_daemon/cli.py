@@ -70,11 +70,15 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
         _write(config.model_dump_json(indent=2))
         return
     from kvferry_daemon.daemon import run
+    from kvferry_daemon.memory.placement import PlacementRefused
     from kvferry_daemon.runtime_dir import DirectoryTaken
+    from kvferry_daemon.transports.nixl.agent import NixlFailed
 
     try:
         sys.exit(run(config))
-    except (DirectoryTaken, OSError, zmq.ZMQError) as error:
+    except PlacementRefused as error:
+        _stop(EXIT_CONFIG, f"config: {error}")
+    except (DirectoryTaken, NixlFailed, OSError, zmq.ZMQError) as error:
         _stop(EXIT_SERVE, f"cannot start: {error}")
 
 

@@ -12,9 +12,11 @@ import socket
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from kvferry_daemon.memory.placement import NODE_MAX, parse_cpus
 
 ENV_PREFIX = "KVFERRY_"
 ENV_FILE = "KVFERRY_CONFIG"
@@ -87,9 +89,16 @@ class Config(Deadlines):
     )
     source_share: float = Field(0.5, ge=0, le=1, description="part of a pool for sending")
     window_tokens: int = Field(8192, ge=1, le=1 << 30, description="default window")
+    transport: Literal["auto", "tcp", "nixl"] = Field(
+        "auto", description="how blocks travel; auto: the best that both ends have"
+    )
     streams: int = Field(1, ge=1, le=16, description="data connections to each source")
     chunk_bytes: ByteSize = Field(ByteSize(1 << 20), description="aimed-at size of a chunk")
     checksum: bool = Field(True, description="xxh3 over every chunk")
+    numa_node: int | None = Field(
+        None, ge=0, le=NODE_MAX, description="NUMA node for pools; copying stays on its CPUs"
+    )
+    copy_cpus: str = Field("", description="CPUs for copying, such as 0-3,8")
     transfers_max: int = Field(20_000, ge=1)
     workers_max: int = Field(1024, ge=1)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
@@ -111,6 +120,7 @@ class Config(Deadlines):
                 f"peer_host: {self.peer_host} is not loopback and traffic would be in clear text; "
                 "set insecure=true if the network is trusted"
             )
+        parse_cpus(self.copy_cpus)
         told = self.advertise_host or self.peer_host
         if _is_wildcard(told):
             raise ValueError(

@@ -25,8 +25,11 @@ from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.memory.device import Device
+from kvferry_daemon.memory.huge_pages import huge_pages
+from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_daemon.transports.tcp.staging import plain_buffer
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import Code, FerryError
@@ -44,11 +47,20 @@ class Daemon:
     """One life of a daemon. Create it inside a running event loop."""
 
     def __init__(self, config: Config) -> None:
-        """Bind everything; raises DirectoryTaken, OSError (DeviceError too) or zmq.ZMQError."""
+        """Bind everything.
+
+        Raises PlacementRefused, NixlFailed, DirectoryTaken, OSError (DeviceError too), ZMQError.
+        """
         self.config = config
         device = None if config.device == HOST else Device(config.device)  # first: it may be none
+        placement = Placement.settle(config.numa_node, config.copy_cpus)
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
         self.directory = RuntimeDir(config.runtime_dir)
+        self._placed = control.PlacementStatus(
+            huge_pages=huge_pages(self.directory.pools),
+            numa_node=placement.node,
+            copy_cpus=cpu_list(placement.cpus),
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)  # before the first one
         self._peer_socket = make_socket(self._context, zmq.ROUTER)
@@ -67,13 +79,17 @@ class Daemon:
             0,
             asyncio.get_running_loop().time(),
         )
-        self.effects = Effects(self.node, self, self.directory.pools, device)
+        new_buffer = plain_buffer if device is None else device.buffer
+        self.effects = Effects(self.node, self, self.directory.pools, placement, device, new_buffer)
+        self.node.ways, poller = begin_ways(config.transport, device is not None)
         self.streams = Streams(
             config.peer_host,
             config.data_port,
             config.checksum,
             self.effects.feed,
-            plain_buffer if device is None else device.buffer,
+            poller,
+            placement.enter,
+            new_buffer,
         )
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)
@@ -220,7 +236,10 @@ class Daemon:
             now_s = asyncio.get_running_loop().time()
             if isinstance(request, control.GetStatus):
                 self.node.counters["ledger_commits"] = self.ledger.commits
-                answer = status(self.node, request.call, str(self.directory.path), now_s)
+                self.node.counters["nixl_reads"] = self.streams.nixl_reads
+                answer = status(
+                    self.node, request.call, str(self.directory.path), self._placed, now_s
+                )
                 frame = control.ANSWERS.encode(answer)
             else:
                 frame = control.frame_of(transfers(self.node, request, now_s))

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvferry_daemon.copies import Copies
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.boards import SLOTS, board_path
@@ -19,11 +20,14 @@ from kvferry_daemon.memory.board import Board
 from kvferry_daemon.memory.device import Device, DeviceError, NotShared
 from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
+from kvferry_daemon.memory.placement import ANYWHERE, Placement
 from kvferry_daemon.memory.places import Pool, SlicePlans, whole
 from kvferry_daemon.probe import probe
 from kvferry_daemon.streams import Streams
-from kvferry_daemon.transports.tcp.staging import Place
+from kvferry_daemon.transports.nixl.agent import Memory
+from kvferry_daemon.transports.tcp.staging import Blocks, NewBuffer, Place, plain_buffer
 from kvferry_proto.errors import Code
+from kvferry_proto.offer import HOST as HOST_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +48,20 @@ class Effects:
     """Feeds events to the node, one after the other, and performs what it answers."""
 
     def __init__(
-        self, node: Node, links: Links, pools_dir: Path, device: Device | None = None
+        self,
+        node: Node,
+        links: Links,
+        pools_dir: Path,
+        placement: Placement = ANYWHERE,
+        device: Device | None = None,
+        new_buffer: NewBuffer = plain_buffer,
     ) -> None:
         """``device``: where new pools lie; None: in host memory."""
         self._node = node
         self._device = device
         self._links = links
         self._pools_dir = pools_dir
+        self._placement = placement
         self._loop = asyncio.get_running_loop()
         self._streams: Streams | None = None
         self._pools: dict[str, Pool] = {}
@@ -65,7 +76,8 @@ class Effects:
         self._tasks: set[asyncio.Future[Any]] = set()
         self._drops: list[Future[None]] = []
         self._slice_plans = SlicePlans()
-        self._memory = ThreadPoolExecutor(2, "kvferry-memory")
+        self._memory = ThreadPoolExecutor(2, "kvferry-memory", placement.enter)
+        self._copies = Copies(self.feed, placement.enter, new_buffer)
         self._moves: dict[type, Callable[[Any], None]] = {
             out.ToWorker: lambda e: links.to_worker(e.route, e.reply),
             out.ToSink: links.to_sink,
@@ -90,7 +102,7 @@ class Effects:
         self._streams = streams
         self._moves[pr.Connect] = streams.connect
         self._moves[pr.Disconnect] = lambda e: streams.disconnect(e.key)
-        self._moves[out.Admit] = lambda e: streams.listener.admit(e.ticket, e.key, 10.0)
+        self._moves[out.Admit] = streams.admit
         self._moves[out.Expel] = lambda e: streams.expel(e.key)
 
     def use_ledger(self, ledger: Ledger) -> None:
@@ -151,7 +163,7 @@ class Effects:
                 continue
             path = self._pools_dir / pool.pool_id
             mapped = HostPool.attach(path, pool.layout.block_bytes, pool.blocks)
-            self._pools[pool.pool_id] = mapped
+            self._have_pool(pool.pool_id, mapped)
             self._make_board(pool.pool_id)
 
     def close(self) -> None:
@@ -166,6 +178,7 @@ class Effects:
         for task in self._tasks:
             task.cancel()
         self._memory.shutdown(wait=True)
+        self._copies.close()
 
     # --- time ---
 
@@ -195,20 +208,26 @@ class Effects:
         return self._slice_plans.sliced(pool, layout, slices, *extent)
 
     def _expect(self, effect: out.Expect) -> None:
+        if effect.key.is_here:
+            self._copies.expect(effect, self._place(effect))
+            return
         assert self._streams is not None
-        if not self._streams.expect(effect, self._place(effect)):
+        if not self._streams.expect(effect, self._place(effect), _blocks(effect)):
             self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
 
     def _cancel_expected(self, effect: out.CancelExpected) -> None:
         assert self._streams is not None
-        for key, handle, first_token in self._streams.cancel(effect.handle):
+        claims = self._streams.cancel(effect.handle) + self._copies.cancel(effect.handle)
+        for key, handle, first_token in claims:
             self._events.append(out.ChunkMissed(key, handle, first_token))
 
     def _transmit(self, effect: out.Transmit) -> None:
+        if effect.key.is_here:
+            self._copies.transmit(effect, self._place(effect))
+            return
         assert self._streams is not None
-        self._streams.transmit(
-            effect, self._place(effect)
-        )  # if it is gone, its end tells the transfer
+        # If it is gone, its end tells the transfer.
+        self._streams.transmit(effect, self._place(effect), _blocks(effect))
 
     # --- work off the loop ---
 
@@ -244,7 +263,11 @@ class Effects:
         pool = [self._pools.pop(effect.pool_id)]  # the last to hold it is the thread
         board = self._boards.pop(effect.pool_id, None)
 
+        streams = self._streams
+
         def work() -> None:
+            if streams is not None:
+                streams.drop_pool(effect.pool_id)
             pool.pop().remove()
             if board is not None:
                 board.remove()
@@ -264,7 +287,7 @@ class Effects:
                 return out.PoolNotMade(effect.pool_id, str(error), Code.POOL_UNREACHABLE)
             except (MemoryRefused, OSError) as error:
                 return out.PoolNotMade(effect.pool_id, str(error))
-            self._pools[effect.pool_id] = pool
+            self._have_pool(effect.pool_id, pool)
             self._make_board(effect.pool_id)
             memory = pool.memory if isinstance(pool, DevicePool) else None
             return out.PoolMade(effect.pool_id, str(path), memory)
@@ -274,7 +297,7 @@ class Effects:
     def _new_pool(self, effect: out.MakePool, path: Path) -> Pool:
         block_bytes, blocks = effect.layout.block_bytes, effect.blocks
         if self._device is None:
-            return HostPool.create(path, block_bytes, blocks)
+            return HostPool.create(path, block_bytes, blocks, node=self._placement.node)
 
         def on_broken(message: str, usable: bool) -> None:
             """In the thread that copied; the loop may be closed by now."""
@@ -290,6 +313,13 @@ class Effects:
         for pool_id, one in list(self._pools.items()):
             if one is pool:  # else another is in its place
                 self.feed(out.PoolBroken(pool_id, message, usable))
+
+    def _have_pool(self, pool_id: str, pool: Pool) -> None:
+        self._pools[pool_id] = pool
+        if self._streams is not None:
+            device = HOST_MEMORY if pool.cuda_index is None else pool.cuda_index + 1
+            memory = Memory(pool.address, pool.block_bytes, pool.blocks, pool, device)
+            self._streams.add_pool(pool_id, memory)
 
     # --- status boards ---
 
@@ -324,3 +354,11 @@ class Effects:
             return out.Probed(effect.address, await probe(effect.address))
 
         self._track(self._loop.create_task(ask()))
+
+
+def _blocks(effect: out.Expect | out.Transmit) -> Blocks | None:
+    """The blocks of an extent, where it has them whole but for the payload's end."""
+    base_tokens, runs = effect.place
+    if effect.slices is not None or effect.first_token != base_tokens:
+        return None
+    return Blocks(effect.pool_id, runs)

@@ -17,7 +17,7 @@ from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
 DAEMON = "daemon"  # the name of the row that says so
-FORMAT = 2  # of the ledger; another one is not read
+FORMAT = 3  # of the ledger; another one is not read
 MACHINE_BOOT = Path("/proc/sys/kernel/random/boot_id")
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Life:
     number: int
     past: Past | None
     peer_port: int  # of the run before; 0: none
+    directory: int
 
     def record(self, peer_port: int) -> DaemonRecord:
         """How the ledger names it."""
@@ -38,6 +39,7 @@ class Life:
             daemon_id=self.daemon_id,
             life=self.number,
             machine_boot=machine_boot(),
+            directory=self.directory,
             peer_port=peer_port,
         )
 
@@ -53,10 +55,10 @@ def begin(directory: RuntimeDir, config: Config, now_s: float) -> Life:
             log.error("beginning anew, the ledger cannot be used (kept as %s): %s", kept, error)
     if past is None or past.daemon is None:
         directory.sweep_pools(keep=set())
-        return Life(secrets.token_hex(16), 1, None, 0)
+        return Life(secrets.token_hex(16), 1, None, 0, directory.number)
     directory.sweep_pools(keep={pool.pool_id for pool in past.pools})
     before = past.daemon
-    return Life(before.daemon_id, before.life + 1, past, before.peer_port)
+    return Life(before.daemon_id, before.life + 1, past, before.peer_port, directory.number)
 
 
 def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
@@ -69,6 +71,8 @@ def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
         raise LedgerWrong("it does not say whose it is")
     if past.daemon.machine_boot != machine_boot():
         raise LedgerWrong("the machine was started anew since")
+    if past.daemon.directory != directory.number:
+        raise LedgerWrong("it is of a daemon in another runtime directory, or was copied with it")
     past.check()
     for pool in past.pools:
         if pool.device != HOST:

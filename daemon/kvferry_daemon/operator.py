@@ -60,6 +60,8 @@ def status_for_people(answer: control.Status) -> str:
         f"peers connect to {answer.peer_address}; {answer.workers} workers",
         f"transfers: {states}; waiting: {stalls}",
     ]
+    if answer.placement is not None:
+        words.insert(2, _placed(answer.placement))
     pools = (
         (
             f"{pool.device} {len(pool.planes)} planes",
@@ -72,12 +74,21 @@ def status_for_people(answer: control.Status) -> str:
         )
         for pool in answer.pools
     )
-    peers = ((p.address, p.state, str(p.streams_open), p.detail) for p in answer.peers)
+    peers = (
+        (p.address, p.state, str(p.streams_open), p.transport, p.detail or p.why)
+        for p in answer.peers
+    )
     return _page(
         words,
         _table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
-        _table(("peer", "state", "streams", "detail"), peers),
+        _table(("peer", "state", "streams", "transport", "detail"), peers),
     )
+
+
+def _placed(placement: control.PlacementStatus) -> str:
+    node = "" if placement.numa_node is None else f" on NUMA node {placement.numa_node}"
+    cpus = placement.copy_cpus or "any"
+    return f"pools{node}; huge pages: {placement.huge_pages}; copied on CPUs: {cpus}"
 
 
 def transfers_for_people(answer: control.Transfers) -> str:

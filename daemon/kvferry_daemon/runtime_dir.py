@@ -55,6 +55,11 @@ class RuntimeDir:
         self._sweep_workers()
 
     @property
+    def number(self) -> int:
+        """Tells this directory from a copy of it, and from others of this machine."""
+        return os.fstat(self._lock).st_ino
+
+    @property
     def workers(self) -> Path:
         """Where workers put their lock files."""
         return self.path / WORKERS

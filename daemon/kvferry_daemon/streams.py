@@ -10,15 +10,20 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.peers import Connect
 from kvferry_daemon.probe import split_address
+from kvferry_daemon.transports.nixl.agent import Memory
+from kvferry_daemon.transports.nixl.poller import Poller
+from kvferry_daemon.transports.nixl.receiver import OfferReceiver
+from kvferry_daemon.transports.nixl.sender import OfferSender
 from kvferry_daemon.transports.tcp import events as te
 from kvferry_daemon.transports.tcp.bridge import LoopBridge
 from kvferry_daemon.transports.tcp.listener import ConnectError, Listener, connect
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
-from kvferry_daemon.transports.tcp.staging import NewBuffer, Place, plain_buffer
-from kvferry_proto.peer import PARTS_MAX
+from kvferry_daemon.transports.tcp.staging import Blocks, NewBuffer, Place, plain_buffer
+from kvferry_proto.peer import PARTS_MAX, Transport
 
 CONNECT_S = 5.0
+TICKET_S = 10.0
 CONNECTS_MAX = 256  # threads come only as they are needed: a few sick sources must not fill them
 log = logging.getLogger(__name__)
 
@@ -32,12 +37,17 @@ class Streams:
         port: int,
         checksum: bool,
         feed: Callable[[out.NodeEvent], None],
+        poller: Poller | None = None,
+        enter: te.Enter = te.stay,
         new_buffer: NewBuffer = plain_buffer,
     ) -> None:
+        """``enter`` is called by every thread that moves bytes, before all else."""
         loop = asyncio.get_running_loop()
         self._new_buffer = new_buffer
         self._feed = feed
         self._checksum = checksum
+        self._poller = poller
+        self._enter = enter
         self._receivers: dict[StreamKey, StreamReceiver] = {}
         self._senders: dict[StreamKey, StreamSender] = {}
         self._connecting: dict[StreamKey, bool] = {}  # key -> still wanted
@@ -52,14 +62,16 @@ class Streams:
         """Open a connection off the loop."""
         self._connecting[effect.key] = True
         task = asyncio.get_running_loop().run_in_executor(self._executor, self._connect, effect)
-        task.add_done_callback(lambda done: self._on_connected(effect.key, done))
+        task.add_done_callback(lambda done: self._on_connected(effect.key, effect.transport, done))
 
     @staticmethod
     def _connect(effect: Connect) -> socket.socket:
         host, _ = split_address(effect.key.peer)
         return connect(host, effect.port, effect.ticket, CONNECT_S)
 
-    def _on_connected(self, key: StreamKey, done: "asyncio.Future[socket.socket]") -> None:
+    def _on_connected(
+        self, key: StreamKey, transport: Transport, done: "asyncio.Future[socket.socket]"
+    ) -> None:
         wanted = self._connecting.pop(key)
         try:
             sock = done.result()
@@ -71,8 +83,17 @@ class Streams:
             sock.close()
             self._feed(out.SinkStreamDown(key, "closed while it was being opened"))
             return
-        self._receivers[key] = StreamReceiver(sock, key, self._sink_bridge.post, self._new_buffer)
+        self._receivers[key] = self._receiver(sock, key, transport)
         self._feed(out.SinkStreamUp(key))
+
+    def _receiver(
+        self, sock: socket.socket, key: StreamKey, transport: Transport
+    ) -> StreamReceiver:
+        post = self._sink_bridge.post
+        if transport == "nixl":
+            assert self._poller is not None  # else our ways had not offered it
+            return OfferReceiver(sock, key, post, self._poller, self._enter, self._new_buffer)
+        return StreamReceiver(sock, key, post, self._enter, self._new_buffer)
 
     def disconnect(self, key: StreamKey) -> None:
         """Close a connection that we opened; SinkStreamDown follows."""
@@ -81,12 +102,12 @@ class Streams:
         elif key in self._receivers:
             self._receivers[key].close()
 
-    def expect(self, effect: out.Expect, place: Place) -> bool:
+    def expect(self, effect: out.Expect, place: Place, blocks: Blocks | None) -> bool:
         """Claim an extent; False if the connection is gone."""
         receiver = self._receivers.get(effect.key)
         if receiver is None:
             return False
-        receiver.claim(effect.handle, effect.first_token, effect.tokens, place)
+        receiver.claim(effect.handle, effect.first_token, effect.tokens, place, blocks)
         return True
 
     def cancel(self, handle: int) -> list[tuple[StreamKey, int, int]]:
@@ -120,13 +141,17 @@ class Streams:
 
     # --- source: connections that sinks open ---
 
-    def transmit(self, effect: out.Transmit, place: Place) -> bool:
+    def admit(self, effect: out.Admit) -> None:
+        """Let one connection in that shows the ticket."""
+        self.listener.admit(effect.ticket, (effect.key, effect.transport), TICKET_S)
+
+    def transmit(self, effect: out.Transmit, place: Place, blocks: Blocks | None) -> bool:
         """Queue an extent; False if the connection is gone (its end is an event of its own)."""
         sender = self._senders.get(effect.key)
         if sender is None:
             return False
         owner = effect.owner, effect.part
-        sender.put(SendJob(owner, effect.handle, effect.first_token, effect.tokens, place))
+        sender.put(SendJob(owner, effect.handle, effect.first_token, effect.tokens, place, blocks))
         return True
 
     def expel(self, key: StreamKey) -> None:
@@ -138,11 +163,10 @@ class Streams:
     def _on_source_event(self, event: te.StreamEvent) -> None:
         match event:
             case te.StreamOpened():
-                key = _stream_key(event.key)
-                self.listener.opened(key)
-                self._senders[key] = StreamSender(
-                    event.sock, key, self._source_bridge.post, self._checksum, self._new_buffer
-                )
+                assert isinstance(event.key, tuple), event
+                key, transport = event.key
+                self.listener.opened(event.key)
+                self._senders[key] = self._sender(event.sock, key, transport)
                 self._feed(out.SourceStreamUp(key))
             case te.Sent():
                 assert isinstance(event.owner, tuple), event
@@ -156,6 +180,32 @@ class Streams:
                 self._feed(out.SourceStreamDown(key, event.reason))
             case _:
                 raise AssertionError(event)
+
+    def _sender(self, sock: socket.socket, key: StreamKey, transport: Transport) -> StreamSender:
+        post = self._source_bridge.post
+        if transport == "nixl":
+            assert self._poller is not None  # else we had not chosen it
+            return OfferSender(
+                sock, key, post, self._checksum, self._poller, self._enter, self._new_buffer
+            )
+        return StreamSender(sock, key, post, self._checksum, self._enter, self._new_buffer)
+
+    # --- pools that NIXL reads ---
+
+    def add_pool(self, pool_id: str, memory: Memory) -> None:
+        """Register a pool's memory where it may be read, or read into, one-sided."""
+        if self._poller is not None:
+            self._poller.add_pool(pool_id, memory)
+
+    def drop_pool(self, pool_id: str) -> None:
+        """Wait until nothing here holds a pool's memory; not on the loop."""
+        if self._poller is not None:
+            self._poller.drop_pool(pool_id).result()
+
+    @property
+    def nixl_reads(self) -> int:
+        """Extents that were read one-sided."""
+        return 0 if self._poller is None else self._poller.reads
 
     # --- both ---
 
@@ -171,6 +221,8 @@ class Streams:
             receiver.close()
         for sender in self._senders.values():
             sender.close()
+        if self._poller is not None:
+            self._poller.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 

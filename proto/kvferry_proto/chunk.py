@@ -42,7 +42,7 @@ class ChunkHeader(NamedTuple):
     def pack(self) -> bytes:
         """The 64 bytes."""
         flags = FLAG_CHECKSUM if self.has_checksum else 0
-        return _sealed(
+        return sealed(
             _HEADER.pack(
                 _CHUNK_MAGIC,
                 flags,
@@ -56,7 +56,7 @@ class ChunkHeader(NamedTuple):
 
 def read_header(data: bytes | bytearray) -> ChunkHeader:
     """Read a header; raise BadChunk if it is none."""
-    _check_seal(data)
+    check_seal(data)
     magic, flags, handle, first_token, tokens, payload_bytes = _HEADER.unpack(data[:60])
     if magic != _CHUNK_MAGIC or flags & ~FLAG_CHECKSUM:
         raise BadChunk(f"not a chunk header: magic {magic!r}, flags {flags:#x}")
@@ -72,12 +72,12 @@ def pack_trailer(checksum: int) -> bytes:
 
 def pack_greeting(ticket: bytes) -> bytes:
     """What the sink's daemon sends first."""
-    return _sealed(_GREETING.pack(_GREETING_MAGIC, STREAM_VERSION, ticket))
+    return sealed(_GREETING.pack(_GREETING_MAGIC, STREAM_VERSION, ticket))
 
 
 def read_greeting(data: bytes) -> bytes:
     """Return the ticket; raise BadChunk if it is no greeting of a version we know."""
-    _check_seal(data)
+    check_seal(data)
     magic, version, ticket = _GREETING.unpack(data[:60])
     if magic != _GREETING_MAGIC or version != STREAM_VERSION:
         raise BadChunk(f"not a greeting: magic {magic!r}, version {version}")
@@ -97,10 +97,12 @@ def read_accept(data: bytes) -> bool:
     return bool(status == 0)
 
 
-def _sealed(body: bytes) -> bytes:
+def sealed(body: bytes) -> bytes:
+    """60 bytes and their CRC."""
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def _check_seal(data: bytes | bytearray) -> None:
+def check_seal(data: bytes | bytearray) -> None:
+    """Raise BadChunk for 64 bytes that are not as they were sealed."""
     if len(data) != HEADER_BYTES or _CRC.unpack(data[60:])[0] != zlib.crc32(data[:60]):
         raise BadChunk("the checksum of a header or greeting is wrong")

@@ -46,6 +46,14 @@ class PoolStatus(Message):
     planes: list[str]
 
 
+class PlacementStatus(Message):
+    """Where pools lie and who copies them."""
+
+    huge_pages: str  # never, always, within_size or advise, as the tmpfs of the pools has it
+    numa_node: Count | None = None  # absent: wherever the kernel likes
+    copy_cpus: str = ""  # a list such as 0-3,8; empty: all that the process may use
+
+
 class PeerStatus(Message):
     """A daemon that this one pulls from."""
 
@@ -53,7 +61,8 @@ class PeerStatus(Message):
     state: Literal["connecting", "up", "lost"]
     boot_id: str | None = None
     streams_open: Count = 0
-    transport: str = ""
+    transport: str = ""  # of the newest data connection
+    why: str = ""  # it is this one
     detail: str = ""
 
 
@@ -97,6 +106,7 @@ class Status(Message):
     counters: dict[str, Count]
     pools: list[PoolStatus]
     peers: list[PeerStatus]
+    placement: PlacementStatus | None = None
 
 
 class Transfers(Message):
@@ -142,5 +152,5 @@ def frame_of(answer: Transfers) -> bytes:
 
 __all__ = [
     "ANSWERS", "REQUESTS", "ControlFailure", "GetStatus", "GetTransfers", "PeerStatus",
-    "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
+    "PlacementStatus", "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
 ]  # fmt: skip

@@ -57,6 +57,7 @@ class Code(StrEnum):
     DRAINING = "draining"
     PEER_UNREACHABLE = "peer_unreachable"
     PEER_PROTOCOL = "peer_protocol"
+    TRANSPORT_UNAVAILABLE = "transport_unavailable"
     SOURCE_LOST = "source_lost"
     SOURCE_FAILED = "source_failed"
     SINK_FAILED = "sink_failed"
@@ -69,6 +70,7 @@ class Code(StrEnum):
     DAEMON_RESTARTED = "daemon_restarted"
     DAEMON_UNREACHABLE = "daemon_unreachable"
     BAD_ARRAY = "bad_array"
+    BAD_BLOCK_TABLE = "bad_block_table"
     CLIENT_CLOSED = "client_closed"
     INTERNAL = "internal"
 
@@ -141,6 +143,9 @@ ADVICE: dict[Code, Advice] = {
     Code.DRAINING: Advice(_O, "the daemon is stopping; use another node"),
     Code.PEER_UNREACHABLE: Advice(_O, "check the source's address, its daemon and the network"),
     Code.PEER_PROTOCOL: Advice(_P, "the other daemon broke the protocol; compare the versions"),
+    Code.TRANSPORT_UNAVAILABLE: Advice(
+        _O, "install the same NIXL on both ends, or set transport to auto on both"
+    ),
     Code.SOURCE_LOST: Advice(_P, "the source daemon forgot the transfer; try attempt + 1"),
     Code.SOURCE_FAILED: Advice(_P, "see the source's own error; try attempt + 1"),
     Code.SINK_FAILED: Advice(_P, "see the sink's own error; try attempt + 1"),
@@ -153,6 +158,9 @@ ADVICE: dict[Code, Advice] = {
     Code.DAEMON_RESTARTED: Advice(_O, "open the transfer again with attempt + 1 on both sides"),
     Code.DAEMON_UNREACHABLE: Advice(_O, "start the daemon, or check the runtime directory"),
     Code.BAD_ARRAY: Advice(_C, "give each plane's dtype and shape, the same tokens of every plane"),
+    Code.BAD_BLOCK_TABLE: Advice(
+        _C, "name a block of the cache for every token up to the last one copied"
+    ),
     Code.CLIENT_CLOSED: Advice(_C, "connect again, in the process that uses it"),
     Code.INTERNAL: Advice(_U, "report it with the daemon's log"),
 }

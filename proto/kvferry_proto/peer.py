@@ -18,6 +18,7 @@ from kvferry_proto.fields import (
     Count,
     ErrorInfo,
     Message,
+    Text,
     Tokens,
     TransferId,
     WireState,
@@ -33,6 +34,7 @@ PARTS_MAX = 1 << 12  # RANKS_MAX squared
 Handle = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Number = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
+Transport = Literal["tcp", "nixl"]
 
 
 class PeerHello(Message):
@@ -70,10 +72,19 @@ class Ping(_Linked):
 
 
 class Pong(_Linked):
-    """Source to sink: the answer to a ping, and how many frames of news went before it."""
+    """Source to sink: the answer to a ping, and how many news were told on this link before it."""
 
     kind: Literal["pong"] = "pong"
-    frames: Count
+    news: Count
+
+
+class Ways(Message):
+    """By which transports an end can move blocks, and which one its operator wishes."""
+
+    wish: Literal["auto", "tcp", "nixl"] = "tcp"
+    nixl: Annotated[str, Field(max_length=32)] = ""  # its version; empty: not to be had
+    fast: bool = False  # NIXL has hardware there that beats tcp
+    why: Text = ""  # why it is not to be had, or not fast
 
 
 class OpenStream(_Linked):
@@ -82,16 +93,22 @@ class OpenStream(_Linked):
     kind: Literal["open_stream"] = "open_stream"
     stream: Stream
     connection: Number
+    ways: Ways = Ways()
 
 
 class Ticket(_Linked):
-    """A single-use secret that admits one data connection on ``port`` of the same host."""
+    """A single-use secret that admits one data connection on ``port`` of the same host.
+
+    ``transport`` is what the source has chosen of both ends' ways, and ``why``.
+    """
 
     kind: Literal["ticket"] = "ticket"
     stream: Stream
     connection: Number
     port: Annotated[int, Field(ge=1, le=65535)]
     ticket: Annotated[bytes, Field(min_length=32, max_length=32)]
+    transport: Transport = "tcp"
+    why: Text = ""
 
 
 class Want(Message):
@@ -151,10 +168,10 @@ class Progress(Message):
 
 
 class Progresses(_Linked):
-    """News of several transfers; ``frame`` counts those of this link, from 1."""
+    """News of several transfers; ``before``: how many were told on this link before these."""
 
     kind: Literal["progresses"] = "progresses"
-    frame: Count
+    before: Count
     progresses: Annotated[list[Progress], Field(min_length=1, max_length=PULLS_MAX)]
 
 
@@ -206,6 +223,7 @@ MESSAGES: Codec[
 def frames_of(message: PeerMessage) -> list[bytes]:
     """Encode a message; one of many pulls or progresses becomes several where it is too large.
 
+    Each of them says what went before it, so that none can be lost unseen.
     Raises FerryError(resource_exhausted) if even a single one of them does not fit into a frame.
     """
     many = _parts(message)
@@ -214,10 +232,12 @@ def frames_of(message: PeerMessage) -> list[bytes]:
     except FerryError as error:
         if error.code is not Code.RESOURCE_EXHAUSTED or len(many) < 2:
             raise
-    field = "pulls" if isinstance(message, Pulls) else "progresses"
     half = len(many) // 2
-    halves = [message.model_copy(update={field: part}) for part in (many[:half], many[half:])]
-    return [frame for part in halves for frame in frames_of(part)]
+    field = "pulls" if isinstance(message, Pulls) else "progresses"
+    halves: list[dict[str, object]] = [{field: many[:half]}, {field: many[half:]}]
+    if isinstance(message, Progresses):
+        halves[1]["before"] = message.before + half
+    return [frame for part in halves for frame in frames_of(message.model_copy(update=part))]
 
 
 def _parts(message: PeerMessage) -> list[Pull] | list[Progress]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bench.__main__ import PARTS
 from bench.plot import svg
 from bench.table import BEGIN, END, markdown, put_into
 
-from bench import aims, pieces
+from bench import aims, paged_device, pieces
 
 TOP = Path(__file__).parent.parent.parent
 README = (TOP / "bench" / "README.md").read_text()
@@ -96,6 +97,20 @@ def test_an_absent_peer_is_told_with_the_reason(tmp_path: Path) -> None:
     judged = aims.judge({"pieces": {"64_KiB": size}})
     (row,) = [one for one in judged if one["name"] == "stream_to_mooncake"]
     assert (row["value"], row["reached"]) == ("absent", None)
+
+
+def test_the_paged_part_is_absent_or_moves_the_right_bytes(result: Any) -> None:
+    """Its code runs in host memory too, where its figures would say nothing."""
+    if not torch.cuda.is_available():
+        assert result["parts"]["paged"] == {"absent": "no CUDA device"}
+    rows_bytes = (8 << 10, 64 << 10)
+    part = paged_device.measure_on(torch.device("cpu"), 1 << 20, rows_bytes, 1, layers=2)
+    assert part["bytes_verified"] is True
+    assert part["total_bytes"] == 1 << 20
+    words = set(re.findall(r"[A-Za-z0-9_]+", README))
+    for name in (*part, *part["8_KiB"]):
+        assert name in words, name
+    assert len(figures(part)) == 2 * 5
 
 
 def test_wrong_bytes_are_seen(tmp_path: Path) -> None:

@@ -213,3 +213,27 @@ def test_pools_lie_in_the_host_or_in_one_gpu(device: str) -> None:
 def test_a_device_that_is_none_is_refused_with_an_example(device: str) -> None:
     line = refused(env={"KVFERRY_DEVICE": device})
     assert f"device: {device!r} is neither host nor cuda:N, such as cuda:0" in line
+
+
+@pytest.mark.parametrize("cpus", ["1-", "a,b", "9999999"])
+def test_a_list_of_cpus_that_is_none_is_refused(cpus: str) -> None:
+    line = refused("--copy-cpus", cpus)
+    assert "copy_cpus" in line
+    assert '"0-3,8"' in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--copy-cpus", str(max(os.sched_getaffinity(0)) + 1), "this process may not run on CPU"),
+        ("--numa-node", "777", "there is no NUMA node 777"),
+    ],
+)
+def test_a_placement_that_this_machine_has_not_is_refused_before_anything_is_made(
+    tmp_path: Path, flag: str, value: str, words: str
+) -> None:
+    done = kvferry("serve", "--runtime-dir", tmp_path / "d", flag, value)
+    assert (done.returncode, done.stdout) == (EXIT_CONFIG, "")
+    (line,) = done.stderr.splitlines()
+    assert words in line
+    assert not (tmp_path / "d").exists()

@@ -20,7 +20,7 @@ from kvferry_proto.control import Status, Transfers
 from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
 
-EXIT_USAGE, EXIT_NO_DAEMON, EXIT_UNKNOWN, EXIT_OUTPUT = 2, 4, 5, 6
+EXIT_USAGE, EXIT_SERVE, EXIT_NO_DAEMON, EXIT_UNKNOWN, EXIT_OUTPUT = 2, 3, 4, 5, 6
 HARD_IDS = ["job[/x]", "req[red]7", ":smile:", "[link=http://x]y[/link]", "-x", "\\[b]"]
 LONG_ID = "0f8fad5b-d9cb-469f-a165-70867728950e-cmpl-42-" + "x" * 80
 
@@ -211,6 +211,17 @@ def test_no_daemon_is_one_line(tmp_path: Path, verb: str) -> None:
         (line,) = done.stderr.splitlines()
         assert "daemon_unreachable" in line
         assert str(directory) in line
+
+
+def test_a_second_daemon_in_a_directory_is_refused_and_the_first_goes_on(
+    daemon: LiveDaemon, client: Client
+) -> None:
+    done = kvferry("serve", "--runtime-dir", daemon.directory)
+    assert (done.returncode, done.stdout) == (EXIT_SERVE, "")
+    (line,) = done.stderr.splitlines()
+    assert f"held by the daemon with pid {daemon.process.pid}" in line
+    client.send("t").abort()
+    assert kvferry("status", "--runtime-dir", daemon.directory).returncode == 0
 
 
 def test_a_stopped_daemon_is_told_within_seconds(tmp_path: Path) -> None:

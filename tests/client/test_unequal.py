@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,13 @@ def model(heads: int) -> dict[str, np.ndarray]:
 
 def share_of(whole: dict[str, np.ndarray], rank: int, ranks: int) -> dict[str, np.ndarray]:
     """What a rank has of it."""
-    heads = whole["k"].shape[1]
-    first = rank * heads // ranks
-    mine = slice(first, first + max(1, heads // ranks))
-    return {n: a[:, mine] if n in ("k", "v") else a for n, a in whole.items()}
+
+    def mine(array: np.ndarray) -> np.ndarray:
+        heads = array.shape[1]
+        first = rank * heads // ranks
+        return array[:, first : first + max(1, heads // ranks)]
+
+    return {name: mine(a) if name in ("k", "v") else a for name, a in whole.items()}
 
 
 def send(
@@ -113,7 +117,8 @@ def receive(
 def moves(daemons: Daemons, source: Layout, sources: int, sink: Layout, sinks: int) -> None:
     """One payload from one group to the other; every rank's bytes are its share of the whole."""
     a, b = daemons
-    whole = model(source.planes[0].heads_total or 0)
+    whole = model(source.planes[0].heads_total or 1)
+    whole = {plane.name: whole[plane.name] for plane in source.planes}
     got: dict[int, Any] = {}
 
     def take(rank: int) -> None:
@@ -127,14 +132,18 @@ def moves(daemons: Daemons, source: Layout, sources: int, sink: Layout, sinks: i
             np.testing.assert_array_equal(got[rank][name], wanted)
 
 
-@pytest.fixture
-def roomy(tmp_path: Any) -> Any:
-    """Daemons with room for the windows of four ranks."""
+@pytest.fixture(params=["two daemons", "one daemon"])
+def roomy(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
+    """Daemons with room for the windows of four ranks; or one that is both."""
     flags = {"pool_tokens": 2 * 4 * 128, "window_tokens": WINDOW_TOKENS}
-    with LiveDaemon(tmp_path / "a", **flags) as a, LiveDaemon(tmp_path / "b", **flags) as b:
-        yield a, b
-        for daemon in (a, b):
-            daemon.wait_until_free()
+    names = ("a", "b") if request.param == "two daemons" else ("a",)
+    with ExitStack() as stack:
+        daemons = [stack.enter_context(LiveDaemon(tmp_path / n, **flags)) for n in names]
+        yield daemons[0], daemons[-1]
+        for daemon in daemons:
+            status = daemon.wait_until_free()
+            if len(daemons) == 1:
+                assert "bytes_received" not in status.counters
             assert "Traceback" not in daemon.log()
 
 
@@ -181,6 +190,14 @@ def test_heads_before_tokens_on_both_sides(roomy: Daemons) -> None:
 
 def test_fewer_heads_than_ranks(roomy: Daemons) -> None:
     moves(roomy, layout(4, heads=2), 4, layout(1, heads=2), 1)
+
+
+@pytest.mark.parametrize(("sources", "sinks"), [(2, 1), (1, 2)])
+def test_latents_alone_in_ranks_of_other_numbers(roomy: Daemons, sources: int, sinks: int) -> None:
+    """Each rank has the whole payload, so within a daemon all are in one pool."""
+    latent = Plane(name="latent", dtype=Dtype.UINT8, shape=(LATENT,))
+    kind = Layout(planes=(latent,), aux=("first_token",), block_size_tokens=16)
+    moves(roomy, kind, sources, kind, sinks)
 
 
 REFUSED = {
@@ -305,3 +322,34 @@ def test_groups_of_other_sizes_go_on_after_both_daemons_were_killed(tmp_path: Pa
             assert "Traceback" not in daemon.log()
     for name, wanted in whole.items():
         np.testing.assert_array_equal(got[name], wanted)
+
+
+def test_copies_within_a_daemon_go_on_after_it_was_killed(tmp_path: Path) -> None:
+    """Its next life has both sides in its ledger, and brings them together again."""
+    flags = {"pool_tokens": 2 * 4 * 128, "window_tokens": WINDOW_TOKENS, "lost_s": 15.0}
+    a = LiveDaemon(tmp_path / "a", **flags)
+    source, sink, whole = layout(2, 16, Order.HND), layout(1, 64), model(HEADS)
+    half_way, restarted = threading.Event(), threading.Event()
+    got: dict[str, Any] = {}
+
+    def wait_half_way() -> None:
+        if not half_way.is_set():
+            half_way.set()
+            assert restarted.wait(30)
+
+    sinks = Ranks(lambda _: got.update(receive(a, a, sink, between=wait_half_way)), 1)
+    sources = Ranks(lambda rank: send(a, source, whole, rank, 2), 2)
+    assert half_way.wait(30)
+    before = a.status().counters["bytes_copied"]
+    a.process.kill()
+    with a.again() as again:
+        restarted.set()
+        sources.join()
+        sinks.join()
+        after = again.wait_until_free().counters["bytes_copied"]
+        assert "Traceback" not in again.log()
+    for name, wanted in whole.items():
+        np.testing.assert_array_equal(got[name], wanted)
+    token_bytes = sum(array.nbytes for array in whole.values()) // TOKENS
+    assert before >= WINDOW_TOKENS * token_bytes
+    assert TOKENS * token_bytes <= before + after <= (TOKENS + WINDOW_TOKENS) * token_bytes

@@ -16,7 +16,7 @@ import pytest
 
 from kvferry_proto import worker
 from kvferry_proto.fields import Aux
-from kvferry_proto.layout import Layout
+from kvferry_proto.layout import Layout, Order
 from kvferry_proto.states import TERMINAL, Mode, Role, StallReason, State
 from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
@@ -27,7 +27,9 @@ TAKE = (StallReason.WAITING_FOR_RESUME, StallReason.WAITING_FOR_BLOCKS)
 # What both daemons of a transport are started with; `toml` is what has no flag with a value.
 TRANSPORTS: dict[str, dict[str, Any]] = {
     "handoff": {},
+    "copy": {"chunk_bytes": 2 * LAYOUT.block_bytes},
     "tcp": {},
+    "nixl": {"transport": "nixl"},
     "tcp-nochecksum": {"toml": "checksum = false"},
     "tcp-2streams": {"streams": 2, "chunk_bytes": 2 * LAYOUT.block_bytes},
 }
@@ -201,7 +203,7 @@ class Flow:
 
 
 class Pair:
-    """A source's daemon and a sink's, the same one where the transport is a hand-over."""
+    """A source's daemon and a sink's, the same one where the transport works within one."""
 
     def __init__(self, transport: str, source: LiveDaemon, sink: LiveDaemon) -> None:
         self.transport = transport
@@ -217,6 +219,8 @@ class Pair:
 
     def worker(self, role: Role, layout: Layout = LAYOUT) -> RawWorker:
         """A worker that is gone after the test; closing it earlier is its death."""
+        if self.transport == "copy":
+            layout = _turned(layout, Order.NHD if role is Role.SOURCE else Order.HND)
         directory = (self.source if role is Role.SOURCE else self.sink).directory
         return self.workers.enter_context(_Mortal(directory, layout))
 
@@ -246,6 +250,20 @@ class Pair:
             assert "Traceback" not in daemon.log(), daemon.log()
 
 
+def _turned(layout: Layout, order: Order) -> Layout:
+    """The same bytes in the same places, and yet a layout, and a pool, of its own.
+
+    A token of a plane with one head is the same in either order.
+    """
+    one = {"shape": (1, *layout.planes[0].shape), "heads_total": 1, "order": order}
+    first = layout.planes[0].model_copy(update=one)
+    return Layout(
+        planes=(first, *layout.planes[1:]),
+        aux=layout.aux,
+        block_size_tokens=layout.block_size_tokens,
+    )
+
+
 class _Mortal(RawWorker):
     """May be closed early."""
 
@@ -264,7 +282,7 @@ def _daemons(
     toml = directory / "daemon.toml"
     toml.write_text(str(flags.pop("toml", "")))
     with ExitStack() as stack:
-        names = ("a",) if name == "handoff" else ("a", "b")
+        names = ("a",) if name in ("handoff", "copy") else ("a", "b")
         lives = [
             stack.enter_context(LiveDaemon(directory / n, config=toml, **flags)) for n in names
         ]

@@ -31,16 +31,19 @@ def error_of(seen: worker.Snapshot) -> tuple[str, str]:
 
 def test_the_transport_is_the_one_named(pair: Pair) -> None:
     flow = pair.flow(2 * WINDOW)
-    names = ("blocks_handed_over", "bytes_received", "bytes_sent")
+    names = ("blocks_handed_over", "bytes_copied", "bytes_received", "bytes_sent")
     before = {name: pair.counters(name) for name in names}
-    flow.open(**({"source": None} if pair.transport == "handoff" else {}))
+    flow.open(**({"source": None} if pair.sink is pair.source else {}))
     flow.run()
     moved = {name: pair.counters(name) - before[name] for name in names}
     payload = 2 * WINDOW // BLOCK * LAYOUT.block_bytes
     if pair.transport == "handoff":
-        assert list(moved.values()) == [2 * WINDOW // BLOCK, 0, 0]
+        assert list(moved.values()) == [2 * WINDOW // BLOCK, 0, 0, 0]
+    elif pair.transport == "copy":
+        planes = sum(plane.token_bytes for plane in LAYOUT.planes)  # and no padding
+        assert list(moved.values()) == [0, 2 * WINDOW * planes, 0, 0]
     else:
-        assert list(moved.values()) == [0, payload, payload]
+        assert list(moved.values()) == [0, 0, payload, payload]
         [peer] = pair.sink.status().peers
         assert peer.streams_open == (2 if pair.transport == "tcp-2streams" else 1)
 

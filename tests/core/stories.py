@@ -5,7 +5,7 @@ from typing import Any
 
 from kvferry_proto import worker
 from kvferry_proto.states import TERMINAL, Mode, Role, StallReason, State
-from world import World
+from world import BLOCK, World, layout
 
 SOURCE, SINK = b"source worker", b"sink worker"
 TAKE = (StallReason.WAITING_FOR_RESUME, StallReason.WAITING_FOR_BLOCKS)
@@ -19,6 +19,7 @@ class Story:
     world: World = field(default_factory=World)
     late: bool = True
     handoff: bool = False
+    copy: Role | None = None  # within one daemon, too, but the blocks of this side are larger
     attempt: int = 0
     start: int = 0
     read: list[Any] = field(default_factory=list)
@@ -26,9 +27,9 @@ class Story:
     windows: list[list[tuple[int, int]]] = field(default_factory=list)  # runs of each window
 
     def __post_init__(self) -> None:
-        self.where = "b" if self.handoff else "a"
-        self.world.hello(self.where, SOURCE)
-        self.world.hello("b", SINK)
+        self.where = "b" if self.handoff or self.copy else "a"
+        for where, route, role in ((self.where, SOURCE, Role.SOURCE), ("b", SINK, Role.SINK)):
+            self.world.hello(where, route, layout(block=2 * BLOCK if role is self.copy else BLOCK))
 
     def open(self, **receive: Any) -> None:
         """Open both sides."""
@@ -44,7 +45,7 @@ class Story:
         call = worker.Receive(
             transfer_id="t",
             attempt=self.attempt,
-            source=None if self.handoff else "tcp://a:1",
+            source=None if self.where == "b" else "tcp://a:1",
             start_tokens=self.start,
             mode=mode,
             max_tokens=max_tokens,

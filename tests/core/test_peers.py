@@ -10,6 +10,7 @@ import pytest
 from core.test_peers_table import (
     BOOT,
     HELLO,
+    PROGRESS,
     REBORN,
     current,
     fresh_peer,
@@ -26,6 +27,7 @@ from core.test_sink_table import SINK, SOURCE, TIMING
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.peers import (
     Disconnect,
+    NewsAreLost,
     Peer,
     PeerEffect,
     PeerFailed,
@@ -57,6 +59,22 @@ def ticks(peer: Peer, count: int) -> list[tuple[float, list[PeerEffect]]]:
         at_s = peer.wake_at_s
         done.append((round(at_s, 3), peer.tick(at_s)))
     return done
+
+
+# --- news ---
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_news_that_were_cut_in_two_for_their_size_are_not_lost_by_half(lost: int | None) -> None:
+    large = PROGRESS.model_copy(update={"aux": dict.fromkeys("abcd", bytes(1 << 16))})
+    frames = wire.frames_of(linked(wire.Progresses, before=0, progresses=[large] * 5))
+    assert len(frames) == 2
+    came = [frame for number, frame in enumerate(frames) if number != lost]
+    peer = link_in("up")
+    effects: list[PeerEffect] = []
+    for message in [*map(wire.MESSAGES.decode, came), pong(news=5)]:
+        effects += peer.on_message(message, peer.now_s)
+    assert effects == ([] if lost is None else [NewsAreLost(peer.address)])
 
 
 # --- hello ---

@@ -38,7 +38,7 @@ on_stream_down              | connecting up      | absorbed
 on_stream_down              | lost               | stream closed
 on_stream_down, stale       | connecting up lost | absorbed
 PeerWelcome                 | connecting         | link up stream asking PeerIsUp OpenStream
-PeerWelcome                 | up                 | stays
+PeerWelcome                 | up                 | stays NewsAreLost
 PeerWelcome                 | lost               | link up PeerIsUp
 PeerWelcome of another life | connecting         | link up stream asking PeerIsUp OpenStream
 PeerWelcome of another life | up                 | stays PeerIsDown PeerIsUp
@@ -54,8 +54,8 @@ PeerRefused, hello first    | up                 | stays PeerHello
 Pong                        | connecting lost    | absorbed
 Pong                        | up                 | stays
 Pong of another life        | connecting up lost | absorbed
-Pong after a frame that was lost | connecting lost | absorbed
-Pong after a frame that was lost | up            | stays NewsAreLost
+Pong after news that were lost | connecting lost | absorbed
+Pong after news that were lost | up          | stays NewsAreLost
 Progresses                  | connecting lost    | absorbed
 Progresses                  | up                 | stays
 Progresses, not the next    | connecting lost    | absorbed
@@ -135,8 +135,8 @@ def linked(kind: Any, boot_id: str = BOOT, **more: Any) -> Any:
     return kind(source_boot_id=boot_id, sink_boot_id=SINK, **more)
 
 
-def pong(boot_id: str = BOOT, frames: int = 0) -> wire.Pong:
-    return wire.Pong(frames=frames, source_boot_id=boot_id, sink_boot_id=SINK)
+def pong(boot_id: str = BOOT, news: int = 0) -> wire.Pong:
+    return wire.Pong(news=news, source_boot_id=boot_id, sink_boot_id=SINK)
 
 
 T: dict[str, Any] = {"transfer_id": "t", "attempt": 0}
@@ -224,9 +224,9 @@ CALLS: dict[str, Call] = {
     "PeerRefused by another life": says(refused(Code.DAEMON_RESTARTED, REBORN)),
     "Pong": says(pong()),
     "Pong of another life": says(pong(REBORN)),
-    "Pong after a frame that was lost": says(pong(frames=1)),
-    "Progresses": says(linked(wire.Progresses, frame=1, progresses=[PROGRESS])),
-    "Progresses, not the next": says(linked(wire.Progresses, frame=2, progresses=[PROGRESS])),
+    "Pong after news that were lost": says(pong(news=1)),
+    "Progresses": says(linked(wire.Progresses, before=0, progresses=[PROGRESS])),
+    "Progresses, not the next": says(linked(wire.Progresses, before=1, progresses=[PROGRESS])),
     "DoneNoted": says(linked(wire.DoneNoted, **T)),
     "Ticket": lambda peer: peer.on_message(ticket(0, current(peer).connection), peer.now_s + 0.1),
     "Ticket, stale": says(ticket(0, 99)),

@@ -82,18 +82,6 @@ def test_what_was_set_aside_for_a_local_sink_ends_with_it() -> None:
     assert crowd.sink("remote").state is State.SUCCESS
 
 
-def test_layouts_that_differ_within_one_daemon_are_told_at_once() -> None:
-    crowd = Crowd()
-    crowd.world.hello("b", LOCAL, layout(block=8))
-    crowd.send("t", here=True, total_tokens=8)
-    crowd.receive("t")
-    crowd.wait(1)
-    error = crowd.sink("t").error
-    assert error is not None
-    assert error.code == "layout_mismatch"
-    assert "block_size_tokens" in error.message
-
-
 def test_a_local_sink_hears_at_once_of_the_source_that_came_later() -> None:
     crowd = Crowd()
     crowd.world.hello("b", LOCAL)

@@ -22,6 +22,7 @@ TIMING = ev.Timing()
 STATES = {state.name[0]: state for state in State}
 SOURCE, SINK = "tcp://a:1", "b" * 16
 KEY, OTHER = ev.StreamKey(SOURCE, 0, 1), ev.StreamKey(SOURCE, 1, 5)
+HERE = ev.StreamKey.here(SINK)
 
 # B, W, T, S, F are the states, BOOTSTRAPPING to FAILED; `sink_in` and `local_sink_in` say what else
 # is true of a sink in each. `stays`: something changed, but not the state. `absorbed`: nothing did.
@@ -136,6 +137,10 @@ Shaped                | BWT   | stays SendPull
 Shaped                | SF    | absorbed
 Shaped anew           | BW    | stays SendPull
 Shaped anew           | T     | FAILED SendDone CancelClaims Quarantine
+Copied                | BWTSF | absorbed
+Copied, local         | BW    | stays
+Copied, local         | T     | stays WantBlocks
+Copied, local         | SF    | absorbed
 ReadyTo               | BWTSF | absorbed
 Pulled                | BWTSF | absorbed
 Sent                  | BWTSF | absorbed
@@ -380,6 +385,8 @@ EVENTS: dict[str, object] = {
     "WorkerLost dead, group": ev.WorkerLost(True, "gone"),
     "Shaped": ev.Shaped(whole_blocks(BLOCK, 1)),
     "Shaped anew": ev.Shaped(whole_blocks(2, 1)),
+    "Copied": ev.Copied(HERE, whole_blocks(BLOCK, 1)),
+    "Copied, local": ev.Copied(HERE, whole_blocks(BLOCK, 1)),
     "ReadyTo": ev.ReadyTo(4, None, None),
     "Pulled": pulled(1),
     "Sent": ev.Sent(KEY, 0),

@@ -122,6 +122,7 @@ Release, group        | SF    | stays
 WorkerLost, group     | SF    | absorbed
 ActedOn               | BWTSF | absorbed
 Shaped                | BWTSF | absorbed
+Copied                | BWTSF | absorbed
 """
 
 
@@ -240,6 +241,7 @@ EVENTS: dict[str, object] = {
     "WorkerLost, group": ev.WorkerLost(False, "silent"),
     "ActedOn": ev.ActedOn(1, 0),
     "Shaped": ev.Shaped(whole_blocks(BLOCK, 1)),
+    "Copied": ev.Copied(KEY, whole_blocks(BLOCK, 1)),
 }
 
 

@@ -9,8 +9,10 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Timing
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
+from kvferry_daemon.core.sink_daemons import SINKS_MAX
 from kvferry_daemon.core.sink_desk import FRAME_PULLS_MAX, IDLE_PEER_S, PEERS_MAX
 from kvferry_proto import peer, worker
+from kvferry_proto.peer import PeerHello
 from kvferry_proto.states import TERMINAL, Role, State
 from world import Machine, World, layout
 
@@ -215,6 +217,34 @@ def test_news_that_were_lost_are_asked_for_after_the_next_beat() -> None:
     story.world.wait(2)
     assert story.sink().sent_tokens == WINDOW
     assert story.world.machines["b"].node.counters["news_lost"] == 1
+
+
+def test_a_hello_that_comes_late_does_not_hide_that_news_are_lost() -> None:
+    """It was said twice, and what it is answered gets lost: the source must not count anew."""
+    story = Story(2 * WINDOW)
+    story.open()
+    story.world.wait(0.1)
+    [peer] = story.world.machines["b"].node.sinks.peers.values()
+    story.world.feed("a", out.SinkSaid(b"b", peer.hello))
+    story.world.wire.clear()
+    story.produce()
+    story.world.wire.clear()
+    story.world.wait(2)
+    assert story.sink().sent_tokens == WINDOW
+
+
+def test_a_sink_that_its_source_had_to_forget_asks_for_what_it_was_not_told() -> None:
+    story = Story(2 * WINDOW)
+    story.open()
+    story.world.wait(0.1)
+    for number in range(SINKS_MAX):
+        other = PeerHello(boot_id=f"{number:032x}", daemon_id=f"{number:032x}", life=1)
+        story.world.feed("a", out.SinkSaid(b"b", other))
+    story.world.wire.clear()
+    story.produce()
+    assert story.world.wire == []  # nobody is there to tell it
+    story.world.wait(2.5)
+    assert story.sink().sent_tokens == WINDOW
 
 
 def test_a_hold_of_its_own_quarantines_what_is_not_released() -> None:

@@ -107,7 +107,7 @@ class FalseSource:
             state=State.TRANSFERRING,
             available_tokens=WINDOW,
         )
-        return peer.Progresses(frame=self._pulls, progresses=[progress], **boots)
+        return peer.Progresses(before=self._pulls - 1, progresses=[progress], **boots)
 
     def _take_in(self) -> None:
         sock, _ = self._door.accept()

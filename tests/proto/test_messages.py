@@ -149,6 +149,8 @@ def shown_default(field: Any) -> str:
         return "absent"
     if isinstance(default, versions.Versions):
         return f"{default.low} to {default.high}"
+    if isinstance(default, BaseModel):
+        return f"`{json.dumps(default.model_dump(exclude_defaults=True))}`"
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, int | float):

@@ -8,15 +8,35 @@ from random import Random
 from kvferry_proto.states import Role
 from sim import faults
 from sim.jobs import JobPlan, rank_process
-from sim.memory import BLOCK
+from sim.memory import BLOCK, WIDE
 from sim.world import Plan
 
 FAULTS_MAX = 6
 LONGEST_S = 4.0  # of one fault of the network: all together stay below the shortest deadline
 
 
-def draw(seed: int, *, groups: bool = True) -> Plan:
-    """The same seed, the same plan. ``groups``: some requests have several ranks."""
+def draw(seed: int, *, groups: bool = True, later: bool = True) -> Plan:
+    """The same seed, the same plan.
+
+    ``groups``: some requests have several ranks. ``later``: what was drawn last is drawn, too;
+    seeds that failed once keep the plan that they failed with. The sides of some requests differ
+    in ranks or in the size of blocks then, most of those within one daemon.
+    """
+    plan = _draw(seed, groups=groups, shapes=later)
+    return _with_later(Random(f"later {seed}"), plan) if later else plan
+
+
+def _with_later(dice: Random, plan: Plan) -> Plan:
+    plan = replace(plan, boards=dice.random() < 0.5)
+    if dice.random() < 0.9:
+        return plan
+    for_s = _moment(dice, LONGEST_S)
+    lost = faults.LoseSink(_moment(dice, 1.5), dice.randrange(4), for_s)
+    calm_at_s = max(plan.calm_at_s, lost.at_s + for_s + 0.5)
+    return replace(plan, calm_at_s=calm_at_s, faults=(*plan.faults, lost))
+
+
+def _draw(seed: int, *, groups: bool, shapes: bool) -> Plan:
     dice = Random(seed)
     machines = ("a", "b", "c")[: dice.choice((2, 2, 2, 3))]
     window = dice.randint(1, 8)
@@ -25,6 +45,9 @@ def draw(seed: int, *, groups: bool = True) -> Plan:
     if groups:
         more_dice = Random(-1 - seed)
         jobs = tuple(_grouped(more_dice, job, quota) for job in jobs)
+    if shapes:
+        more_dice = Random(-1_000_000_007 - seed)
+        jobs = tuple(_reshaped(more_dice, job, quota) for job in jobs)
     troubles = tuple(
         sorted(
             (_fault(dice, machines, jobs) for _ in range(dice.randint(0, FAULTS_MAX))),
@@ -76,6 +99,7 @@ def _job(dice: Random, number: int, machines: tuple[str, ...], quota: int) -> Jo
         goodbye=dice.random() < 0.2,
         think_s=dice.choice((0.001, 0.005, 0.03)),
         ranks=1,
+        ranks_sink=1,
         source_at_s=started_s + _moment(dice, 0.3),
         sink_at_s=started_s + _moment(dice, 0.3),
     )
@@ -90,10 +114,48 @@ def _grouped(dice: Random, job: JobPlan, quota: int) -> JobPlan:
     return replace(
         job,
         ranks=ranks,
+        ranks_sink=ranks,
         window_source=min(job.window_source, blocks * BLOCK),
         window_sink=min(job.window_sink, blocks * BLOCK),
         whole=job.whole and -(-(job.max_tokens - job.start_sink) // BLOCK) <= blocks,
     )
+
+
+def _reshaped(dice: Random, job: JobPlan, quota: int) -> JobPlan:
+    """One in four: the sides differ, where each has room for it then."""
+    if dice.random() >= 0.25:
+        return job
+    source = job.sink if dice.random() < 0.8 else job.source
+    sizes = dice.choice(((BLOCK, WIDE), (WIDE, BLOCK), (BLOCK, BLOCK), (WIDE, WIDE)))
+    ranks = dice.choice(
+        ((1, 1), (2, 2), (1, 2), (2, 1)) if sizes[0] != sizes[1] else ((1, 2), (2, 1))
+    )
+    source_blocks = round(quota / 2) if sizes[0] == WIDE else quota
+    sink_blocks = quota - round(quota / 2) if sizes[1] == WIDE else quota
+    room = source_blocks // ranks[0], sink_blocks // ranks[1]
+    if 0 in room:
+        return job
+    start_sink = job.start_sink // sizes[1] * sizes[1]
+    max_tokens = job.max_tokens - job.start_sink + start_sink
+    return replace(
+        job,
+        source=source,
+        source_process=_process(source, sizes[0], "prefill", job.source_process),
+        sink_process=_process(job.sink, sizes[1], "decode", job.sink_process),
+        ranks=ranks[0],
+        ranks_sink=ranks[1],
+        start_source=min(job.start_source, start_sink) // sizes[0] * sizes[0],
+        start_sink=start_sink,
+        window_source=min(job.window_source, room[0] * sizes[0]),
+        window_sink=min(job.window_sink, room[1] * sizes[1]),
+        max_tokens=max_tokens,
+        whole=job.whole and -(-(max_tokens - start_sink) // sizes[1]) <= room[1],
+    )
+
+
+def _process(machine: str, size: int, what: str, before: str) -> str:
+    """The name of a process that has blocks of this size."""
+    return f"{machine}_{'wide' if size == WIDE else ''}{what}{before[-1]}"
 
 
 def _moment(dice: Random, most_s: float) -> float:
@@ -107,8 +169,9 @@ def _fault(dice: Random, machines: tuple[str, ...], jobs: tuple[JobPlan, ...]) -
     machine = dice.choice(machines)
     job = dice.choice(jobs)
     process = dice.choice((job.source_process, job.sink_process))
-    if job.ranks > 1:
-        process = rank_process(process, dice.randrange(job.ranks))
+    ranks = job.ranks if process == job.source_process else job.ranks_sink
+    if ranks > 1:
+        process = rank_process(process, dice.randrange(ranks))
     kind = dice.choices(range(len(_WEIGHTS)), _WEIGHTS)[0]
     match kind:
         case 0:

@@ -236,6 +236,26 @@ class KillDaemon(Fault):
 
 
 @dataclass(frozen=True, slots=True)
+class LoseSink(Fault):
+    """A sink's daemon is gone with all that it knew, and nobody ever tells the source of one job.
+
+    The daemon in its place speaks to the same source again, for others.
+    """
+
+    job: int
+    for_s: float
+
+    def begin(self, world: World) -> None:
+        job = world.jobs[self.job % len(world.jobs)]
+        is_up = world.machines[job.plan.sink].life is not None  # else it comes back as it was
+        if is_up and job.plan.source != job.plan.sink:
+            excuse(world.jobs_of(machine=job.plan.sink), "sink lost")
+            excuse(world.jobs_of(machine=job.plan.source), "a lost one holds room")
+            job.lose()
+            KillDaemon(self.at_s, job.plan.sink, self.for_s, keeps=False).begin(world)
+
+
+@dataclass(frozen=True, slots=True)
 class KillAtWrite(Fault):
     """A daemon is gone at one of its next writes: kept or not, and nobody has seen what it led to."""
 

@@ -17,7 +17,7 @@ from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
 from kvferry_proto.states import TERMINAL, Role, State
-from sim.memory import BLOCK, EMPTY, Broken, owner_part, pieces
+from sim.memory import EMPTY, Broken, owner_part
 
 if TYPE_CHECKING:
     from sim.life import Life
@@ -50,6 +50,7 @@ class Watcher:
         self._marks: dict[Key, Mark] = {}
         self._clean: dict[tuple[str, int], int] = {}
         self._claimed_success: list[Key] = []
+        self._acked: list[tuple[Key, int]] = []
         self._events = 0
         self.received: set[tuple[int, int]] = set()  # (handle, first token)
 
@@ -77,7 +78,11 @@ class Watcher:
                     mark.available = 0
             if mark.version != transfer.version or transfer.ranks.size > 1:
                 self._check_transfer(key, transfer, mark)
-        while self._claimed_success:  # now: in one daemon both sides end in one event
+        while self._acked:  # now: in one daemon both sides move in one event
+            key, sent = self._acked.pop()
+            if sent > self._world.committed.get(key[1:], 0):
+                raise Broken(f"I2: {key} has {sent} acknowledged, its sink committed less")
+        while self._claimed_success:
             key = self._claimed_success.pop()
             stone = self._node.tombstones.get(key._replace(role=Role.SINK))
             if stone is not None and stone.snapshot.state is State.SUCCESS:
@@ -96,11 +101,11 @@ class Watcher:
             waited_s = now_s - transfer.progress_s
             if not transfer.ended and waited_s > self._timing.stall_s + LATE_S:
                 raise Broken(f"I9: {key} is live {waited_s:.1f} s after its last progress")
-            if (
-                isinstance(transfer, SinkTransfer)
-                and len(transfer._claims) > transfer.window.blocks * transfer.ranks.size
-            ):
-                raise Broken(f"I13: {key} has {len(transfer._claims)} claims")
+            if isinstance(transfer, SinkTransfer):
+                shape = transfer.shape
+                wires = transfer.window.allocated_tokens // shape.wire_block_tokens
+                if len(transfer._claims) > wires * len(shape.ranks):
+                    raise Broken(f"I13: {key} has {len(transfer._claims)} claims")
 
     # --- transfers ---
 
@@ -115,7 +120,8 @@ class Watcher:
             raise Broken(f"I5: total of {key} is {total}")
         if total is not None and transfer.sent_tokens > total:
             raise Broken(f"I5: {key} sent {transfer.sent_tokens} of {total}")
-        if transfer.window.base_tokens % BLOCK or transfer.window.base_tokens < mark.base:
+        size = transfer.opening.block_size_tokens
+        if transfer.window.base_tokens % size or transfer.window.base_tokens < mark.base:
             raise Broken(f"I11: base of {key} is {transfer.window.base_tokens}, was {mark.base}")
         if isinstance(transfer, SinkTransfer):
             self._check_sink(key, transfer, mark)
@@ -164,15 +170,16 @@ class Watcher:
     def _check_edge(self, key: Key, transfer: SinkTransfer) -> None:
         """I6: the target edge follows from the last accepted resume and the total alone."""
         opening, window = transfer.opening, transfer.window
+        size = opening.block_size_tokens
         start = max(transfer.last_resume_at, opening.start_tokens)
-        if not transfer.ended and window.base_tokens != start // BLOCK * BLOCK:
+        if not transfer.ended and window.base_tokens != start // size * size:
             raise Broken(f"I6: base of {key} is {window.base_tokens}, resumed at {start}")
-        target = start // BLOCK * BLOCK + opening.window_tokens
+        target = start // size * size + opening.window_tokens
         if transfer.total_tokens is not None:
             target = min(target, transfer.total_tokens)
         if transfer.target_tokens != target:
             raise Broken(f"I6: target of {key} is {transfer.target_tokens}, not {target}")
-        if window.edge_tokens > -(-target // BLOCK) * BLOCK and window.blocks:
+        if window.edge_tokens > -(-target // size) * size and window.blocks:
             raise Broken(f"I6: {key} holds up to {window.edge_tokens}, its target is {target}")
         if transfer.partial_sent_tokens > transfer.sent_tokens:
             raise Broken(f"I2: {key} resumed at {transfer.partial_sent_tokens}, ahead of sent")
@@ -181,11 +188,12 @@ class Watcher:
         if transfer.available_tokens < mark.available:
             raise Broken(f"I2: available of {key} fell to {transfer.available_tokens}")
         sent, start = transfer.sent_tokens, transfer.opening.start_tokens
-        start = max(start, self._world.job(key).plan.start_sink)
-        handed = self._life.node.settings.peer_address == self._world.job(key).source_address
-        if sent > max(start, self._world.committed.get(key[1:], 0)) and not handed:
-            raise Broken(f"I2: {key} has {sent} acknowledged, its sink committed less")
-        if transfer.window.base_tokens > -(-max(sent, start) // BLOCK) * BLOCK:
+        size, plan = transfer.opening.block_size_tokens, self._world.job(key).plan
+        start = max(start, plan.start_sink)
+        handed = plan.source == plan.sink and plan.is_alike
+        if sent > start and not handed:
+            self._acked.append((key, sent))
+        if transfer.window.base_tokens > -(-max(sent, start) // size) * size:
             raise Broken(f"I7: {key} gave blocks up to {transfer.window.base_tokens} away")
 
     # --- what goes out ---
@@ -208,9 +216,9 @@ class Watcher:
                 owner = memory.owner[block]
                 if self._clean.get((pool_id, block)) == owner:
                     continue
-                if owner == EMPTY or self._life.key_of(owner) != key:
+                if owner == EMPTY or self._life.key_of(memory, owner) != key:
                     raise Broken(f"I7: {key} is shown block {block}, which is not its own")
-                left = memory.slots[block * BLOCK : (block + 1) * BLOCK]
+                left = memory.block(block)
                 if any(name != EMPTY and owner_part(name) != own for name in left):
                     raise Broken(f"I3: {key} is shown block {block} with {left} of another")
                 self._clean[pool_id, block] = owner
@@ -222,18 +230,18 @@ class Watcher:
         memory = self._life.pools[effect.pool_id]
         if (effect.handle, effect.first_token) in self.received or transfer.ended:
             raise Broken(f"I4: {effect} is claimed, but {key} has it or is over")
-        for piece in pieces(effect.place, effect.first_token, effect.tokens):
+        for piece in memory.pieces(effect.place, effect.first_token, effect.tokens):
             owner = memory.owner[piece.block]
-            if owner == EMPTY or self._life.key_of(owner) != key:
+            if owner == EMPTY or self._life.key_of(memory, owner) != key:
                 raise Broken(f"I4: {effect} is claimed in block {piece.block}, of {owner}")
 
     def check_served(self, effect: out.Transmit) -> None:
         """I7: only what the source's worker has put there is sent, out of the source's blocks."""
         key = effect.owner
         memory = self._life.pools[effect.pool_id]
-        for piece in pieces(effect.place, effect.first_token, effect.tokens):
+        for piece in memory.pieces(effect.place, effect.first_token, effect.tokens):
             owner = memory.owner[piece.block]
-            if owner == EMPTY or self._life.key_of(owner) != key:
+            if owner == EMPTY or self._life.key_of(memory, owner) != key:
                 raise Broken(f"I7: {effect} is served out of block {piece.block}, of {owner}")
         name = self._world.job(key).name(key.attempt, effect.part) + effect.first_token
         got = memory.read(effect.place, effect.first_token, effect.tokens)

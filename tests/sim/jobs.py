@@ -40,9 +40,20 @@ class JobPlan:
     eager: bool  # take over whatever is there, not only what must be taken
     goodbye: bool  # the prefill worker does not wait for the end
     think_s: float
-    ranks: int  # of a group, on both sides; 1 is none
+    ranks: int  # of a group; 1 is none
+    ranks_sink: int  # another number than the source's only in a few
     source_at_s: float
     sink_at_s: float
+
+    def ranks_of(self, role: Role) -> int:
+        """How many workers a side has."""
+        return self.ranks if role is Role.SOURCE else self.ranks_sink
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether whole blocks can travel, or change owner."""
+        layouts = [is_wide(process) for process in (self.source_process, self.sink_process)]
+        return self.ranks == self.ranks_sink and layouts[0] == layouts[1]
 
 
 class Job:
@@ -54,7 +65,7 @@ class Job:
         self.plan = plan
         self.total = plan.start_sink + plan.tokens
         self.aux: dict[str, int | float | str | bytes] | None = None
-        if world.layout.aux:
+        if world.plan.aux:
             self.aux = {"first": number}
         self.source_address = f"tcp://{plan.source}:1"
         self.attempt = 0
@@ -64,11 +75,12 @@ class Job:
         self._consumed: set[tuple[int, int]] = set()  # (attempt, rank)
         self.done = False  # consumed to the end
         self.cancelled = False
+        self.lost = False  # its sink is gone, and nobody tells its source
         self.finished = False
         self.source_succeeded = False
         self.excuse: str | None = None  # why an attempt of it may fail
         self.story: list[str] = []
-        self.members = [(role, rank) for role in Role for rank in range(plan.ranks)]
+        self.members = [(role, rank) for role in Role for rank in range(plan.ranks_of(role))]
         for role, rank in self.members:
             at_s = self.begins_s(role) + rank * plan.think_s
             world.clock.at(at_s, self.begin, role, rank)
@@ -78,8 +90,12 @@ class Job:
         return self.plan.source_at_s if role is Role.SOURCE else self.plan.sink_at_s
 
     def name(self, attempt: int, rank: int = 0) -> int:
-        """What the memory model calls token 0 of an attempt."""
-        return name_of(self.number, attempt, rank)
+        """What the memory model calls token 0 of an attempt.
+
+        Ranks of unequal groups have all the same: planes without heads.
+        """
+        same = self.plan.ranks != self.plan.ranks_sink
+        return name_of(self.number, attempt, 0 if same else rank)
 
     def process_name(self, role: Role, rank: int) -> str:
         """Which process of which machine does this side."""
@@ -130,11 +146,23 @@ class Job:
         self.excuse = self.excuse or "cancelled"
         self.cancelled = True
         for role, rank in self.members:
-            abort = (role, rank) == (first, self.plan.ranks - 1)
+            abort = (role, rank) == (first, self.plan.ranks_of(first) - 1)
             wait_s = 0.0 if abort else self.world.dice.random()
             side = self.sides.get((role, rank))
             if side is not None:
                 self.world.clock.after(wait_s, self._give_up, side, abort)
+        self.look()
+
+    def lose(self) -> None:
+        """Its sink's daemon is about to be gone for good, and the router with it."""
+        if self.done or self.cancelled:
+            return
+        self.cancelled = self.lost = True
+        for rank in range(self.plan.ranks):
+            side = self.sides.pop((Role.SINK, rank), None)
+            if side is not None:
+                side.process.forget(side)
+                side.process.sides.pop((side.key, rank), None)
         self.look()
 
     def _give_up(self, side: Side, abort: bool) -> None:
@@ -145,7 +173,7 @@ class Job:
         """I10: ranks take the same tokens over, each in its own time."""
         mine = self.taken.setdefault((group, rank), [])
         mine.append(end)
-        for other in range(self.plan.ranks):
+        for other in range(self.plan.ranks_sink):
             theirs = self.taken.get((group, other), [])
             both = min(len(mine), len(theirs))
             if mine[:both] != theirs[:both]:
@@ -161,7 +189,7 @@ class Job:
         """A decode worker has every token of an attempt."""
         self.world.say(self.plan.name, "CONSUMED", f"attempt {attempt}, rank {rank}")
         self._consumed.add((attempt, rank))
-        if all((attempt, one) in self._consumed for one in range(self.plan.ranks)):
+        if all((attempt, one) in self._consumed for one in range(self.plan.ranks_sink)):
             self.done |= attempt == self.attempt
 
     def look(self) -> None:
@@ -178,3 +206,8 @@ class Job:
 def rank_process(process: str, rank: int) -> str:
     """Each rank of a group is a process of its own."""
     return f"{process}_r{rank}" if rank else process
+
+
+def is_wide(process: str) -> bool:
+    """Whether the blocks of a process are the larger ones: its name tells."""
+    return "_wide" in process

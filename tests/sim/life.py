@@ -11,7 +11,10 @@ from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.records import Row
+from kvferry_proto import worker
 from sim import streams
+from sim.boards import ModelBoard
+from sim.copies import Copies
 from sim.invariants import Watcher
 from sim.memory import EMPTY, Broken, Memory, WatchedPool
 
@@ -50,10 +53,12 @@ class Life:
         self.senders: dict[StreamKey, streams.Connection] = {}
         self.receivers: dict[StreamKey, streams.Connection] = {}
         self.watched: dict[str, str] = {}  # session -> lock
+        self.boards: dict[str, ModelBoard] = {}  # by pool
         self.sides: dict[
             tuple[Key, int], Side
         ] = {}  # what workers do with the transfers of this life
-        self._owners: dict[int, Key] = {}
+        self.copies = Copies(self)
+        self._owners: dict[tuple[str, int], Key] = {}
         self._events: deque[out.NodeEvent] = deque()
         self._feeding = False
         self._armed_s = float("inf")
@@ -81,6 +86,8 @@ class Life:
             pr.Disconnect: self._disconnect,
             out.Admit: self._admit,
             out.Expel: self._expel,
+            out.ShowSlot: lambda e: self.boards[e.pool_id].show(e.snapshot),
+            out.ClearSlot: lambda e: self.boards[e.pool_id].clear(e.index),
         }
 
     # --- events in ---
@@ -118,10 +125,15 @@ class Life:
                 for effect in effects:
                     if isinstance(effect, out.ToWorker):
                         self.watcher.check_shown(effect.reply)
+                    elif isinstance(effect, out.ShowSlot):
+                        self.watcher.check_shown(worker.Snapshots(transfers=[effect.snapshot]))
                     elif isinstance(effect, out.Expect):
                         self.watcher.check_claim(effect)
                 self._perform_once_written(effects)
                 self.watcher.check()
+                if not self._unwritten:
+                    for pool_id, board in self.boards.items():
+                        board.check(self.node, pool_id)
         finally:
             self._feeding = False
         self.arm()
@@ -129,6 +141,7 @@ class Life:
     def _adopt_pools(self) -> None:
         for pool_id, book in self.node.books.items():
             book.pool = WatchedPool.adopt(self, self.pools[pool_id], book.pool)
+            self.boards[pool_id] = ModelBoard()
         self.watcher.take_up()
 
     def _perform_once_written(self, effects: list[out.NodeEffect]) -> None:
@@ -199,6 +212,8 @@ class Life:
     def end(self) -> None:
         """The process is gone, its sockets with it; what its ledger held by then stays."""
         self.dead = True
+        for board in self.boards.values():  # until it is old, workers believe it
+            self.world.clock.after(self.node.settings.timing.lost_s, board.give_up)
         for rows, _ in self._unwritten:
             if self.world.dice.random() < 0.5:
                 break
@@ -260,6 +275,9 @@ class Life:
             self.senders[effect.key].close()
 
     def _expect(self, effect: out.Expect) -> None:
+        if effect.key.is_here:
+            self.copies.claim(effect)
+            return
         receiver = self.receivers.get(effect.key)
         if receiver is None:
             self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
@@ -270,9 +288,13 @@ class Life:
         for receiver in list(self.receivers.values()):
             for handle, first_token in receiver.cancel(effect.handle):
                 self._events.append(out.ChunkMissed(receiver.key, handle, first_token))
+        self._events.extend(self.copies.cancel(effect.handle))
 
     def _transmit(self, effect: out.Transmit) -> None:
-        if effect.key in self.senders:
+        if effect.key.is_here:
+            self.watcher.check_served(effect)
+            self.copies.put(effect)
+        elif effect.key in self.senders:
             self.watcher.check_served(effect)
             self.senders[effect.key].put(effect)
 
@@ -280,9 +302,10 @@ class Life:
         memory = self.pools[effect.pool_id]
         blocks = [b for run in effect.runs for b in range(run.first_block, sum(run))]
         for block in blocks:
-            if block in memory.writer or memory.owner[block] == EMPTY:
-                raise Broken(f"I7: block {block} is wiped while {memory.writer.get(block)}")
-            memory.writer[block] = effect
+            for slot in range(block * memory.size, (block + 1) * memory.size):
+                if slot in memory.writer or memory.owner[block] == EMPTY:
+                    raise Broken(f"I7: block {block} is wiped while {memory.writer.get(slot)}")
+                memory.writer[slot] = effect
         wait_s = self.machine.zero_s * self.world.dice.random()
         self.world.clock.after(wait_s, self._zeroed, memory, blocks, effect.ticket)
 
@@ -291,7 +314,8 @@ class Life:
             return
         for block in blocks:
             memory.wipe(block)
-            del memory.writer[block]
+            for slot in range(block * memory.size, (block + 1) * memory.size):
+                del memory.writer[slot]
         self.deliver(out.Zeroed(ticket))
 
     def _make_pool(self, effect: out.MakePool) -> None:
@@ -304,39 +328,47 @@ class Life:
 
     def _drop_pool(self, effect: out.DropPool) -> None:
         del self.pools[effect.pool_id]
+        self.boards.pop(effect.pool_id).give_up()
 
     def _pool_made(self, effect: out.MakePool, made: out.NodeEvent) -> None:
         if self.machine.paused_until_s > self.world.clock.now_s:
             self.world.clock.at(self.machine.paused_until_s, self._pool_made, effect, made)
             return
+        if isinstance(made, out.PoolMade):
+            self.boards[effect.pool_id] = ModelBoard()
         self.feed(made)
         book = self.node.books.get(effect.pool_id)
         if book is not None and effect.pool_id not in self.pools:
-            memory = self.pools[effect.pool_id] = Memory(effect.blocks)
+            memory = self.pools[effect.pool_id] = Memory(
+                effect.pool_id, effect.blocks, effect.layout.block_size_tokens
+            )
             pool = WatchedPool(self, memory, effect.blocks, book.source_blocks, book.sink_blocks)
             book.pool = pool
 
     # --- what invariants ask ---
 
-    def key_of(self, owner: int) -> Key:
-        """The transfer behind an owner's number."""
-        if owner not in self._owners:
-            for book in self.node.books.values():
-                self._owners.update((number, key) for key, number in book._owners.items())
-        return self._owners[owner]
+    def key_of(self, memory: Memory, owner: int) -> Key:
+        """The transfer behind an owner's number in a pool."""
+        pool_id = memory.pool_id
+        if (pool_id, owner) not in self._owners:
+            owners = self.node.books[pool_id]._owners
+            self._owners.update(((pool_id, number), key) for key, number in owners.items())
+        return self._owners[pool_id, owner]
 
     def check_nobody_else_touches(self, memory: Memory, owner: int, block: int) -> None:
         """A block that is granted must be shown to no worker who still reads or writes it."""
         for process in self.world.processes_of(self.machine.name):
             for side in process.sides.values():
                 same = side.memory is memory  # or it is of a pool that is no more
-                if same and side.touches(block) and side.key != self.key_of(owner):
+                if same and side.touches(block) and side.key != self.key_of(memory, owner):
                     raise Broken(f"I7: block {block} is granted, but {side.key} touches it")
 
-    def check_no_worker_touches(self, owner: int, block: int, *, freed: bool) -> None:
+    def check_no_worker_touches(
+        self, memory: Memory, owner: int, block: int, *, freed: bool
+    ) -> None:
         """A block that goes must be shown to no worker who still reads or writes it."""
-        key = self.key_of(owner)
-        for rank in range(self.world.job(key).plan.ranks):
+        key = self.key_of(memory, owner)
+        for rank in range(self.world.job(key).plan.ranks_of(key.role)):
             side = self.sides.get((key, rank))
             if side is not None and side.touches(block):
                 verb = "freed" if freed else "handed on"

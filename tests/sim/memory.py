@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sim.life import Life
 
 BLOCK = 4
+WIDE = 2 * BLOCK  # tokens of a block of the other layout
 EMPTY = 0
 GARBAGE = 1 << 60  # bytes that were damaged on their way
 
@@ -44,48 +45,59 @@ class Piece(NamedTuple):
     first_token: int
 
 
-def pieces(place: Place, first_token: int, tokens: int) -> Iterator[Piece]:
-    """Where an extent lies, block by block."""
+def pieces(place: Place, first_token: int, tokens: int, size: int) -> Iterator[Piece]:
+    """Where an extent lies, block by block of ``size`` tokens."""
     end = first_token + tokens
     at = place.base_tokens
     for first_block, blocks in place.runs:
         for block in range(first_block, first_block + blocks):
-            low, high = max(at, first_token), min(at + BLOCK, end)
+            low, high = max(at, first_token), min(at + size, end)
             if low < high:
-                yield Piece(block, block * BLOCK + low - at, high - low, low)
-            at += BLOCK
+                yield Piece(block, block * size + low - at, high - low, low)
+            at += size
 
 
 class Memory:
-    """The slots, and for each block its owner in the books, its writer, and how many read it."""
+    """The slots and their writers, and for each block its owner in the books, and how many read it."""
 
-    __slots__ = ("blocks", "owner", "readers", "slots", "writer")
+    __slots__ = ("blocks", "owner", "pool_id", "readers", "size", "slots", "writer")
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, pool_id: str, blocks: int, size: int) -> None:
+        self.pool_id = pool_id
         self.blocks = blocks
-        self.slots = [EMPTY] * (blocks * BLOCK)
+        self.size = size  # tokens of a block
+        self.slots = [EMPTY] * (blocks * size)
         self.owner = [0] * blocks
         self.readers = [0] * blocks
         self.writer: dict[int, object] = {}
+
+    def pieces(self, place: Place, first_token: int, tokens: int) -> Iterator[Piece]:
+        """Where an extent lies here."""
+        return pieces(place, first_token, tokens, self.size)
 
     def read(self, place: Place, first_token: int, tokens: int) -> list[int]:
         """The names in an extent."""
         slots = self.slots
         names: list[int] = []
-        for _, slot, count, _ in pieces(place, first_token, tokens):
+        for _, slot, count, _ in self.pieces(place, first_token, tokens):
             names += slots[slot : slot + count]
         return names
 
     def write(self, place: Place, first_token: int, names: list[int]) -> None:
         """Put names into an extent."""
         slots = self.slots
-        for _, slot, count, first in pieces(place, first_token, len(names)):
+        for _, slot, count, first in self.pieces(place, first_token, len(names)):
             at = first - first_token
             slots[slot : slot + count] = names[at : at + count]
 
     def wipe(self, block: int) -> None:
         """Leave nothing in a block."""
-        self.slots[block * BLOCK : (block + 1) * BLOCK] = [EMPTY] * BLOCK
+        size = self.size
+        self.slots[block * size : (block + 1) * size] = [EMPTY] * size
+
+    def block(self, block: int) -> list[int]:
+        """The names in a block."""
+        return self.slots[block * self.size : (block + 1) * self.size]
 
     def process_died(self) -> None:
         """The daemon's threads are gone; the bytes stay."""
@@ -172,9 +184,10 @@ class WatchedPool(BlockPool):
                 raise Broken(f"I7: block {block} is freed by {lease.owner}, who does not own it")
             if memory.readers[block]:
                 raise Broken(f"I7: block {block} goes while a connection reads it")
-            if block in memory.writer:
-                raise Broken(f"I7: block {block} goes while {memory.writer[block]} writes it")
-            self._life.check_no_worker_touches(lease.owner, block, freed=freed)
+            for slot in range(block * memory.size, (block + 1) * memory.size):
+                if slot in memory.writer:
+                    raise Broken(f"I7: block {block} goes while {memory.writer[slot]} writes it")
+            self._life.check_no_worker_touches(memory, lease.owner, block, freed=freed)
             memory.owner[block] = 0
         self._owned -= blocks
 

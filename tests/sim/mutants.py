@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 
+from kvferry_daemon.core import effects_of, here
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import CLEAN, MIXED, RunAllocator
+from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.claims import Claims
+from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.extents import ExtentSet
 from kvferry_daemon.core.openings import Openings
+from kvferry_daemon.core.peers import Peer
 from kvferry_daemon.core.pool import BlockPool, Grant
 from kvferry_daemon.core.ranks import Ranks
 from kvferry_daemon.core.records import TransferRecord
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role
 from sim.life import Life
@@ -334,6 +339,63 @@ def shown_before_death(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SinkTransfer, "take_up", wrong)
 
 
+def news_not_missed(patch: pytest.MonkeyPatch) -> None:
+    """A sink does not look at what its link says went before."""
+
+    def wrong(self: Peer, _before: int, news: int) -> None:
+        self._news = max(self._news, news)
+
+    patch.setattr(Peer, "_count", wrong)
+
+
+def any_ping_renews(patch: pytest.MonkeyPatch) -> None:
+    """A ping renews all leases: those of other daemons, and of the earlier lives of its own."""
+
+    def wrong(self: SourceDesk, _sink: str | None) -> float:
+        return max((one.heard_s for one in self._daemons._by_boot.values()), default=0.0)
+
+    patch.setattr(SourceDesk, "heard_s", wrong)
+
+
+def slot_not_kept(patch: pytest.MonkeyPatch) -> None:
+    """A slot is written when it is given, and no more."""
+    patch.setattr(Boards, "changed", lambda self, transfer: None)
+
+
+def slot_before_ledger(patch: pytest.MonkeyPatch) -> None:
+    """What is in memory only is written at once; the ledger follows."""
+    right = Life._perform_once_written
+
+    def wrong(self: Life, effects: list[out.NodeEffect]) -> None:
+        slots = (out.ShowSlot, out.ClearSlot)
+        self._perform([one for one in effects if isinstance(one, slots)])
+        right(self, [one for one in effects if not isinstance(one, slots)])
+
+    patch.setattr(Life, "_perform_once_written", wrong)
+
+
+def closing_is_a_proof(patch: pytest.MonkeyPatch) -> None:
+    """What is copied within a daemon is over when somebody has waited for long enough."""
+    right = EffectDesk._close_stream
+
+    def wrong(self: EffectDesk, transfer: Any, effect: ev.CloseStream) -> None:
+        if effect.key.is_here:
+            self._node.post(transfer.key, ev.StreamDown(effect.key))
+        right(self, transfer, effect)
+
+    patch.setattr(EffectDesk, "_close_stream", wrong)
+
+
+def takes_over_whatever(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of one pool change owner, however many ranks there are on either side."""
+
+    def wrong(source: Any, sink: Any) -> bool:
+        return bool(source.opening.pool_id == sink.opening.pool_id)
+
+    patch.setattr(here, "can_take_over", wrong)
+    patch.setattr(effects_of, "can_take_over", wrong)
+
+
 def _move(patch: pytest.MonkeyPatch, side: type[Any], event: type[Any], move: Any) -> None:
     """Replace what a side does with an event, live and ended."""
     name = side.LIVE[event].__name__
@@ -352,5 +414,6 @@ MUTANTS = (
     old_chunk, inherited_progress, count_before_bytes, unbound_claim, highest_acked, done_once,
     unfloored_resume, old_unknown, writer_forgotten, reader_forgotten, never_again, not_zeroed,
     half_blocks, seen_before_ledger, free_is_clean, done_forgotten, fastest_part, fastest_rank,
-    one_released, total_of_one, shown_at_once, shown_before_death,
+    one_released, total_of_one, shown_at_once, shown_before_death, news_not_missed,
+    any_ping_renews, slot_not_kept, slot_before_ledger, closing_is_a_proof, takes_over_whatever,
 )  # fmt: skip

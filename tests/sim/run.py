@@ -73,7 +73,7 @@ def _smaller(plan: Plan) -> Iterable[Plan]:
             yield replace(plan, jobs=plan.jobs[:index] + plan.jobs[index + 1 :])
     for index, job in enumerate(plan.jobs):
         for change in (
-            {"ranks": 1}, {"ranks": min(2, job.ranks)}, {"tokens": job.tokens // 2}, {"start_sink": 0, "start_source": 0}, {"goodbye": False},
+            {"ranks": 1, "ranks_sink": 1}, {"ranks": min(2, job.ranks), "ranks_sink": min(2, job.ranks_sink)}, {"tokens": job.tokens // 2}, {"start_sink": 0, "start_source": 0}, {"goodbye": False},
             {"late": False}, {"eager": True},
         ):  # fmt: skip
             other = replace(job, **change)

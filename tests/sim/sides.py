@@ -8,6 +8,7 @@ from kvferry_daemon.core.events import Key
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
 from kvferry_proto.states import TERMINAL, Mode, Role, StallReason, State
+from sim import boards
 from sim.memory import BLOCK, EMPTY, Broken, Memory
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Side:
     # --- its life ---
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.process.layout.block_size_tokens
+
+    @property
     def group(self) -> tuple[int, str]:
         """Which attempt, and at which daemon: one that began anew knows nothing of the others."""
         life = self.process.life
@@ -68,7 +74,7 @@ class Side:
     def adopt(self, life: Life) -> None:
         """The session is with this life of the daemon, and so is its pool."""
         life.sides[self.key, self.rank] = self
-        [self.memory] = life.pools.values()
+        self.memory = life.pools[self.process.layout.digest.hex()]
 
     def daemon_restarted(self) -> None:
         """The daemon has lost the attempt, and its pool is another file now."""
@@ -120,9 +126,9 @@ class Side:
             for first, blocks in self.seen.runs:
                 for one in range(first, first + blocks):
                     self._shown[one] = token
-                    token += BLOCK
+                    token += self.block_size
         first_token = self._shown.get(block)
-        return first_token is not None and self.needs(first_token + BLOCK)
+        return first_token is not None and self.needs(first_token + self.block_size)
 
     def needs(self, end_token: int) -> bool:
         """Whether the worker still needs the block that ends there."""
@@ -138,9 +144,16 @@ class Side:
         """Wait for a change."""
         assert self.seen is not None
         watched = worker.Watched(role=self.role, after=self.seen.snapshot, **self.name)
+        if self.world.plan.boards:
+            boards.poll(self, watched, self.world.dice.choice((0.0, 0.0, WAIT_S)))
+            return
         self.process.ask(worker.Poll, self._on_reply, transfers=[watched], wait_s=WAIT_S)
 
     def _on_reply(self, reply: worker.Snapshots | worker.Failure) -> None:
+        self.heard(reply, 0.0)
+
+    def heard(self, reply: worker.Snapshots | worker.Failure, idle_s: float) -> None:
+        """Take an answer in and go on; only after ``idle_s`` if it brings nothing."""
         if self.released or self.over:
             return
         if isinstance(reply, worker.Failure):
@@ -157,7 +170,8 @@ class Side:
                     raise Broken(f"I10: {self.key} rank {self.rank} is shown {seen}")
                 self.job.was_shown(self.role, self.group, seen.snapshot, _common(seen))
                 self.seen = seen
-        wait_s = self.think_s * (0.5 + self.world.dice.random())
+        wait_s = self.think_s if reply.transfers else max(idle_s, self.think_s)
+        wait_s *= 0.5 + self.world.dice.random()
         self.process.later(wait_s, self._think)
 
     def _think(self) -> None:
@@ -184,10 +198,10 @@ class Side:
     def slot(self, token: int) -> int:
         """Where a token of the window lies."""
         assert self.seen is not None
-        index, rest = divmod(token - self.seen.base_tokens, BLOCK)
+        index, rest = divmod(token - self.seen.base_tokens, self.block_size)
         for first, blocks in self.seen.runs:
             if index < blocks:
-                return (first + index) * BLOCK + rest
+                return (first + index) * self.block_size + rest
             index -= blocks
         raise Broken(f"{self.key}: token {token} lies in no block of {self.seen}")
 
@@ -209,7 +223,7 @@ class SourceSide(Side):
         self.aux_told = self.told and plan.early_aux
         self.ask(
             worker.Send,
-            world_size=plan.ranks,
+            world_size=plan.ranks_of(self.role),
             start_tokens=plan.start_source,
             total_tokens=self.job.total if self.told else None,
             aux=self.job.aux if self.aux_told else None,
@@ -246,9 +260,9 @@ class SourceSide(Side):
         life = self.process.life
         for token in range(self.ready, end):
             slot = self.slot(token)
-            owner = self.memory.owner[slot // BLOCK]
-            if not life.dead and (owner == EMPTY or life.key_of(owner) != self.key):
-                raise Broken(f"I7: {self.key} fills block {slot // BLOCK}, which is not its own")
+            owner = self.memory.owner[slot // self.block_size]
+            if not life.dead and (owner == EMPTY or life.key_of(self.memory, owner) != self.key):
+                raise Broken(f"I7: {self.key} fills slot {slot}, which is not its own")
             self.memory.slots[slot] = self.token_name + token
         self._mark(end, tell=self.world.dice.random() < 0.5)
 
@@ -279,7 +293,7 @@ class SinkSide(Side):
         plan = self.job.plan
         self.ask(
             worker.Receive,
-            world_size=plan.ranks,
+            world_size=plan.ranks_of(self.role),
             source=self.job.source_address,
             mode=Mode.WHOLE if plan.whole else Mode.CONSUME,
             max_tokens=plan.max_tokens if plan.whole else None,
@@ -301,7 +315,7 @@ class SinkSide(Side):
             return
         if seen.sent_tokens > self.taken and self._is_due(seen):
             some = dice.choice((seen.sent_tokens, dice.randint(self.taken + 1, seen.sent_tokens)))
-            end = seen.sent_tokens if self.job.plan.ranks > 1 else some
+            end = seen.sent_tokens if self.job.plan.ranks_sink > 1 else some
             self._take(end)
             self.job.took(self.group, self.rank, end)
         if seen.state is State.SUCCESS:

@@ -13,7 +13,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.peers import Connect
 from kvferry_proto.peer import PARTS_MAX
-from sim.memory import GARBAGE, Broken, Memory, pieces
+from sim.memory import GARBAGE, Broken, Memory
 
 if TYPE_CHECKING:
     from sim.life import Life
@@ -35,6 +35,23 @@ class Claim(NamedTuple):
     def __repr__(self) -> str:
         e = self.effect
         return f"claim of {e.tokens} tokens from {e.first_token}, handle {e.handle}, {e.key}"
+
+    def begin(self) -> None:
+        """I4: one writer an extent; a wide block may be filled by two, each its own tokens."""
+        for slot in self._slots():
+            if slot in self.memory.writer:
+                raise Broken(f"I4: {self}, but {self.memory.writer[slot]} writes there")
+            self.memory.writer[slot] = self
+
+    def end(self) -> None:
+        """Nobody writes there any more."""
+        for slot in self._slots():
+            self.memory.writer.pop(slot, None)
+
+    def _slots(self) -> list[int]:
+        e = self.effect
+        found = self.memory.pieces(e.place, e.first_token, e.tokens)
+        return [one.slot + n for one in found for n in range(one.tokens)]
 
 
 class Chunk(NamedTuple):
@@ -118,7 +135,7 @@ class Connection:
     def put(self, job: out.Transmit) -> None:
         """Queue an extent; its blocks are read until ChunkSent or the end of the thread."""
         memory = self.source.pools[job.pool_id]
-        for piece in pieces(job.place, job.first_token, job.tokens):
+        for piece in memory.pieces(job.place, job.first_token, job.tokens):
             memory.readers[piece.block] += 1
         self._jobs.append(job)
         if not self._sending:
@@ -154,9 +171,9 @@ class Connection:
         self.clock.at(at_s, self._arrive, chunk, takes_s)
 
     def _let_go(self, job: out.Transmit) -> None:
-        readers = self.source.pools[job.pool_id].readers
-        for piece in pieces(job.place, job.first_token, job.tokens):
-            readers[piece.block] -= 1
+        memory = self.source.pools[job.pool_id]
+        for piece in memory.pieces(job.place, job.first_token, job.tokens):
+            memory.readers[piece.block] -= 1
 
     def _source_down(self) -> None:
         if self.source_gone:
@@ -178,23 +195,15 @@ class Connection:
         assert self.sink is not None
         memory = self.sink.pools[effect.pool_id]
         claim = Claim(effect, memory)
-        for piece in pieces(effect.place, effect.first_token, effect.tokens):
-            if piece.block in memory.writer:
-                raise Broken(f"I4: {claim}, but {memory.writer[piece.block]} writes there")
-            memory.writer[piece.block] = claim
+        claim.begin()
         self.claims[effect.handle, effect.first_token] = claim
 
     def cancel(self, handle: int) -> list[tuple[int, int]]:
         """Take back what the thread has not begun, of every part."""
         keys = [key for key in self.claims if handle <= key[0] < handle + PARTS_MAX]
         for key in keys:
-            self._give_up(self.claims.pop(key))
+            self.claims.pop(key).end()
         return keys
-
-    def _give_up(self, claim: Claim) -> None:
-        effect = claim.effect
-        for piece in pieces(effect.place, effect.first_token, effect.tokens):
-            claim.memory.writer.pop(piece.block, None)
 
     def _waits(self) -> float:
         """Until when the receiver stands still."""
@@ -248,7 +257,7 @@ class Connection:
         claim, chunk = self._current
         self._write(len(chunk.names))
         self._current = None
-        self._give_up(claim)
+        claim.end()
         if chunk.damaged:
             self.sink.feed(out.ChunkMissed(self.key, chunk.handle, chunk.first_token))
             self.close()
@@ -267,7 +276,7 @@ class Connection:
         if self._current is not None:  # a thread writes until it has ended
             claim, chunk = self._current
             self._write(self.world.dice.randint(0, len(chunk.names)))
-            self._give_up(claim)
+            claim.end()
         self.sink_is_gone()
         self.sink.receivers.pop(self.key, None)
         self.sink.feed(out.SinkStreamDown(self.key, "cut"))
@@ -289,7 +298,7 @@ class Connection:
         """No thread at the sink any more."""
         self.sink_gone = True
         for claim in self.claims.values():
-            self._give_up(claim)
+            claim.end()
         self.claims.clear()
         self._current = None
         self.close()

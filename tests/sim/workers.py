@@ -10,7 +10,9 @@ from kvferry_daemon.core.events import Key
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
 from kvferry_proto.layout import Dtype, Layout, Plane
-from sim.memory import BLOCK, Broken
+from sim.boards import ModelReader
+from sim.jobs import is_wide
+from sim.memory import BLOCK, WIDE, Broken
 
 if TYPE_CHECKING:
     from sim.life import Life
@@ -24,7 +26,9 @@ Then = Callable[[worker.Snapshots | worker.Failure], None]
 
 _PLANES = (Plane(name="kv", dtype=Dtype.UINT8, shape=(64,)),)
 LAYOUTS = {
-    names: Layout(planes=_PLANES, aux=names, block_size_tokens=BLOCK) for names in ((), ("first",))
+    (names, size): Layout(planes=_PLANES, aux=names, block_size_tokens=size)
+    for names in ((), ("first",))
+    for size in (BLOCK, WIDE)
 }
 
 
@@ -44,6 +48,7 @@ class Process:
         self.world = world
         self.machine = machine
         self.name = name
+        self.layout = world.layouts[WIDE if is_wide(name) else BLOCK]
         self.alive = True
         self.stopped_until_s = 0.0
         self._locks = 0
@@ -55,6 +60,8 @@ class Process:
         self.sides: dict[tuple[Key, int], Side] = {}  # by transfer and rank
         self._number = 0
         self._calls: dict[int, tuple[worker.Verb | worker.Hello, Then | None]] = {}
+        self._sides: dict[int, object] = {}  # whose a call is
+        self.board: ModelReader | None = None  # the daemon's, as its welcome named it
         self._last_call_s = self._last_reply_s = self._beat_s = 0.0
         self._routes = 0
         self._route = b""
@@ -64,17 +71,18 @@ class Process:
 
     # --- calls ---
 
-    def ask(self, kind: type[Any], then: Then, **fields: Any) -> None:
-        """Make a call; it is made again until an answer comes."""
+    def ask(self, kind: type[Any], then: Then, side: Side | None = None, **fields: Any) -> None:
+        """Make a call; it is made again until an answer comes, or its ``side`` wants none."""
         self._number += 1
         self._calls[self._number] = (kind(call=self._number, **fields), then)
+        self._sides[self._number] = side or getattr(then, "__self__", None)
         if self.joined:
             self._send(self._number)
 
     def forget(self, side: Side) -> None:
         """It wants no answer any more; nor its call, if that was lost."""
-        for number, (_, then) in list(self._calls.items()):
-            if getattr(then, "__self__", None) is side:
+        for number in list(self._calls):
+            if self._sides.get(number) is side:
                 del self._calls[number]
 
     def _send(self, number: int) -> None:
@@ -144,6 +152,7 @@ class Process:
             self._hello()
             return
         entry = self._calls.pop(reply.call, None)
+        self._sides.pop(reply.call, None)
         if entry is None:
             return  # answered twice, or nobody wants to know any more
         if isinstance(entry[0], worker.Hello):
@@ -172,7 +181,7 @@ class Process:
         self.joined = False
         self._number += 1
         hello = worker.Hello(
-            call=self._number, lock=self.lock, layout=self.world.layout, session=self.session
+            call=self._number, lock=self.lock, layout=self.layout, session=self.session
         )
         self._calls[self._number] = (hello, None)
         self._send(self._number)
@@ -197,6 +206,7 @@ class Process:
         restarted = self._had_session not in (None, reply.session)
         self._had_session = reply.session
         self.session, self.joined, self.life = reply.session, True, life
+        self._look_at_board(reply)
         if restarted:
             self._lost_everything()
         for side in self.sides.values():
@@ -204,9 +214,19 @@ class Process:
         for number in list(self._calls):
             self._send(number)
 
+    def _look_at_board(self, welcome: worker.Welcome) -> None:
+        """As a client does: one board a life of the daemon."""
+        if self.board is not None and self.board.boot_id == welcome.boot_id:
+            return
+        if self.board is not None:
+            self.board.leave()
+        assert self.life is not None
+        self.board = ModelReader(welcome, self.life.boards[self.layout.digest.hex()])
+
     def _lost_everything(self) -> None:
         """The daemon was started anew and knows none of this process's transfers."""
         self._calls.clear()
+        self._sides.clear()
         for side in list(self.sides.values()):
             side.daemon_restarted()
         self.sides.clear()

@@ -13,8 +13,9 @@ from sim.clock import Clock
 from sim.faults import SILENCE_S, Fault, excuse
 from sim.jobs import Job, JobPlan
 from sim.machine import Machine
-from sim.memory import BLOCK, Broken
+from sim.memory import BLOCK, WIDE, Broken
 from sim.network import Network
+from sim.quiet import Quiet
 from sim.streams import Connection
 from sim.workers import LAYOUTS, Lock, Process
 
@@ -42,6 +43,7 @@ class Plan:
     calm_at_s: float
     jobs: tuple[JobPlan, ...]
     faults: tuple[Fault, ...]
+    boards: bool = False  # workers look at status boards
 
 
 class World:
@@ -49,11 +51,13 @@ class World:
 
     def __init__(self, plan: Plan, *, salt: int = 0, tell: bool = False) -> None:
         self.plan = plan
+        self.timing = TIMING
         self.dice = Random(plan.seed * 1_000_003 + salt)
         self.story: list[str] | None = [] if tell else None
         self.clock = Clock()
         self.network = Network(self.clock, self.dice)
-        self.layout = LAYOUTS[("first",) if plan.aux else ()]
+        names = ("first",) if plan.aux else ()
+        self.layouts = {size: LAYOUTS[names, size] for size in (BLOCK, WIDE)}
         self.node_events = 0
         self.connections: list[Connection] = []
         self.routes: dict[bytes, Process] = {}
@@ -92,7 +96,7 @@ class World:
             pool_tokens=plan.blocks * BLOCK,
             source_share=plan.source_share,
             streams=plan.streams,
-            chunk_bytes=plan.chunk_blocks * self.layout.block_bytes,
+            chunk_bytes=plan.chunk_blocks * self.layouts[BLOCK].block_bytes,
             transfers_max=100,
             workers_max=20,
         )
@@ -192,6 +196,7 @@ class World:
         for name, process in list(self.processes.items()):
             process.stopped_until_s = 0.0
             self.start_process(name)
+        Quiet(self)
 
     def _is_tidy(self) -> bool:
         for machine in self.machines.values():

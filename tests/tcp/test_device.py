@@ -52,8 +52,8 @@ class Line:
         for block in range(BLOCKS):
             size = LAYOUT.block_bytes
             self.source.arena[block * size : (block + 1) * size].random_(0, 256)
-        self.receiver = StreamReceiver(self.two, "key", self.received.put, new_buffer)
-        self.sender = StreamSender(self.one, "key", self.sent.put, checksum, new_buffer)
+        self.receiver = StreamReceiver(self.two, "key", self.received.put, new_buffer=new_buffer)
+        self.sender = StreamSender(self.one, "key", self.sent.put, checksum, new_buffer=new_buffer)
 
     def _on_broken(self, message: str, usable: bool) -> None:
         self.broken.append((message, usable))

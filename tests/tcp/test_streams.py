@@ -3,6 +3,7 @@
 import itertools
 import queue
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -98,3 +99,23 @@ def test_a_damaged_header_ends_the_stream(
     down = events.get(timeout=WAIT_S)
     assert isinstance(down, te.StreamDown)
     events.put(down)
+
+
+@pytest.mark.parametrize("side", ["send", "receive"])
+def test_a_thread_that_moves_bytes_enters_its_place_first(side: str) -> None:
+    one, two = socket.socketpair()
+    entered: queue.Queue[str] = queue.Queue()
+    events = Events()
+
+    def enter() -> None:
+        entered.put(threading.current_thread().name)
+
+    end: StreamSender | StreamReceiver
+    if side == "send":
+        end = StreamSender(one, "key", events.put, True, enter)
+    else:
+        end = StreamReceiver(one, "key", events.put, enter)
+    assert entered.get(timeout=WAIT_S) == f"kvferry-{side}"
+    end.close()
+    assert isinstance(events.get(timeout=WAIT_S), te.StreamDown)
+    two.close()

@@ -160,8 +160,16 @@ PEER: dict[str, Any] = {
     "peer hello": p.PeerHello(boot_id=SINK, daemon_id=SOURCE, life=2),
     "peer welcome": p.PeerWelcome(version=1, boot_id=SOURCE, sink_boot_id=SINK),
     "ping": p.Ping(**LINK),
-    "pong": p.Pong(frames=BIG, **LINK),
+    "pong": p.Pong(news=BIG, **LINK),
     "open stream": p.OpenStream(stream=15, connection=BIG, **LINK),
+    "open stream, with what else might be": p.OpenStream(
+        stream=0, connection=1,
+        ways=p.Ways(wish="auto", nixl="1.5.1", fast=False, why="no RDMA device"), **LINK,
+    ),
+    "ticket that names a transport": p.Ticket(
+        stream=0, connection=1, port=1, ticket=DIGEST * 2, transport="nixl",
+        why="the sink is set to it", **LINK,
+    ),
     "ticket": p.Ticket(stream=0, connection=0, port=65535, ticket=DIGEST * 2, **LINK),
     "a pull that asks for news": p.Pulls(pulls=[PULL], **LINK),
     "a pull that wants two extents": p.Pulls(
@@ -177,13 +185,13 @@ PEER: dict[str, Any] = {
         ],
         **LINK,
     ),
-    "progress": p.Progresses(frame=1, progresses=[NEWS], **LINK),
+    "progress": p.Progresses(before=0, progresses=[NEWS], **LINK),
     "progress of an unknown transfer": p.Progresses(
-        frame=BIG,
+        before=BIG,
         progresses=[NEWS.model_copy(update={"known": False, "state": State.BOOTSTRAPPING})], **LINK
     ),
     "progress with everything": p.Progresses(
-        frame=BIG,
+        before=BIG,
         progresses=[
             p.Progress(
                 transfer_id="t", attempt=2, number=3, state=State.FAILED, available_tokens=4,
@@ -215,10 +223,16 @@ CONTROL: dict[str, Any] = {
         peers=[
             c.PeerStatus(address="tcp://[::1]:1", state="connecting"),
             c.PeerStatus(
-                address="tcp://b:2", state="up", boot_id=SINK, streams_open=2, transport="tcp",
+                address="tcp://b:2", state="up", boot_id=SINK, streams_open=2, transport="tcp", why="w",
                 detail="all is well",
             ),
         ],
+    ),
+    "status with placement": c.Status(
+        call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
+        draining=False, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
+        blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
+        placement=c.PlacementStatus(huge_pages="within_size", numa_node=0, copy_cpus="0-3,8"),
     ),
     "transfers": c.Transfers(
         call=2, more=1,

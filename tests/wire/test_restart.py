@@ -22,8 +22,9 @@ BOTH = [("source",), ("sink",), ("source", "sink")]
 class Pair:
     """A source's and a sink's daemon, their workers, and what has been received."""
 
-    def __init__(self, directory: Path) -> None:
-        self.daemons = {name: LiveDaemon(directory / name) for name in ("source", "sink")}
+    def __init__(self, directory: Path, **flags: object) -> None:
+        names = ("source", "sink")
+        self.daemons = {name: LiveDaemon(directory / name, **flags) for name in names}
         self.source = connect(self.daemons["source"].directory, LAYOUT, "source")
         self.sink = connect(self.daemons["sink"].directory, LAYOUT, "sink")
         self.arrays = payload(TOKENS)
@@ -156,7 +157,7 @@ def begun(tmp_path: Path) -> tuple[LiveDaemon, Client]:
 def damage(directory: Path, how: str) -> None:
     import sqlite3
 
-    from kvferry_daemon.core.records import RECORDS, DaemonRecord
+    from kvferry_daemon.core.records import RECORDS, DaemonRecord, PoolRecord
     from kvferry_daemon.ledger import rows_of
 
     ledger = directory / "ledger.db"
@@ -177,6 +178,24 @@ def damage(directory: Path, how: str) -> None:
         case "with a block leased twice":
             rows["transfer:source:1:t"] = rows["transfer:source:0:t"]
             rows["opening:source:1:t"] = rows["opening:source:0:t"]
+        case "whose pool is of another layout":
+            [name] = [name for name in rows if name.startswith("pool:")]
+            record = RECORDS.decode(rows[name])
+            assert isinstance(record, PoolRecord)
+            assert record.layout.planes[0].name != "other"
+            plane = record.layout.planes[0].model_copy(update={"name": "other"})
+            layout = record.layout.model_copy(update={"planes": (plane, *record.layout.planes[1:])})
+            rows[name] = RECORDS.encode(record.model_copy(update={"layout": layout}))
+        case "of another daemon":
+            (directory / "other").mkdir()
+            other, client = begun(directory / "other")
+            client.close()
+            for file in directory.glob("ledger.db*"):
+                file.unlink()
+            for file in other.directory.glob("ledger.db*"):
+                shutil.copy(file, directory)
+            other.stop()
+            return
         case "whose pool file is missing":
             pool.unlink()
         case "whose pool file is short":
@@ -199,6 +218,8 @@ def damage(directory: Path, how: str) -> None:
         "with a row that is none",
         "with a transfer that has no opening",
         "with a block leased twice",
+        "whose pool is of another layout",
+        "of another daemon",
         "whose pool file is missing",
         "whose pool file is short",
         "that is no database",

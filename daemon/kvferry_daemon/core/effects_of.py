@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook, Zeroing
-from kvferry_proto.errors import Code
+from kvferry_daemon.core.here import can_take_over
 from kvferry_proto.peer import Progress, Pull
 from kvferry_proto.states import Role, State
 
@@ -128,6 +128,8 @@ class EffectDesk:
         self._node.effects.append(out.CancelExpected(handle))
 
     def _close_stream(self, transfer: AnyTransfer, effect: ev.CloseStream) -> None:
+        if effect.key.is_here:
+            return  # nobody but our own thread can be behind, and it says when it has ended
         if transfer.key.role is Role.SINK:
             self._node.sinks.close_stream(effect.key)
         else:
@@ -148,27 +150,9 @@ class EffectDesk:
             want=list(effect.want),
         )
         if opening.source is None:
-            self._pull_here(transfer, pull)
+            node.here.pull(ev.Pulled(node.settings.boot_id, node.settings.daemon_id, pull))
         else:
             node.sinks.say_pull(opening.source, pull)
-
-    def _pull_here(self, transfer: SinkTransfer, pull: Pull) -> None:
-        node, us = self._node, self._node.settings
-        key = transfer.key._replace(role=Role.SOURCE)
-        source = node.transfers.get(key)
-        if source is not None and source.opening.pool_id != transfer.opening.pool_id:
-            ours, theirs = self._book(transfer).layout, self._book(source).layout
-            message = f"sink and source differ in {ours.first_difference(theirs)}"
-            node.post(transfer.key, ev.Fail(Code.LAYOUT_MISMATCH, message))
-            return
-        if source is not None and source.ranks.size != transfer.ranks.size:
-            message = (
-                f"blocks change owner rank by rank, but the sink has {transfer.ranks.size} ranks, "
-                f"the source {source.ranks.size}"
-            )
-            node.post(transfer.key, ev.Fail(Code.LAYOUT_MISMATCH, message))
-            return
-        node.post(key, ev.Pulled(us.boot_id, us.daemon_id, pull))
 
     def _send_done(self, transfer: SinkTransfer, _effect: ev.SendDone) -> None:
         node, key = self._node, transfer.key
@@ -183,11 +167,9 @@ class EffectDesk:
         node, book = self._node, self._book(transfer)
         source_key = transfer.key._replace(role=Role.SOURCE)
         source = node.transfers.get(source_key)
-        if source is None or source.opening.pool_id != transfer.opening.pool_id:
-            return
-        ranks = transfer.ranks.size
-        if source.ranks.size != ranks:
+        if source is None or not can_take_over(source, transfer):
             return  # its pull says so
+        ranks = transfer.ranks.size
         reserve = 0 if transfer.opening.max_tokens is None else self._whole(transfer) * ranks
         blocks = book.room_to_take_over(transfer.key, effect.blocks * ranks, reserve) // ranks
         if blocks:  # at once: the room found may be gone when the queue comes to it
@@ -222,7 +204,7 @@ class EffectDesk:
 
     def _serve(self, transfer: SourceTransfer, effect: ev.Serve) -> None:
         node = self._node
-        if not node.sources.is_open(effect.key):
+        if not (effect.key.is_here or node.sources.is_open(effect.key)):
             node.post(transfer.key, ev.StreamDown(effect.key))  # what it was asked on is closed
             return
         node.effects.append(

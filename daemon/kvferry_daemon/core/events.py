@@ -11,6 +11,8 @@ from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.peer import Progress, Pull, Want
 from kvferry_proto.states import Role, State
 
+HERE = -1  # a stream's number that no message can name
+
 
 class Key(NamedTuple):
     """Names one side of one attempt of a transfer."""
@@ -29,6 +31,16 @@ class StreamKey(NamedTuple):
     peer: str
     stream: int
     connection: int
+
+    @classmethod
+    def here(cls, boot_id: str) -> "StreamKey":
+        """What copies within this daemon go over; it is up as long as the daemon is."""
+        return cls(boot_id, HERE, 0)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether source and sink are both in this daemon."""
+        return self.stream == HERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +170,14 @@ class Heard:
 class Shaped:
     """The source's layout or ranks are not ours, but fit: the payload comes in these parts."""
 
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The source is here, but its blocks cannot become ours: they are copied, in these parts."""
+
+    key: StreamKey
     shape: Shape
 
 

@@ -15,6 +15,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.effects_of import EffectDesk
+from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.polls import Polls
 from kvferry_daemon.core.records import HOST, SessionRecord
@@ -27,6 +28,7 @@ from kvferry_daemon.core.tombstones import Tombstones
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
+from kvferry_proto.peer import Ways
 from kvferry_proto.states import Role
 
 TIMERS_A_TURN = 32  # then what else waits gets its turn: a pull costs some 30 us
@@ -87,6 +89,7 @@ class Node:
     ) -> None:
         self.settings = settings
         self.data_port = data_port  # where sinks' data connections come in
+        self.ways = Ways()  # by which bytes may go
         self.new_secret = new_secret
         self.now_s = self.started_s = now_s
         self.draining = False
@@ -111,6 +114,7 @@ class Node:
         self.workers = WorkerDesk(self)
         self.sources = SourceDesk(self)
         self.sinks = SinkDesk(self)
+        self.here = Here(self)
         self._effects_of = EffectDesk(self)
         self.notes = Notes(self)
         self._moves: dict[type, Callable[[Any], None]] = {

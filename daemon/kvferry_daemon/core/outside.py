@@ -235,6 +235,7 @@ class Admit:
 
     key: StreamKey
     ticket: bytes
+    transport: peer.Transport = "tcp"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.versions import Versions, agree
 
 NEVER_S = float("inf")
+ONLY_TCP = wire.Ways()
+FATAL = (Code.NO_COMMON_VERSION, Code.TRANSPORT_UNAVAILABLE)  # asking again does not help
 
 
 # --- effects ---
@@ -29,6 +31,7 @@ class Connect:
     key: StreamKey
     port: int
     ticket: bytes
+    transport: wire.Transport = "tcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,14 @@ class Peer:
     timing: Timing
     streams_wanted: int
     now_s: float
+    ways: wire.Ways = ONLY_TCP
+    transport: wire.Transport | None = None  # of the newest connection; None before the first
+    why: str = ""  # it is this one
     state: Literal["connecting", "up", "lost"] = "connecting"
     boot_id: str | None = None
     detail: str = ""
     used_s: float = 0.0  # when a live transfer needed it last
-    _frames: int = 0  # of news, that have come or are known to be lost
+    _news: int = 0  # that have come or are known to be lost
     _silent_since_s: float = 0.0
     _say_at_s: float = 0.0
     _say_s: float = 0.0
@@ -178,16 +184,16 @@ class Peer:
             if isinstance(message, wire.Ticket):
                 self._ticket(message)
             elif isinstance(message, wire.Progresses):
-                self._count(message.frame - 1, message.frame)
+                self._count(message.before, message.before + len(message.progresses))
             elif isinstance(message, wire.Pong):
-                self._count(message.frames, message.frames)
+                self._count(message.news, message.news)
         return self._taken()
 
-    def _count(self, before: int, frames: int) -> None:
-        """Of the frames ``before`` this message some may not have come; ``frames`` now have."""
-        if before > self._frames:
+    def _count(self, before: int, news: int) -> None:
+        """Of those ``before`` this message some may not have come; ``news`` now have."""
+        if before > self._news:
             self._effects.append(NewsAreLost(self.address))
-        self._frames = max(self._frames, frames)
+        self._news = max(self._news, news)
 
     def is_current(self, message: wire.PeerMessage) -> bool:
         """Whether a message comes from the life of the peer that we talk to, to this life."""
@@ -265,9 +271,10 @@ class Peer:
             self._effects.append(PeerFailed(self.address, error.code, error.message))
             return
         self._silent_since_s = self.now_s
-        self._frames = 0  # it may have forgotten us, and counts anew
+        self._news = 0  # it may have forgotten us, and counts anew
         if self.state == "up" and message.boot_id == self.boot_id:
-            return  # a hello was answered twice
+            self._effects.append(NewsAreLost(self.address))  # or a hello was answered twice
+            return
         if self.state == "up":
             self._lose("restarted")
         self.state = "up"
@@ -279,10 +286,9 @@ class Peer:
 
     def _refused(self, message: wire.PeerRefused) -> None:
         self.detail = f"{message.error.code}: {message.error.message}"
-        if message.error.code == Code.NO_COMMON_VERSION:
-            self._effects.append(
-                PeerFailed(self.address, Code.NO_COMMON_VERSION, message.error.message)
-            )
+        if message.error.code in FATAL:
+            code = Code(message.error.code)
+            self._effects.append(PeerFailed(self.address, code, message.error.message))
         elif self.state == "up" and message.boot_id != self.boot_id:
             self._lose("restarted")
         elif self.state == "up" and message.error.code == Code.HELLO_FIRST:
@@ -306,6 +312,7 @@ class Peer:
                     wire.OpenStream(
                         stream=index,
                         connection=stream.connection,
+                        ways=self.ways,
                         source_boot_id=self.boot_id or "",
                         sink_boot_id=self.our_boot_id,
                     )
@@ -316,5 +323,6 @@ class Peer:
         if stream is None or stream.connection != message.connection or stream.state != "asking":
             return
         stream.state = "connecting"
+        self.transport, self.why = message.transport, message.why
         key = StreamKey(self.address, message.stream, message.connection)
-        self._effects.append(Connect(key, message.port, message.ticket))
+        self._effects.append(Connect(key, message.port, message.ticket, message.transport))

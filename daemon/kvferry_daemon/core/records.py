@@ -145,6 +145,7 @@ class DaemonRecord(Message):
     daemon_id: BootId
     life: Annotated[int, Field(ge=1, le=1 << 20)]
     machine_boot: Text  # monotonic seconds mean nothing after the machine has started anew
+    directory: Count = 0  # the number of its runtime directory: beside other pools it means nothing
     peer_port: Annotated[int, Field(ge=0, le=65535)] = 0
 
 

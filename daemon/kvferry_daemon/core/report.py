@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node
 
 
-def status(node: Node, call: int, runtime_dir: str, now_s: float) -> control.Status:
+def status(
+    node: Node, call: int, runtime_dir: str, placement: control.PlacementStatus, now_s: float
+) -> control.Status:
     """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
     snapshots = [_as_it_is(t) for t in node.transfers.values()]
     states = Counter(s.state.name.lower() for s in snapshots)
@@ -35,6 +37,7 @@ def status(node: Node, call: int, runtime_dir: str, now_s: float) -> control.Sta
         draining=node.draining,
         peer_address=node.settings.peer_address,
         runtime_dir=runtime_dir,
+        placement=placement,
         workers=len(node.sessions),
         blocks_total=sum(book.pool.blocks for book in node.books.values()),
         blocks_free=sum(book.pool.free_blocks for book in node.books.values()),
@@ -72,7 +75,8 @@ def _peer(node: Node, address: str) -> control.PeerStatus:
         state=peer.state,
         boot_id=peer.boot_id,
         streams_open=len(peer.streams_open),
-        transport="tcp",
+        transport=peer.transport or "",
+        why=peer.why,
         detail=peer.detail,
     )
 
@@ -101,12 +105,11 @@ def _remembered(snapshot: Snapshot) -> control.TransferStatus:
 def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferStatus:
     session = node.sessions.get(transfer.opening.session)
     source = transfer.opening.source
-    local = _is_local(node, transfer)
     return control.TransferStatus(
         snapshot=_as_it_is(transfer),
         worker=session.name if session else "",
         source=source,
-        transport="handoff" if local else "tcp",
+        transport=_transport(node, transfer),
         age_s=round(now_s - transfer.opened_s, 3),
         idle_s=round(now_s - transfer.progress_s, 3),
         blocks=transfer.window.blocks,
@@ -162,10 +165,18 @@ def _behind(transfer: AnyTransfer) -> list[int]:
     return []
 
 
-def _is_local(node: Node, transfer: AnyTransfer) -> bool:
-    if isinstance(transfer, SinkTransfer):
-        return transfer.opening.source is None
-    return transfer.sink == node.settings.boot_id
+def _transport(node: Node, transfer: AnyTransfer) -> str:
+    """Empty before a data connection to the other side was asked for."""
+    if isinstance(transfer, SourceTransfer):
+        if transfer.sink != node.settings.boot_id:
+            return node.sources.transports.get(transfer.sink or "", "")
+        sink = node.transfers.get(transfer.key._replace(role=Role.SINK))
+        if isinstance(sink, SinkTransfer):
+            transfer = sink
+    elif transfer.opening.source is not None:
+        peer = node.sinks.peers.get(transfer.opening.source)
+        return (peer.transport if peer else None) or ""
+    return "handoff" if not isinstance(transfer, SinkTransfer) or transfer.takes_over else "copy"
 
 
 def our_version() -> str:

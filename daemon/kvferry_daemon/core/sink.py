@@ -30,6 +30,7 @@ class SinkTransfer(Transfer):
     def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
         super().__init__(opening, timing, now_s)
         self.peer_up = self.peer_met = opening.source is None
+        self.takes_over = opening.source is None  # blocks of its source, unless it hears otherwise
         self.known_at: int | None = None  # the pull number current at the first real answer
         self._heard = False  # a real answer in this life: the shape is what the source has, too
         self.done_noted = False
@@ -154,7 +155,7 @@ class SinkTransfer(Transfer):
             return
         self._advance_state()
         pulled = False
-        if self.opening.source is None:
+        if self.takes_over:
             self._take_over()
         else:
             self._ask_for_blocks()
@@ -293,6 +294,15 @@ class SinkTransfer(Transfer):
                 self._claims.stream_up(key)
         self._shows_layout = True
         self._resend_at_s = self.now_s
+
+    def _on_copied(self, event: ev.Copied) -> None:
+        """The two have met; said again it changes nothing."""
+        if not self.takes_over:
+            return
+        self.takes_over = False
+        self.shape = event.shape
+        self._take_parts()
+        self._claims.stream_up(event.key)
 
     def _on_missed(self, event: ev.Missed) -> None:
         self._claims.drop(event.key, event.first_token, event.part)
@@ -436,6 +446,7 @@ SinkTransfer.LIVE = {
     ev.TookOver: SinkTransfer._on_took_over,
     ev.RoomAgain: SinkTransfer._on_room_again,
     ev.Shaped: SinkTransfer._on_shaped,
+    ev.Copied: SinkTransfer._on_copied,
     ev.Heard: SinkTransfer._on_heard,
     ev.ResumeAt: SinkTransfer._on_resume,
     ev.Release: SinkTransfer._on_release,

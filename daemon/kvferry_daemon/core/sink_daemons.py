@@ -18,7 +18,7 @@ class SinkDaemon:
     life: int
     route: bytes
     heard_s: float
-    frames: int = 0  # of news, that were sent to it
+    news: int = 0  # that it was told
 
 
 class SinkDaemons:
@@ -41,8 +41,11 @@ class SinkDaemons:
         if hello.life < life:
             raise FerryError(Code.DAEMON_RESTARTED, "a later life of yours has said hello")
         over = sorted(links) if hello.life > life else []
+        known = self._by_boot.get(hello.boot_id)
+        # Said again, the count goes on: who does not hear the answer would take news for old ones.
+        news = 0 if known is None else known.news
         self._by_boot[hello.boot_id] = SinkDaemon(
-            hello.daemon_id, hello.boot_id, hello.life, route, now_s
+            hello.daemon_id, hello.boot_id, hello.life, route, now_s, news
         )
         self._by_boot.move_to_end(hello.boot_id)
         self._links.setdefault(hello.daemon_id, set()).add(hello.boot_id)

@@ -155,8 +155,9 @@ class SinkDesk:
 
     def on_received(self, event: out.ChunkReceived) -> None:
         """An extent is in place."""
-        self._node.counters["chunks_received"] += 1
-        self._node.counters["bytes_received"] += event.payload_bytes
+        how = "copied" if event.key.is_here else "received"
+        self._node.counters[f"chunks_{how}"] += 1
+        self._node.counters[f"bytes_{how}"] += event.payload_bytes
         key, part = self.named(event.handle)
         self._node.post(key, ev.Received(event.key, event.first_token, part))
 
@@ -237,7 +238,7 @@ class SinkDesk:
             daemon_id=settings.daemon_id,
             life=settings.life,
         )
-        peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s)
+        peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s, node.ways)
         self.peers[address] = peer
         node.effects.append(out.OpenPeer(address))
         self._do(peer, peer.tick(node.now_s))

@@ -11,6 +11,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_daemon.core.transfer import NEVER_S
+from kvferry_daemon.core.ways import choose
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -34,6 +35,7 @@ class SourceDesk:
         self._daemons = SinkDaemons()
         self._open: set[ev.StreamKey] = set()
         self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
+        self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self._progresses: dict[str, list[wire.Progress]] = {}
 
@@ -51,7 +53,7 @@ class SourceDesk:
             match message:
                 case wire.Ping():
                     pong = wire.Pong(
-                        frames=daemon.frames,
+                        news=daemon.news,
                         source_boot_id=self._node.settings.boot_id,
                         sink_boot_id=sink,
                     )
@@ -91,6 +93,7 @@ class SourceDesk:
         self._node.effects.append(out.ToSink(route, welcome))
 
     def _forget_sink(self, boot_id: str) -> None:
+        self.transports.pop(boot_id, None)
         for stream in range(STREAMS_MAX_PER_SINK):
             self._newest.pop((boot_id, stream), None)
         for key in sorted(key for key in self._open if key.peer == boot_id):
@@ -102,18 +105,22 @@ class SourceDesk:
         slot = (sink, message.stream)
         if message.connection < self._newest.get(slot, 0):
             return
+        transport, why = choose(message.ways, self._node.ways)
         self._newest[slot] = message.connection
+        self.transports[sink] = transport
         for key in sorted(self._open):
             if (key.peer, key.stream) == slot and key.connection < message.connection:
                 self._node.effects.append(out.Expel(key))
         key = ev.StreamKey(sink, message.stream, message.connection)
         ticket = self._node.new_secret()
-        self._node.effects.append(out.Admit(key, ticket))
+        self._node.effects.append(out.Admit(key, ticket, transport))
         answer = wire.Ticket(
             stream=message.stream,
             connection=message.connection,
             port=self._node.data_port,
             ticket=ticket,
+            transport=transport,
+            why=why,
             source_boot_id=self._node.settings.boot_id,
             sink_boot_id=sink,
         )
@@ -193,7 +200,7 @@ class SourceDesk:
         if unmet is None:
             return
         if unmet[0].sink == self._node.settings.boot_id:
-            self._node.post(key, unmet[0])
+            self._node.here.pull(unmet[0])
         else:
             self._on_pull(unmet[0])
 
@@ -248,8 +255,9 @@ class SourceDesk:
 
     def on_sent(self, event: out.ChunkSent) -> None:
         """An extent has left."""
-        self._node.counters["chunks_sent"] += 1
-        self._node.counters["bytes_sent"] += event.payload_bytes
+        if not event.key.is_here:
+            self._node.counters["chunks_sent"] += 1
+            self._node.counters["bytes_sent"] += event.payload_bytes
         self._node.post(event.owner, ev.Sent(event.key, event.first_token, event.part))
 
     # --- saying ---
@@ -267,14 +275,14 @@ class SourceDesk:
                 continue  # it has to say hello again, and to ask
             for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):
                 part = progresses[first : first + FRAME_PROGRESSES_MAX]
-                daemon.frames += 1
                 message = wire.Progresses.model_construct(
                     kind="progresses",
-                    frame=daemon.frames,
+                    before=daemon.news,
                     progresses=part,
                     source_boot_id=self._node.settings.boot_id,
                     sink_boot_id=sink,
                 )
+                daemon.news += len(part)
                 self._say(daemon, message)
 
     def _say(self, daemon: SinkDaemon, message: wire.PeerMessage) -> None:

@@ -58,6 +58,12 @@ class Device:
         except (RuntimeError, AssertionError) as error:
             raise DeviceError(f"{name} cannot be used: {_words(error)}") from error
 
+    @property
+    def index(self) -> int | None:
+        """N of cuda:N; None where there is no N."""
+        index: int | None = self._device.index
+        return index
+
     def _check_is_there(self) -> None:
         torch = self._torch
         if torch.version.cuda is None:

@@ -46,6 +46,16 @@ class DevicePool:
         return cls(device, arena, block_bytes, blocks, on_broken)
 
     @property
+    def address(self) -> int:
+        """Of the first block, in the device."""
+        return self.arena.data_ptr()
+
+    @property
+    def cuda_index(self) -> int | None:
+        """Which CUDA device it is in; None in the tests' stand-in."""
+        return self.device.index
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all blocks; the arena may be larger."""
         return self.block_bytes * self.blocks

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-Where = Literal["tmpfs", "container memory limit"]
+from kvferry_daemon.memory.huge_pages import advise, huge_pages
+from kvferry_daemon.memory.placement import node_bytes_left, prefer_node
+
+Where = Literal["tmpfs", "container memory limit", "NUMA node"]
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -25,6 +28,8 @@ class MemoryRefused(ValueError):
 class HostPool:
     """``blocks`` blocks of ``block_bytes`` each, shared through the file at ``path``."""
 
+    cuda_index: int | None = None  # as device pools have one
+
     def __init__(self, path: Path, mapping: mmap.mmap, block_bytes: int, blocks: int) -> None:
         self.path = path
         self.block_bytes = block_bytes
@@ -32,13 +37,21 @@ class HostPool:
         self._mapping = mapping
         self._view = memoryview(mapping)
         self._anchor = (ctypes.c_char * len(mapping)).from_buffer(mapping)
-        self._address = ctypes.addressof(self._anchor)
+        self.address = ctypes.addressof(self._anchor)
 
     @classmethod
-    def create(cls, path: Path, block_bytes: int, blocks: int, cgroup: Path = CGROUP) -> Self:
+    def create(
+        cls,
+        path: Path,
+        block_bytes: int,
+        blocks: int,
+        cgroup: Path = CGROUP,
+        node: int | None = None,
+    ) -> Self:
         """Make the file (mode 0600) and allocate all its space now, so that nobody meets SIGBUS.
 
-        Raises MemoryRefused with the numbers, or OSError; leaves no file behind then.
+        ``node``: the NUMA node that it is to lie on. Raises MemoryRefused with the numbers, or
+        OSError; leaves no file behind then.
         """
         size = block_bytes * blocks
         stats = os.statvfs(path.parent)
@@ -46,16 +59,28 @@ class HostPool:
         limit = container_bytes_left(cgroup)
         if limit is not None:
             _check(path, size, limit, "container memory limit")
+        on_node = None if node is None else node_bytes_left(node)
+        if on_node is not None:
+            _check(path, size, on_node, "NUMA node")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            os.ftruncate(descriptor, size)
             mapping = mmap.mmap(descriptor, size)
+            pool = cls(path, mapping, block_bytes, blocks)
+            try:
+                if node is not None:
+                    prefer_node(pool.address, size, node)
+                advise(pool.address, size, huge_pages(path.parent))
+                os.posix_fallocate(descriptor, 0, size)
+            except BaseException:
+                pool._unmap()  # a mapping has a descriptor of its own, and the error holds us
+                raise
         except BaseException:  # a signal's, too: Python calls handlers while it allocates
             path.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)
-        return cls(path, mapping, block_bytes, blocks)
+        return pool
 
     @classmethod
     def attach(cls, path: Path, block_bytes: int, blocks: int) -> Self:
@@ -79,11 +104,16 @@ class HostPool:
         """Wipe neighbouring blocks. ctypes releases the GIL meanwhile."""
         offset, length = first_block * self.block_bytes, blocks * self.block_bytes
         self._check_inside(offset, length)
-        ctypes.memset(self._address + offset, 0, length)
+        ctypes.memset(self.address + offset, 0, length)
 
     def remove(self) -> None:
         """Remove the file. The mapping goes with the last view of it."""
         self.path.unlink(missing_ok=True)
+
+    def _unmap(self) -> None:
+        self._view.release()
+        del self._anchor
+        self._mapping.close()
 
     def _check_inside(self, offset_bytes: int, length_bytes: int) -> None:
         # A slice would be cut short in silence, and memset would write over other memory.

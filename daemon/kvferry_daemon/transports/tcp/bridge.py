@@ -3,24 +3,22 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from kvferry_daemon.transports.tcp.events import StreamEvent
-
+Event = TypeVar("Event")
 EVENTS_A_TURN = 64  # then the loop's other callbacks get their turn
 
 
-class LoopBridge:
+class LoopBridge(Generic[Event]):
     """``post`` from any thread; ``handle`` is called on the loop, in order."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, handle: Callable[[StreamEvent], None]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, handle: Callable[[Event], None]) -> None:
         self._loop = loop
         self._handle = handle
-        self._events: deque[StreamEvent] = deque()
+        self._events: deque[Event] = deque()
         self._woken = False
 
-    def post(self, event: StreamEvent) -> None:
+    def post(self, event: Event) -> None:
         """Queue an event; wakes the loop only if it is not awake for this already."""
         self._events.append(event)
         if not self._woken:

@@ -65,3 +65,8 @@ class StreamDown:
 
 StreamEvent = Received | Rejected | Drained | Sent | StreamOpened | StreamDown
 Post = Callable[[StreamEvent], None]
+Enter = Callable[[], None]  # what a thread that moves bytes does before all else
+
+
+def stay() -> None:
+    """The thread runs where the kernel likes."""

@@ -12,8 +12,17 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvferry_daemon.transports.tcp.events import Drained, Post, Received, Rejected, StreamDown
+from kvferry_daemon.transports.tcp.events import (
+    Drained,
+    Enter,
+    Post,
+    Received,
+    Rejected,
+    StreamDown,
+    stay,
+)
 from kvferry_daemon.transports.tcp.staging import (
+    Blocks,
     NewBuffer,
     Place,
     Staging,
@@ -34,10 +43,13 @@ BUFFERS_MAX = 512  # of one recvmsg_into; the kernel's limit is 1024
 log = logging.getLogger(__name__)
 
 
-class _Claim(NamedTuple):
+class Claim(NamedTuple):
+    """What is expected, and where it goes."""
+
     tokens: int
     place: Place
     payload_bytes: int
+    blocks: Blocks | None
 
 
 class StreamReceiver:
@@ -48,20 +60,28 @@ class StreamReceiver:
         sock: socket.socket,
         key: Hashable,
         post: Post,
+        enter: Enter = stay,
         new_buffer: NewBuffer = plain_buffer,
     ) -> None:
         self._sock = sock
         self._key = key
         self._post = post
-        self._claims: dict[tuple[int, int], _Claim] = {}
+        self._enter = enter
+        self._claims: dict[tuple[int, int], Claim] = {}
         self._scratch = memoryview(bytearray(0))
         self._staging = Staging(new_buffer)
         sock.settimeout(None)
         threading.Thread(target=self._run, name="kvferry-receive", daemon=True).start()
 
-    def claim(self, handle: int, first_token: int, tokens: int, place: Place) -> None:
-        """Expect an extent; its bytes go into ``place``: views are filled in order."""
-        self._claims[handle, first_token] = _Claim(tokens, place, payload_bytes_of(place))
+    def claim(
+        self, handle: int, first_token: int, tokens: int, place: Place, blocks: Blocks | None = None
+    ) -> None:
+        """Expect an extent; its bytes go into ``place``: views are filled in order.
+
+        ``blocks`` are the same where these are whole, for a sink that reads them itself.
+        """
+        claim = Claim(tokens, place, payload_bytes_of(place), blocks)
+        self._claims[handle, first_token] = claim
 
     def cancel(self, handles: range) -> list[tuple[int, int]]:
         """Take back these handles' claims that were not begun; return (handle, first token).
@@ -78,20 +98,29 @@ class StreamReceiver:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
+        self._enter()
         reason = "closed by the other side"
         header = bytearray(HEADER_BYTES)
         try:
             while self._fill([memoryview(header)]):
-                self._take_chunk(read_header(header))
+                self._take(header)
         except (OSError, BadChunk) as error:
             reason = str(error)
         except Exception as error:
             reason = f"our own fault: {error!r}"
             log.exception("stream %s: cannot receive", self._key)
         finally:
+            self._drain_reads()
             self._claims.clear()
             self._sock.close()
             self._post(StreamDown(self._key, reason))
+
+    def _take(self, header: bytearray) -> None:
+        """What a header begins."""
+        self._take_chunk(read_header(header))
+
+    def _drain_reads(self) -> None:
+        """Wait until nothing but this thread could touch a claimed block; here nothing could."""
 
     def _take_chunk(self, header: ChunkHeader) -> None:
         place = (header.handle, header.first_token)

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import xxhash
 
-from kvferry_daemon.transports.tcp.events import Post, Sent, StreamDown
+from kvferry_daemon.transports.tcp.events import Enter, Post, Sent, StreamDown, stay
 from kvferry_daemon.transports.tcp.staging import (
+    Blocks,
     NewBuffer,
     Place,
     Staging,
     payload_bytes_of,
     plain_buffer,
 )
-from kvferry_proto.chunk import ChunkHeader, pack_trailer
+from kvferry_proto.chunk import BadChunk, ChunkHeader, pack_trailer
 
 STEP_BYTES = 1 << 20  # of one sendmsg, and of one hashing step: the bytes are then still in cache
 BUFFERS_MAX = 512  # of one sendmsg, and a trailer; the kernel's limit is 1024
@@ -39,6 +40,7 @@ class SendJob:
     first_token: int
     tokens: int
     place: Place
+    blocks: Blocks | None = None  # where these are whole
 
 
 class StreamSender:
@@ -50,11 +52,13 @@ class StreamSender:
         key: Hashable,
         post: Post,
         checksum: bool,
+        enter: Enter = stay,
         new_buffer: NewBuffer = plain_buffer,
     ) -> None:
         self._sock = sock
         self._key = key
         self._post = post
+        self._enter = enter
         self._checksum = checksum
         self._jobs: deque[SendJob] = deque()
         self._staging = Staging(new_buffer)
@@ -69,9 +73,12 @@ class StreamSender:
         """Queue an extent."""
         self._jobs.append(job)
         if self._asleep:
-            with self._wake_lock:
-                if not self._over:
-                    os.eventfd_write(self._wake, 1)
+            self._wake_up()
+
+    def _wake_up(self) -> None:
+        with self._wake_lock:
+            if not self._over:
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """End the connection; a blocked send ends too."""
@@ -79,22 +86,29 @@ class StreamSender:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
+        self._enter()
         reason = "closed by the other side"
         try:
             while self._wait():
                 self._send_queued()
         except OSError as error:
             reason = error.strerror or str(error)
+        except BadChunk as error:
+            reason = str(error)
         except Exception as error:
             reason = f"our own fault: {error!r}"
             log.exception("stream %s: cannot send", self._key)
         finally:
+            self._drain_offers()
             with self._wake_lock:
                 self._over = True
                 os.close(self._wake)
             self._jobs.clear()
             self._sock.close()
             self._post(StreamDown(self._key, reason))
+
+    def _drain_offers(self) -> None:
+        """Wait until nobody reads a block for this connection; here only this thread does."""
 
     def _wait(self) -> bool:
         """Sleep until there is a job; False once the other side has closed."""
@@ -116,7 +130,9 @@ class StreamSender:
         """Send what is queued, several small chunks in one call, up to about STEP_BYTES."""
         buffers: list[bytes | memoryview] = []
         size, sent, staged = 0, [], False
-        while self._jobs and size < STEP_BYTES // 2 and not staged:  # its buffer must leave first
+        while self._jobs and size < STEP_BYTES // 2 and self._goes_as_chunk(self._jobs[0]):
+            if staged:
+                break  # its buffer must leave first
             job = self._jobs.popleft()
             payload_bytes = payload_bytes_of(job.place)
             header = ChunkHeader(
@@ -143,6 +159,9 @@ class StreamSender:
         self._send_all(buffers)
         for event in sent:  # now: blocks that have left must not count as being read
             self._post(event)
+
+    def _goes_as_chunk(self, _job: SendJob) -> bool:
+        return True
 
     def _send_all(self, buffers: list[bytes | memoryview]) -> None:
         left = sum(len(buffer) for buffer in buffers)

@@ -1,7 +1,7 @@
 """Where a chunk's bytes lie: in views, sent and received as they are, or where they are copied."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Sliced(Protocol):
@@ -19,6 +19,18 @@ class Sliced(Protocol):
 
     def scatter(self, data: memoryview) -> None:
         """Write the buffer into the pool."""
+
+
+class Blocks(NamedTuple):
+    """Whole blocks of a pool, in token order."""
+
+    pool_id: str
+    runs: tuple[tuple[int, int], ...]  # (first_block, blocks)
+
+    @property
+    def total(self) -> int:
+        """How many."""
+        return sum([blocks for _, blocks in self.runs])
 
 
 Place = list[memoryview] | Sliced

@@ -1,0 +1,1 @@
+"""Blocks that the sink reads itself, one-sided, through NIXL."""

@@ -1,0 +1,185 @@
+"""The NIXL agent of one pool: only the poller's thread touches it, since agents are not for two.
+
+Facts of NIXL 1.5.1 that this rests on: over some of UCX's ways a read is done when ``transfer``
+returns, and the GIL is free meanwhile; a peer that dies ends its reads with an exception; one that
+is stopped leaves them under way for as long; a handle that is released while it is under way proves
+nothing (nixl#2067), so it is kept until it has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any, NamedTuple
+
+from kvferry_proto.offer import HOST, PoolFrame, Runs
+
+log = logging.getLogger(__name__)
+
+
+class Memory(NamedTuple):
+    """A pool's memory. ``device``: HOST, or a CUDA device's index and one."""
+
+    address: int
+    block_bytes: int
+    blocks: int
+    owner: object  # kept alive as long as it is registered
+    device: int = HOST
+
+
+class NixlFailed(Exception):
+    """NIXL says no; the message is its own."""
+
+
+def load() -> Any:
+    """Load NIXL; raise NixlFailed with the reason if that cannot be."""
+    try:
+        from nixl import _api
+    except (ImportError, OSError) as error:
+        raise NixlFailed(f"nixl cannot be loaded: {error}") from error
+    theirs = logging.getLogger("nixl")
+    for handler in list(theirs.handlers):
+        if type(handler) is logging.StreamHandler:  # it writes to stdout, which is ours
+            theirs.removeHandler(handler)
+    theirs.propagate = True
+    theirs.setLevel(logging.WARNING)
+    return _api
+
+
+def errors_of(api: Any) -> tuple[type[Exception], ...]:
+    """What NIXL raises: each of its errors is a class of its own, without a base of theirs."""
+    found = [one for one in vars(api.nixlBind).values() if isinstance(one, type)]
+    return (RuntimeError, *(one for one in found if issubclass(one, Exception)))
+
+
+class Reading(NamedTuple):
+    """A read under way; ``failed``: it is known already that it will not end well."""
+
+    handle: Any
+    failed: str = ""
+
+
+class _Remote(NamedTuple):
+    """A pool elsewhere, and the connections that name it."""
+
+    name: str
+    blocks: Any
+    users: set[object]
+
+
+class PoolAgent:
+    """Registers one pool, and reads whole blocks of others into it."""
+
+    def __init__(self, memory: Memory, number: int) -> None:
+        """Raises NixlFailed."""
+        import numpy
+
+        self._numpy = numpy
+        self._memory = memory
+        self._remotes: dict[bytes, _Remote] = {}
+        api = load()
+        self._errors = errors_of(api)
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        try:
+            self._agent = api.nixl_agent(f"kvferry-{secrets.token_hex(8)}", config)
+            size_bytes = memory.block_bytes * memory.blocks
+            region = (memory.address, size_bytes, max(0, memory.device - 1), "pool")
+            self._region = self._agent.register_memory([region], _kind(memory.device))
+            self._blocks = self._list("", memory)
+            metadata = self._agent.get_agent_metadata()
+        except self._errors as error:
+            raise NixlFailed(str(error) or type(error).__name__) from error
+        self.frame = PoolFrame(
+            number,
+            memory.device,
+            memory.address,
+            memory.block_bytes,
+            memory.blocks,
+            metadata,
+        )
+
+    def _list(self, agent: str, memory: Memory | PoolFrame) -> Any:
+        """One descriptor a block, made once for all reads."""
+        numpy = self._numpy
+        rows = numpy.empty((memory.blocks, 3), dtype=numpy.uint64)
+        rows[:, 0] = memory.address + numpy.arange(memory.blocks) * memory.block_bytes
+        rows[:, 1] = memory.block_bytes
+        rows[:, 2] = max(0, memory.device - 1)
+        return self._agent.prep_xfer_dlist(agent, rows, _kind(memory.device))
+
+    def meet(self, user: object, pool: PoolFrame) -> None:
+        """A connection may read from this pool from now on; raises NixlFailed."""
+        known = self._remotes.get(pool.metadata)
+        if known is not None:
+            known.users.add(user)
+            return
+        if pool.block_bytes != self._memory.block_bytes:
+            raise NixlFailed(
+                f"its blocks have {pool.block_bytes} bytes, ours {self._memory.block_bytes}"
+            )
+        try:
+            name = self._agent.add_remote_agent(pool.metadata)
+            name = name.decode() if isinstance(name, bytes) else str(name)
+            self._remotes[pool.metadata] = _Remote(name, self._list(name, pool), {user})
+        except self._errors as error:
+            raise NixlFailed(str(error) or type(error).__name__) from error
+
+    def part(self, user: object) -> None:
+        """A connection is over."""
+        for metadata, remote in list(self._remotes.items()):
+            remote.users.discard(user)
+            if not remote.users:
+                del self._remotes[metadata]
+                remote.blocks.release()
+                self._agent.remove_remote_agent(remote.name)
+
+    def begin(self, pool: PoolFrame, theirs: Runs, ours: Runs) -> Reading:
+        """Read blocks; ``is_done`` tells the end. Raises NixlFailed: nothing was begun."""
+        try:
+            remote = self._remotes[pool.metadata]
+            handle = self._agent.make_prepped_xfer(
+                "READ", self._blocks, self._indices(ours), remote.blocks, self._indices(theirs)
+            )
+        except self._errors as error:
+            raise NixlFailed(str(error) or type(error).__name__) from error
+        try:
+            state = self._agent.transfer(handle)
+        except self._errors as error:  # some of its blocks may be under way all the same
+            return Reading(handle, str(error) or type(error).__name__)
+        return Reading(handle, "the read could not be begun" if state == "ERR" else "")
+
+    def is_done(self, reading: Reading) -> bool:
+        """Whether a read has ended well; raises NixlFailed if it has ended otherwise."""
+        failed = reading.failed
+        try:
+            state = self._agent.check_xfer_state(reading.handle)
+        except self._errors as error:
+            state, failed = "ERR", failed or str(error) or type(error).__name__
+        if state == "PROC":
+            return False
+        reading.handle.release()
+        if failed or state == "ERR":
+            raise NixlFailed(failed or "the read has failed")
+        return True
+
+    def serve(self) -> None:
+        """Let reads of others go on: without hardware they are served by this very call."""
+        self._agent.get_new_notifs()
+
+    def close(self) -> None:
+        """Revoke the registration: whoever reads here gets an error from now on."""
+        for remote in self._remotes.values():
+            remote.blocks.release()
+            self._agent.remove_remote_agent(remote.name)
+        self._remotes.clear()
+        self._blocks.release()
+        self._agent.deregister_memory(self._region)
+        del self._agent
+
+    def _indices(self, runs: Runs) -> Any:
+        numpy = self._numpy
+        return numpy.concatenate([numpy.arange(first, first + count) for first, count in runs])
+
+
+def _kind(device: int) -> str:
+    return "DRAM" if device == HOST else "VRAM"

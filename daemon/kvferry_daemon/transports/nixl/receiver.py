@@ -1,0 +1,124 @@
+"""The sink's end of a connection on which blocks are offered, and read by NIXL."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Hashable
+
+from kvferry_daemon.transports.nixl.poller import Poller
+from kvferry_daemon.transports.tcp.events import Drained, Enter, Post, Received, Rejected, stay
+from kvferry_daemon.transports.tcp.receiver import Claim, StreamReceiver
+from kvferry_daemon.transports.tcp.staging import NewBuffer, plain_buffer
+from kvferry_proto.chunk import BadChunk
+from kvferry_proto.offer import (
+    ByeFrame,
+    OfferFrame,
+    PoolFrame,
+    ReadFrame,
+    StoodFrame,
+    read_frame,
+    read_runs,
+)
+
+
+class OfferReceiver(StreamReceiver):
+    """Reads what is offered and claimed; it has arrived once the source says that it stood."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        key: Hashable,
+        post: Post,
+        poller: Poller,
+        enter: Enter = stay,
+        new_buffer: NewBuffer = plain_buffer,
+    ) -> None:
+        self._poller = poller
+        self._pools: dict[int, PoolFrame] = {}
+        self._taken: dict[tuple[int, int], Claim] = {}  # offered; until it stood
+        self._under_way = 0
+        self._quiet = threading.Condition()
+        super().__init__(sock, key, post, enter, new_buffer)
+
+    def close(self) -> None:
+        """End the connection, but say so to the source only once no read is under way."""
+        with contextlib.suppress(OSError):  # it is down already; the thread says so itself
+            self._sock.shutdown(socket.SHUT_RD)
+
+    def _take(self, header: bytearray) -> None:
+        found = read_frame(header)
+        if found is None:
+            super()._take(header)
+            return
+        frame, size = found
+        body = bytearray(size)
+        if size:
+            self._must_fill([memoryview(body)])
+        match frame:
+            case PoolFrame():
+                self._pools[frame.number] = frame._replace(metadata=bytes(body))
+            case OfferFrame():
+                self._take_offer(frame, body)
+            case StoodFrame():
+                self._take_stood(frame)
+            case _:
+                raise BadChunk(f"a source does not send {type(frame).__name__}")
+
+    def _take_offer(self, offer: OfferFrame, body: bytearray) -> None:
+        pool = self._pools.get(offer.pool)
+        if pool is None:
+            raise BadChunk(f"an offer from pool {offer.pool}, which was not shown")
+        runs = read_runs(body, pool.blocks)
+        place = (offer.handle, offer.first_token)
+        claim = self._claims.get(place)
+        offered = sum([blocks for _, blocks in runs])
+        fits = (
+            claim is not None
+            and claim.tokens == offer.tokens
+            and claim.blocks is not None
+            and claim.blocks.total == offered
+        )
+        claim = self._claims.pop(place, None) if fits else None
+        if claim is None:
+            self._say_read(*place)
+            self._post(Drained(self._key, 0))
+            return
+        assert claim.blocks is not None
+        self._taken[place] = claim
+        with self._quiet:
+            self._under_way += 1
+        self._poller.read(self, claim.blocks, (pool, runs), lambda why: self._on_read(*place, why))
+
+    def _on_read(self, handle: int, first_token: int, why: str | None) -> None:
+        """On the poller's thread: nothing is written into those blocks any more."""
+        try:
+            if why is None:
+                self._say_read(handle, first_token)
+            else:
+                self._post(Rejected(self._key, handle, first_token, why))
+                self.close()
+        finally:
+            with self._quiet:
+                self._under_way -= 1
+                self._quiet.notify()
+
+    def _say_read(self, handle: int, first_token: int) -> None:
+        """64 bytes, of which as many fit the socket as there are claims; else it is sick."""
+        try:
+            self._sock.send(ReadFrame(handle, first_token).pack(), socket.MSG_DONTWAIT)
+        except OSError:
+            self.close()
+
+    def _take_stood(self, frame: StoodFrame) -> None:
+        claim = self._taken.pop((frame.handle, frame.first_token), None)
+        if claim is not None:  # else it was not read: there was no claim any more
+            self._post(Received(self._key, *frame, claim.payload_bytes))
+
+    def _drain_reads(self) -> None:
+        """A read that does not end keeps its blocks: neither time nor silence is a proof."""
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._under_way)
+        self._poller.part(self)
+        with contextlib.suppress(OSError):  # the source is gone; then there is nobody to tell
+            self._sock.send(ByeFrame().pack(), socket.MSG_DONTWAIT)
+            self._sock.shutdown(socket.SHUT_WR)

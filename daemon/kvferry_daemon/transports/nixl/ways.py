@@ -1,0 +1,50 @@
+"""What this end can do with NIXL, and whether it is worth while."""
+
+import importlib.metadata
+import logging
+from pathlib import Path
+
+from kvferry_daemon.transports.nixl.agent import NixlFailed, load
+from kvferry_daemon.transports.nixl.poller import Poller
+from kvferry_proto.peer import Ways
+
+log = logging.getLogger(__name__)
+RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+def ways(wish: str, device_memory: bool = False, rdma_devices: Path = RDMA_DEVICES) -> Ways:
+    """The ways of this end. NIXL is looked for, and not loaded yet."""
+    if wish == "tcp":
+        return Ways(wish="tcp", why="transport is set to tcp")
+    try:
+        version = importlib.metadata.version("nixl")
+    except importlib.metadata.PackageNotFoundError:
+        return Ways.model_validate({"wish": wish, "why": "the package nixl is not installed"})
+    fast = device_memory or any(_entries(rdma_devices))
+    why = "" if fast else "no RDMA device, and pools in host memory"
+    return Ways.model_validate({"wish": wish, "nixl": version, "fast": fast, "why": why})
+
+
+def begin(wish: str, device_memory: bool = False) -> tuple[Ways, Poller | None]:
+    """The ways of this end, and what NIXL's is gone by, if it may be.
+
+    Raises NixlFailed where the operator insists on NIXL and it cannot be had. Where it would not be
+    chosen of itself it is loaded only if the operator insists: it costs 0.2 s and 30 MiB.
+    """
+    found = ways(wish, device_memory)
+    if wish == "nixl" and not found.nixl:
+        raise NixlFailed(f"transport is set to nixl, but {found.why}: pip install 'kvferry[nixl]'")
+    if not found.nixl or (wish == "auto" and not found.fast):
+        return found, None
+    try:
+        load()
+    except NixlFailed as error:
+        if wish == "nixl":
+            raise
+        log.warning("%s", error)
+        return Ways(wish="auto", why=str(error)[:1024]), None
+    return found, Poller()
+
+
+def _entries(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
