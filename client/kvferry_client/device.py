@@ -56,6 +56,11 @@ class DevicePool(Pool):
     def torch_plane(self, name: str, run: Run) -> Tensor:
         return self.plane(name, run)
 
+    def torch_blocks(self) -> Tensor:
+        """All of it: (blocks, block_bytes) uint8, no copy."""
+        size = self.info.blocks * self.info.block_bytes
+        return self._memory[:size].view(self.info.blocks, self.info.block_bytes)
+
     def empty(self, plane: Plane, tokens: int) -> Tensor:
         """(tokens, *shape) on the pool's device."""
         import torch

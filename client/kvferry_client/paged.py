@@ -84,8 +84,7 @@ class PagedPool:
     def __init__(self, memory: torch.Tensor, layout: Layout) -> None:
         """Look at ``memory``: uint8, (blocks, layout.block_bytes), contiguous.
 
-        ``Pool.torch_blocks()`` is such a tensor of a pool in host memory. FerryError(bad_array) if
-        this is none.
+        ``client.pool.torch_blocks()`` is such a tensor. FerryError(bad_array) if this is none.
         """
         fits = memory.ndim == 2 and memory.shape[1] == layout.block_bytes
         if memory.dtype is not torch.uint8 or not fits or not memory.is_contiguous():
@@ -116,8 +115,8 @@ class PagedCopy:
     Planes that the layout has and the cache has not are left alone: a cache of a few layers copies
     those. Holds the tensors of both for as long as it lives.
 
-    On a GPU a copy is queued on the current stream: wait for it before you tell the daemon
-    ``ready``, ``resume`` or ``release``.
+    On a GPU a copy is queued on the current stream, which the client's ``ready``, ``resume`` and
+    ``release`` wait for.
     """
 
     def __init__(self, cache: PagedCache, pool: PagedPool, heads: HeadSlice | None = None) -> None:

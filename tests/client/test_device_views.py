@@ -77,6 +77,10 @@ def test_bytes_lie_as_they_do_in_a_host_pool(
     host = Path(in_host._pool.info.path).read_bytes()
     assert isinstance(window._pool, DevicePool)
     assert window._pool._memory.numpy().tobytes() == host
+    for pool in (window._pool, in_host._pool):  # what paged copies work on
+        blocks = pool.torch_blocks()
+        assert blocks.shape == (BLOCKS, LAYOUT.block_bytes)
+        assert blocks.numpy().tobytes() == host
     runs = zip(window.torch_runs(name), in_host.torch_runs(name), strict=True)
     for ours, theirs in runs:
         assert ours.dtype == theirs.dtype
