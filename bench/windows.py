@@ -47,13 +47,15 @@ COUNTS = (1, 8, 64, 1024)
 class Scene:
     """Two daemons, a source worker in a process of its own, and a sink worker here."""
 
-    def __init__(self, case: Case, stack: ExitStack) -> None:
+    def __init__(
+        self, case: Case, stack: ExitStack, served: type[ServedDaemon] = ServedDaemon
+    ) -> None:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         self.layout, self.tokens = case.layout, case.tokens
         self.total_bytes = case.tokens * case.layout.token_bytes
         self.daemons = {
             name: stack.enter_context(
-                ServedDaemon(
+                served(
                     root / name,
                     pool_tokens=case.tokens,
                     window_tokens=case.tokens,

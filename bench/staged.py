@@ -1,0 +1,103 @@
+"""A daemon that tells where its time goes: `python -m bench.staged REPORT serve ...`.
+
+It is `kvferry` itself with clocks around the stages of a chunk. At SIGUSR1 it writes to the file
+REPORT, as JSON, how often each stage was passed and how much CPU of its thread it took, stages in
+stages left out; and how much CPU each kind of thread took in all.
+"""
+
+import asyncio
+import functools
+import json
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvferry_daemon import daemon as daemon_module
+from kvferry_daemon.config import Config
+from kvferry_daemon.core.node import Node
+from kvferry_daemon.daemon import Daemon
+from kvferry_daemon.effects import Effects
+from kvferry_daemon.ledger import Ledger
+from kvferry_daemon.links.zmq_link import ZmqLink
+from kvferry_daemon.transports.tcp.receiver import StreamReceiver
+from kvferry_daemon.transports.tcp.sender import StreamSender
+from kvferry_proto.codec import Codec
+
+STAGES: list[tuple[str, type, str]] = [
+    ("decode a message", Codec, "decode"),
+    ("encode a message", Codec, "encode"),
+    ("decide", Node, "handle"),
+    ("find where bytes lie", Effects, "_place"),
+    ("do the rest of the effects", Effects, "_perform"),
+    ("send messages", ZmqLink, "send"),
+    ("commit rows", Ledger, "_commit"),
+    ("send: kernel", StreamSender, "_send_all"),
+    ("send: checksum and the rest", StreamSender, "_send_queued"),
+    ("receive: kernel", StreamReceiver, "_fill"),
+    ("receive: checksum and the rest", StreamReceiver, "_take_chunk"),
+]
+
+
+class Clocks:
+    """CPU of each stage; a stage in another one's time stops that one's clock."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = defaultdict(int)
+        self.cpu_ns: dict[str, int] = defaultdict(int)
+        self._of_thread = threading.local()
+
+    def around(self, stage: str, right: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with a clock."""
+
+        @functools.wraps(right)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            inside = self._of_thread.__dict__.setdefault("inside", [])
+            inside.append(0)
+            begun_ns = time.thread_time_ns()
+            try:
+                return right(*args, **kwargs)
+            finally:
+                took_ns = time.thread_time_ns() - begun_ns
+                self.calls[stage] += 1
+                self.cpu_ns[stage] += took_ns - inside.pop()
+                if inside:
+                    inside[-1] += took_ns
+
+        return timed
+
+
+class Watched(Daemon):
+    """A daemon that reports at SIGUSR1."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._report)
+
+    def _report(self) -> None:
+        path = Path(REPORT)
+        beside = path.with_suffix(".new")
+        loop_ns, all_ns = time.thread_time_ns(), time.process_time_ns()
+        told = {
+            "calls": CLOCKS.calls,
+            "cpu_ns": CLOCKS.cpu_ns,
+            "loop_ns": loop_ns,
+            "all_ns": all_ns,
+        }
+        beside.write_text(json.dumps(told))
+        beside.rename(path)
+
+
+CLOCKS = Clocks()
+if __name__ == "__main__":
+    REPORT = sys.argv.pop(1)
+    for stage, owner, name in STAGES:
+        setattr(owner, name, CLOCKS.around(stage, getattr(owner, name)))
+    daemon_module.Daemon = Watched  # type: ignore[misc]
+    from kvferry_daemon.command import main
+
+    main()
