@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from kvferry_proto.chunk import TOKENS_MAX, BadChunk, check_seal, sealed
 from kvferry_proto.layout import BLOCK_BYTES_MAX
-from kvferry_proto.worker import BLOCKS_MAX, WINDOW_BLOCKS_MAX
+from kvferry_proto.worker import WINDOW_BLOCKS_MAX
 
 FRAME_BYTES = 64
 METADATA_BYTES_MAX = 1 << 20
+POOL_BLOCKS_MAX = 1 << 22  # who reads there keeps 24 bytes of each
 RUN_BYTES = 16
 HOST = 0  # as a device: DRAM; a CUDA device's index is one less than what stands there
 
@@ -133,8 +134,10 @@ def read_frame(data: bytes | bytearray) -> tuple[Frame, int] | None:
 def _read_pool(data: bytes | bytearray) -> tuple[Frame, int]:
     _, device, number, address, block_bytes, blocks = _POOL.unpack(data[:60])
     (size,) = _SIZE.unpack_from(data, 40)
-    if not 0 < block_bytes <= BLOCK_BYTES_MAX or not 0 < blocks <= BLOCKS_MAX:
+    if not 0 < block_bytes <= BLOCK_BYTES_MAX or not 0 < blocks <= POOL_BLOCKS_MAX:
         raise BadChunk(f"a pool of {blocks} blocks of {block_bytes} bytes")
+    if address + block_bytes * blocks > 1 << 63:
+        raise BadChunk(f"a pool at {address:#x}")
     if not 0 < size <= METADATA_BYTES_MAX:
         raise BadChunk(f"{size} bytes of metadata")
     return PoolFrame(number, device, address, block_bytes, blocks, b""), size

@@ -48,14 +48,24 @@ def read_once(stack: ExitStack, lives: list[LiveDaemon]) -> None:
     raise AssertionError(lives[1].log())
 
 
-def test_both_set_to_nixl_move_a_payload_by_it_and_say_so(stack: ExitStack, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "sink", "why"),
+    [
+        ("nixl", "nixl", "the sink is set to it"),
+        ("auto", "nixl", "the sink is set to it"),
+        ("nixl", "auto", "the source is set to it"),
+    ],
+)
+def test_who_is_set_to_nixl_moves_a_payload_by_it_and_says_so(
+    stack: ExitStack, tmp_path: Path, source: str, sink: str, why: str
+) -> None:
     pytest.importorskip("nixl", reason="NIXL is not installed")
-    lives = daemons(stack, tmp_path, "nixl", "nixl")
+    lives = daemons(stack, tmp_path, source, sink)
     read_once(stack, lives)
     moved = flow(stack, lives, 5 * WINDOW + 3)
     moved.to_the_middle()
     [peer] = lives[1].status().peers
-    assert (peer.transport, peer.why) == ("nixl", "the sink is set to it")
+    assert (peer.transport, peer.why) == ("nixl", why)
     assert [life.transfers("t")[0].transport for life in lives] == ["nixl", "nixl"]
     moved.run()
 

@@ -21,6 +21,7 @@ from kvferry_daemon.transports.tcp.staging import Blocks
 from kvferry_proto.offer import (
     FRAME_BYTES,
     ByeFrame,
+    Frame,
     OfferFrame,
     PoolFrame,
     ReadFrame,
@@ -278,6 +279,94 @@ def test_a_sink_whose_pool_was_shut_out_of_hears_it_and_may_read_anew(
     assert sink.next() == te.Received("key", 1, 4, BLOCK)
     assert sink.block(8) == bytes([9]) * BLOCK
     line.end()
+
+
+class Source:
+    """A source by hand, before a real receiver."""
+
+    def __init__(self, source: End, sink: End) -> None:
+        frame = source.poller.frame_of(source.pool_id)
+        assert frame is not None
+        self.frame = frame
+        self.sock, two = connection()
+        self.sock.settimeout(WAIT_S)
+        sink.events = queue.Queue()
+        self.receiver = OfferReceiver(two, "key", sink.events.put, sink.poller)
+        views = [memoryview(sink.memory)[7 * BLOCK : 8 * BLOCK]]
+        self.receiver.claim(1, 0, 4, views, Blocks(sink.pool_id, ((7, 1),)))
+        self.source = source
+        source.poller.offered(source.pool_id)  # so that reads are served
+        self.say(frame)
+
+    def close(self) -> None:
+        self.sock.close()
+        self.source.poller.answered(self.source.pool_id)
+
+    def say(self, *frames: Frame) -> None:
+        self.sock.sendall(b"".join([frame.pack() for frame in frames]))
+
+    def hear(self) -> object:
+        data = self.sock.recv(FRAME_BYTES, socket.MSG_WAITALL)
+        found = read_frame(data) if data else None
+        return found[0] if found else None
+
+
+def test_a_stood_before_the_read_counts_for_nothing(pools: tuple[End, End]) -> None:
+    """Else the tokens would count, and their blocks be somebody else's, while they are written."""
+    source, sink = pools
+    hand = Source(source, sink)
+    offer = OfferFrame(1, 0, 4, hand.frame.number, ((3, 1),))
+    hand.say(StoodFrame(1, 0), offer, StoodFrame(1, 0), offer)
+    assert hand.hear() == ReadFrame(1, 0)
+    assert hand.hear() == ReadFrame(1, 0)  # of the second offer, which nobody claimed any more
+    assert sink.next() == te.Drained("key", 0)
+    assert sink.events.empty()
+    hand.say(StoodFrame(1, 0))
+    assert sink.next() == te.Received("key", 1, 0, BLOCK)
+    hand.close()
+    assert isinstance(sink.next(), te.StreamDown)
+
+
+def test_a_read_that_fails_ends_its_connection_and_the_next_one_reads(
+    pools: tuple[End, End],
+) -> None:
+    source, sink = pools
+    hand = Source(source, sink)
+    bad = hand.frame._replace(number=99, metadata=b"what no agent has said")
+    hand.say(bad, OfferFrame(1, 0, 4, 99, ((3, 1),)))
+    refused = sink.next()
+    assert isinstance(refused, te.Rejected)
+    assert isinstance(sink.next(), te.StreamDown)
+    assert hand.hear() == ByeFrame()
+    hand.close()
+    source.fill(3, 7)
+    line = Line(source, sink)
+    line.claim(0, ((7, 1),))
+    line.offer(0, ((3, 1),), b"x" * BLOCK)
+    assert sink.next() == te.Received("key", 1, 0, BLOCK)
+    assert sink.block(7) == bytes([7]) * BLOCK
+    line.end()
+
+
+def test_a_sink_that_gives_two_extents_one_name_is_cut_off(source: End) -> None:
+    hand = Hand(source)
+    blocks = Blocks(source.pool_id, ((5, 1),))
+    hand.sender.put(SendJob("other", 1, 0, 4, [memoryview(b"x" * BLOCK)], blocks))
+    down = source.next()
+    assert isinstance(down, te.StreamDown)
+    assert "names two extents" in down.reason
+    hand.sock.close()
+
+
+def test_a_reset_between_read_and_stood_leaves_no_offer_open(source: End) -> None:
+    hand = Hand(source)
+    hand.sock.sendall(ReadFrame(1, 0).pack())
+    hand.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    hand.sock.close()
+    while not isinstance(source.next(), te.StreamDown):
+        pass
+    source.poller.revoke(source.pool_id, 0).result(WAIT_S)  # behind what was put before
+    assert not source.poller._offers
 
 
 def test_an_offer_from_outside_of_the_pool_ends_the_connection(pools: tuple[End, End]) -> None:

@@ -322,6 +322,10 @@ class Peer:
         stream = self._streams.get(message.stream)
         if stream is None or stream.connection != message.connection or stream.state != "asking":
             return
+        if message.transport == "nixl" and not self.ways.nixl:
+            words = f"the source wants nixl, which is not here: {self.ways.why}"
+            self._effects.append(PeerFailed(self.address, Code.TRANSPORT_UNAVAILABLE, words))
+            return
         stream.state = "connecting"
         self.transport, self.why = message.transport, message.why
         key = StreamKey(self.address, message.stream, message.connection)

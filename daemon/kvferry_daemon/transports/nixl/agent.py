@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from kvferry_proto.offer import HOST, PoolFrame, Runs
+from kvferry_proto.offer import HOST, POOL_BLOCKS_MAX, PoolFrame, Runs
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +51,22 @@ def load() -> Any:
 def errors_of(api: Any) -> tuple[type[Exception], ...]:
     """What NIXL raises: each of its errors is a class of its own, without a base of theirs."""
     found = [one for one in vars(api.nixlBind).values() if isinstance(one, type)]
-    return (RuntimeError, *(one for one in found if issubclass(one, Exception)))
+    # And what its bindings and numpy raise for what a pool elsewhere says of itself.
+    ours = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
+    return (*ours, *(one for one in found if issubclass(one, Exception)))
 
 
 class Reading(NamedTuple):
     """A read under way; ``failed``: it is known already that it will not end well."""
 
-    handle: Any
+    number: int
     failed: str = ""
 
 
 class _Remote(NamedTuple):
     """A pool elsewhere, and the connections that name it."""
 
+    frame: PoolFrame
     name: str
     blocks: Any
     users: set[object]
@@ -77,6 +82,10 @@ class PoolAgent:
         self._numpy = numpy
         self._memory = memory
         self._remotes: dict[bytes, _Remote] = {}
+        self._handles: dict[int, Any] = {}  # of reads under way, by number
+        self._numbers = 0
+        if memory.blocks > POOL_BLOCKS_MAX:
+            raise NixlFailed(f"a pool of {memory.blocks} blocks; {POOL_BLOCKS_MAX} at most")
         api = load()
         self._errors = errors_of(api)
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
@@ -111,6 +120,8 @@ class PoolAgent:
         """A connection may read from this pool from now on; raises NixlFailed."""
         known = self._remotes.get(pool.metadata)
         if known is not None:
+            if known.frame != pool:
+                raise NixlFailed("a pool that is known was shown otherwise")
             known.users.add(user)
             return
         if pool.block_bytes != self._memory.block_bytes:
@@ -120,9 +131,14 @@ class PoolAgent:
         try:
             name = self._agent.add_remote_agent(pool.metadata)
             name = name.decode() if isinstance(name, bytes) else str(name)
-            self._remotes[pool.metadata] = _Remote(name, self._list(name, pool), {user})
+            try:
+                blocks = self._list(name, pool)
+            except self._errors:
+                self._agent.remove_remote_agent(name)
+                raise
         except self._errors as error:
             raise NixlFailed(str(error) or type(error).__name__) from error
+        self._remotes[pool.metadata] = _Remote(pool, name, blocks, {user})
 
     def part(self, user: object) -> None:
         """A connection is over."""
@@ -142,39 +158,59 @@ class PoolAgent:
             )
         except self._errors as error:
             raise NixlFailed(str(error) or type(error).__name__) from error
+        self._numbers += 1
+        self._handles[self._numbers] = handle
         try:
             state = self._agent.transfer(handle)
         except self._errors as error:  # some of its blocks may be under way all the same
-            return Reading(handle, str(error) or type(error).__name__)
-        return Reading(handle, "the read could not be begun" if state == "ERR" else "")
+            return Reading(self._numbers, str(error) or type(error).__name__)
+        return Reading(self._numbers, "the read could not be begun" if state == "ERR" else "")
 
     def is_done(self, reading: Reading) -> bool:
-        """Whether a read has ended well; raises NixlFailed if it has ended otherwise."""
-        failed = reading.failed
+        """Whether a read has ended well.
+
+        Raises NixlFailed if it will not: some of its blocks may still be under way then, and only
+        ``close`` ends them for certain.
+        """
+        if reading.failed:
+            raise NixlFailed(reading.failed)
+        handle = self._handles[reading.number]
         try:
-            state = self._agent.check_xfer_state(reading.handle)
+            state = self._agent.check_xfer_state(handle)
+            if state == "DONE":
+                del self._handles[reading.number]
+                handle.release()
         except self._errors as error:
-            state, failed = "ERR", failed or str(error) or type(error).__name__
-        if state == "PROC":
-            return False
-        reading.handle.release()
-        if failed or state == "ERR":
-            raise NixlFailed(failed or "the read has failed")
-        return True
+            raise NixlFailed(str(error) or type(error).__name__) from error
+        if state == "ERR":
+            raise NixlFailed("the read has failed")
+        return bool(state == "DONE")
 
     def serve(self) -> None:
         """Let reads of others go on: without hardware they are served by this very call."""
         self._agent.get_new_notifs()
 
     def close(self) -> None:
-        """Revoke the registration: whoever reads here gets an error from now on."""
-        for remote in self._remotes.values():
-            remote.blocks.release()
-            self._agent.remove_remote_agent(remote.name)
-        self._remotes.clear()
-        self._blocks.release()
-        self._agent.deregister_memory(self._region)
-        del self._agent
+        """End every read of ours and of others here: with the last reference the agent is gone."""
+        try:
+            for handle in self._handles.values():
+                self._quietly(handle.release)
+            for remote in self._remotes.values():
+                self._quietly(remote.blocks.release)
+                self._quietly(partial(self._agent.remove_remote_agent, remote.name))
+            self._quietly(self._blocks.release)
+            self._quietly(partial(self._agent.deregister_memory, self._region))
+        finally:
+            self._handles.clear()
+            self._remotes.clear()
+            del self._blocks, self._region, self._agent
+
+    def _quietly(self, step: Callable[[], object]) -> None:
+        """One step that fails must not keep the others from being made."""
+        try:
+            step()
+        except self._errors as error:
+            log.warning("closing a NIXL agent: %s", error)
 
     def _indices(self, runs: Runs) -> Any:
         numpy = self._numpy

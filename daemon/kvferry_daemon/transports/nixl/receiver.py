@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Hashable
+from functools import partial
 
 from kvferry_daemon.transports.nixl.poller import Poller
 from kvferry_daemon.transports.tcp.events import Drained, Enter, Post, Received, Rejected, stay
@@ -20,6 +21,8 @@ from kvferry_proto.offer import (
     read_runs,
 )
 
+POOLS_MAX = 64  # of one connection: bounds what a source can make us keep
+
 
 class OfferReceiver(StreamReceiver):
     """Reads what is offered and claimed; it has arrived once the source says that it stood."""
@@ -35,17 +38,21 @@ class OfferReceiver(StreamReceiver):
     ) -> None:
         self._poller = poller
         self._pools: dict[int, PoolFrame] = {}
-        self._taken: dict[tuple[int, int], Claim] = {}  # offered; until it stood
+        self._taken: dict[tuple[int, int], Claim] = {}  # read; until it is known to have stood
+        self._closing = False
         self._under_way = 0
         self._quiet = threading.Condition()
         super().__init__(sock, key, post, enter, new_buffer)
 
     def close(self) -> None:
         """End the connection, but say so to the source only once no read is under way."""
+        self._closing = True
         with contextlib.suppress(OSError):  # it is down already; the thread says so itself
             self._sock.shutdown(socket.SHUT_RD)
 
     def _take(self, header: bytearray) -> None:
+        if self._closing:  # what had come by then can still be received
+            raise BadChunk("closed by us")
         found = read_frame(header)
         if found is None:
             super()._take(header)
@@ -56,7 +63,10 @@ class OfferReceiver(StreamReceiver):
             self._must_fill([memoryview(body)])
         match frame:
             case PoolFrame():
+                self._pools.pop(frame.number, None)
                 self._pools[frame.number] = frame._replace(metadata=bytes(body))
+                if len(self._pools) > POOLS_MAX:  # the oldest ones were revoked
+                    del self._pools[next(iter(self._pools))]
             case OfferFrame():
                 self._take_offer(frame, body)
             case StoodFrame():
@@ -84,18 +94,18 @@ class OfferReceiver(StreamReceiver):
             self._post(Drained(self._key, 0))
             return
         assert claim.blocks is not None
-        self._taken[place] = claim
         with self._quiet:
             self._under_way += 1
-        self._poller.read(self, claim.blocks, (pool, runs), lambda why: self._on_read(*place, why))
+        self._poller.read(self, claim.blocks, (pool, runs), partial(self._on_read, place, claim))
 
-    def _on_read(self, handle: int, first_token: int, why: str | None) -> None:
+    def _on_read(self, place: tuple[int, int], claim: Claim, why: str | None) -> None:
         """On the poller's thread: nothing is written into those blocks any more."""
         try:
             if why is None:
-                self._say_read(handle, first_token)
+                self._taken[place] = claim  # only now may a "stood" count
+                self._say_read(*place)
             else:
-                self._post(Rejected(self._key, handle, first_token, why))
+                self._post(Rejected(self._key, *place, why))
                 self.close()
         finally:
             with self._quiet:
@@ -104,9 +114,12 @@ class OfferReceiver(StreamReceiver):
 
     def _say_read(self, handle: int, first_token: int) -> None:
         """64 bytes, of which as many fit the socket as there are claims; else it is sick."""
+        word = ReadFrame(handle, first_token).pack()
         try:
-            self._sock.send(ReadFrame(handle, first_token).pack(), socket.MSG_DONTWAIT)
+            whole = self._sock.send(word, socket.MSG_DONTWAIT) == len(word)
         except OSError:
+            whole = False
+        if not whole:
             self.close()
 
     def _take_stood(self, frame: StoodFrame) -> None:

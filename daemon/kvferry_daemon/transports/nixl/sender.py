@@ -23,6 +23,7 @@ from kvferry_proto.offer import (
 )
 
 USER_TIMEOUT_MS = 20_000  # then the kernel gives up what nobody has acknowledged
+KEEPALIVE_S = 5
 
 
 class _Offered(NamedTuple):
@@ -57,6 +58,10 @@ class OfferSender(StreamSender):
         self._bye = False  # the sink's last word, or the end of its stream
         self._lost = False  # the connection broke, and the end of its stream proves nothing
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        # A host that is gone acknowledges nothing; a stopped process has a kernel that does.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
         super().__init__(sock, key, post, checksum, enter, new_buffer)
 
     def close(self) -> None:
@@ -111,9 +116,11 @@ class OfferSender(StreamSender):
         offered = self._offers.pop((handle, first_token), None)
         if offered is None:
             raise BadChunk(f"token {first_token} was read, but not offered")
-        with contextlib.suppress(BrokenPipeError):  # one of the two has ended it
-            self._send_all([StoodFrame(handle, first_token).pack()])
-        self._end(offered)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # one of the two has ended it
+                self._send_all([StoodFrame(handle, first_token).pack()])
+        finally:  # it was read, whether the sink hears that it stood or not
+            self._end(offered)
 
     def _end(self, offered: _Offered) -> None:
         job = offered.job
@@ -128,6 +135,9 @@ class OfferSender(StreamSender):
             return
         job = self._jobs.popleft()
         assert job.blocks is not None
+        if (job.handle, job.first_token) in self._offers:
+            self._lost = True
+            raise BadChunk(f"handle {job.handle} names two extents at token {job.first_token}")
         pool = self._poller.frame_of(job.blocks.pool_id)
         if pool is None:  # it has just been shut, and comes back
             self._jobs.appendleft(job)
