@@ -30,6 +30,7 @@ class Opened:
             by_value = _Handle.from_buffer_copy(handle)
             opened = (ctypes.byref(address), by_value, ctypes.c_uint(LAZY_PEER_ACCESS))
             _call("cuIpcOpenMemHandle_v2", *opened)
+        self.address = address.value
         self.__cuda_array_interface__ = {
             "shape": (size_bytes,),
             "typestr": "|u1",
@@ -61,6 +62,7 @@ def device_with(uuid: bytes) -> int | None:
 def _close(index: int, address: int) -> None:
     try:
         with _context(index):
+            _call("cuCtxSynchronize")  # what the GPU was given before the last tensor went
             _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
     except DriverError as error:  # of a finalizer nobody hears an exception
         log.warning("the daemon's memory stays open in this process: %s", error)

@@ -94,7 +94,8 @@ class DevicePool(Pool):
         if memory.device.type != "cuda":
             return GpuWork(lambda: None)
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(memory.device))
+        stream = torch.cuda.current_stream(memory.device)
+        GpuWork(lambda: event.record(stream)).wait()  # a GPU that has failed says so here
         return GpuWork(event.synchronize)
 
     def leave(self, why: Code = Code.CLIENT_CLOSED) -> None:
@@ -136,7 +137,12 @@ def _open(device: DeviceMemory, size_bytes: int) -> Tensor:
         raise DriverError(f"this process does not see the GPU with UUID {device.uuid.hex()}")
     name = f"cuda:{index}"
     torch.empty(1, device=name)  # torch begins with the device
-    return torch.as_tensor(Opened(index, device.handle, size_bytes), device=name)
+    opened = Opened(index, device.handle, size_bytes)
+    with torch.cuda.device(index):
+        tensor = torch.as_tensor(opened, device=name)
+    if tensor.data_ptr() != opened.address:
+        raise DriverError("torch has copied the pool instead of showing it")
+    return tensor
 
 
 def _dtype(plane: Plane) -> Any:

@@ -83,6 +83,9 @@ class Copies:
             ended = out.ChunkReceived(key, handle, first_token, size_bytes)
             try:
                 copy(place, claim.place, self._staging())
+            except OSError as error:  # a device's
+                log.error("cannot copy %s: %s", effect, error)
+                ended = out.ChunkMissed(key, handle, first_token)
             except Exception:
                 log.exception("our own fault: cannot copy %s", effect)
                 ended = out.ChunkMissed(key, handle, first_token)

@@ -30,6 +30,7 @@ from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
 from kvferry_daemon.transports.nixl.ways import begin as begin_ways
+from kvferry_daemon.transports.tcp.events import Enter
 from kvferry_daemon.transports.tcp.staging import plain_buffer
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import Code, FerryError
@@ -79,9 +80,10 @@ class Daemon:
             0,
             asyncio.get_running_loop().time(),
         )
+        enter = placement.enter if device is None else _both(placement.enter, device.enter)
         new_buffer = plain_buffer if device is None else device.buffer
         self.effects = Effects(self.node, self, self.directory.pools, placement, device, new_buffer)
-        self.node.ways, poller = begin_ways(config.transport, device is not None)
+        self.node.ways, poller = begin_ways(config.transport, device is not None, enter)
         self.streams = Streams(
             config.peer_host,
             config.data_port,
@@ -332,6 +334,14 @@ async def serve(config: Config) -> int:
     await daemon.close()
     log.info("stopped%s", "" if drained else "; some transfers had not ended")
     return 0 if drained else 3
+
+
+def _both(one: Enter, other: Enter) -> Enter:
+    def enter() -> None:
+        one()
+        other()
+
+    return enter
 
 
 def _single(frames: list[bytes]) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +18,7 @@ from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.records import HOST, PoolRecord
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.memory.board import Board
-from kvferry_daemon.memory.device import Device, DeviceError, NotShared
+from kvferry_daemon.memory.device import Device, DeviceError, NoRoom, NotShared
 from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_daemon.memory.host import HostPool, MemoryRefused
 from kvferry_daemon.memory.placement import ANYWHERE, Placement
@@ -29,6 +30,7 @@ from kvferry_daemon.transports.tcp.staging import Blocks, NewBuffer, Place, plai
 from kvferry_proto.errors import Code
 from kvferry_proto.offer import HOST as HOST_MEMORY
 
+ROOM_AGAIN_S = 0.2
 log = logging.getLogger(__name__)
 
 
@@ -209,7 +211,11 @@ class Effects:
 
     def _expect(self, effect: out.Expect) -> None:
         if effect.key.is_here:
-            self._copies.expect(effect, self._place(effect))
+            try:
+                self._copies.expect(effect, self._place(effect))
+            except Exception:
+                log.exception("could not %s", effect)
+                self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
             return
         assert self._streams is not None
         if not self._streams.expect(effect, self._place(effect), _blocks(effect)):
@@ -223,7 +229,12 @@ class Effects:
 
     def _transmit(self, effect: out.Transmit) -> None:
         if effect.key.is_here:
-            self._copies.transmit(effect, self._place(effect))
+            try:
+                self._copies.transmit(effect, self._place(effect))
+            except Exception:  # a connection's end would tell; here nothing else does
+                log.exception("could not %s", effect)
+                first, part = effect.first_token, effect.part
+                self._events.append(out.ChunkSent(effect.key, effect.owner, part, first, 0))
             return
         assert self._streams is not None
         # If it is gone, its end tells the transfer.
@@ -268,9 +279,9 @@ class Effects:
         def work() -> None:
             if streams is not None:
                 streams.drop_pool(effect.pool_id)
-            pool.pop().remove()
             if board is not None:
                 board.remove()
+            pool.pop().remove()
 
         self._drops = [one for one in self._drops if not one.done()]
         self._drops.append(self._memory.submit(work))
@@ -281,18 +292,34 @@ class Effects:
 
         def work() -> out.NodeEvent:
             wait(drops)
+            refused: out.PoolNotMade | None = None
             try:
-                pool = self._new_pool(effect, path)
+                pool = self._new_pool_in_time(effect, path)
             except NotShared as error:
-                return out.PoolNotMade(effect.pool_id, str(error), Code.POOL_UNREACHABLE)
+                refused = out.PoolNotMade(effect.pool_id, str(error), Code.POOL_UNREACHABLE)
             except (MemoryRefused, OSError) as error:
-                return out.PoolNotMade(effect.pool_id, str(error))
+                refused = out.PoolNotMade(effect.pool_id, str(error))
+            if refused is not None:
+                if self._device is not None:  # now: the error held what had been allocated
+                    self._device.give_back()
+                return refused
             self._have_pool(effect.pool_id, pool)
             self._make_board(effect.pool_id)
             memory = pool.memory if isinstance(pool, DevicePool) else None
             return out.PoolMade(effect.pool_id, str(path), memory)
 
         self._off_loop(work)
+
+    def _new_pool_in_time(self, effect: out.MakePool, path: Path) -> Pool:
+        """Workers close what an earlier life gave them at their next beat: room may come by that."""
+        until_s = time.monotonic() + self._node.settings.timing.lost_s
+        while True:
+            try:
+                return self._new_pool(effect, path)
+            except NoRoom:
+                if time.monotonic() >= until_s:
+                    raise
+                time.sleep(ROOM_AGAIN_S)
 
     def _new_pool(self, effect: out.MakePool, path: Path) -> Pool:
         block_bytes, blocks = effect.layout.block_bytes, effect.blocks

@@ -36,6 +36,7 @@ class InThread:
             pool_tokens=4 * WINDOW,
             heartbeat_s=0.2,
             lost_s=WAIT_S,  # the workers here do not beat
+            transport="tcp",  # else NIXL would be taken for device memory
             **settings,
         ).model_copy(update={"device": "cpu"})
         self.loop = asyncio.new_event_loop()

@@ -166,6 +166,8 @@ class SinkDesk:
         self._node.counters["chunks_missed"] += 1
         key, part = self.named(event.handle)
         self._node.post(key, ev.Missed(event.key, event.first_token, part))
+        if event.key.is_here:  # taken back only once it has ended, which absorbs this: it failed
+            self._node.post(key, ev.Fail(Code.INTERNAL, "a copy within the daemon failed"))
 
     def on_drained(self, event: out.ChunkDrained) -> None:
         """Bytes that nobody had claimed."""

@@ -111,6 +111,7 @@ class Welcomer:
         node = self._node
         used = {session.pool_id for session in node.sessions.values()}
         used |= {transfer.opening.pool_id for transfer in node.transfers.values()}
+        used |= self._being_made.keys()  # anew, in the place of one that was lost
         for pool_id in [one for one in node.books if one not in used]:
             del node.books[pool_id]
             node.notes.pool_gone(pool_id)

@@ -26,6 +26,10 @@ class DeviceError(OSError):
     """The device is not there, has no room, or failed; the message has the numbers."""
 
 
+class NoRoom(DeviceError):
+    """It has no memory for this just now; nothing is damaged."""
+
+
 class NotShared(DeviceError):
     """There is memory, but other processes cannot open it."""
 
@@ -49,12 +53,14 @@ class Device:
         self.name = name
         self._torch = torch
         self._threads = threading.local()
+        self.arenas = threading.Lock()  # what was freed reaches the driver before the next is made
         try:
             self._device = torch.device(name)
             self.is_cuda = self._device.type == "cuda"
             if self.is_cuda:
                 self._check_is_there()
-            torch.empty(1, device=self._device)  # the context comes with the first allocation
+            # The context comes with the first allocation; whether it still works is tried on it.
+            self._spare = torch.empty(8, dtype=torch.uint8, device=self._device)
         except (RuntimeError, AssertionError) as error:
             raise DeviceError(f"{name} cannot be used: {_words(error)}") from error
 
@@ -80,22 +86,33 @@ class Device:
             )
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """Zeroed bytes; DeviceError with the numbers if the device has not so much left."""
-        torch = self._torch
+        """Zeroed bytes; NoRoom with the numbers if the device has not so much left."""
         try:
-            if self.is_cuda:
-                torch.cuda.empty_cache()  # what earlier pools had
-                free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-                if size_bytes > free_bytes:
-                    raise DeviceError(
-                        f"the pool needs {size_bytes} bytes of {self.name}, which has {free_bytes} "
-                        f"of {total_bytes} left; lower budget_bytes or pool_tokens"
-                    )
-            arena = self.scratch(size_bytes)
+            with self.arenas:
+                self._check_room(size_bytes)
+                arena = self.scratch(size_bytes)
+        except self._torch.OutOfMemoryError as error:  # somebody was faster
+            raise NoRoom(f"no {size_bytes} bytes of {self.name}: {_words(error)}") from error
         except RuntimeError as error:
             raise DeviceError(f"no {size_bytes} bytes of {self.name}: {_words(error)}") from error
         with self.copying():
             return arena.zero_()  # it may hold what another process left
+
+    def _check_room(self, size_bytes: int) -> None:
+        if not self.is_cuda:
+            return
+        self._torch.cuda.empty_cache()  # what earlier pools had
+        free_bytes, total_bytes = self._torch.cuda.mem_get_info(self._device)
+        if size_bytes > free_bytes:
+            raise NoRoom(
+                f"the pool needs {size_bytes} bytes of {self.name}, which has {free_bytes} "
+                f"of {total_bytes} left; lower budget_bytes or pool_tokens"
+            )
+
+    def enter(self) -> None:
+        """This thread works for this device; else what it begins may wake the first one, too."""
+        if self.is_cuda:
+            self._torch.cuda.set_device(self._device)
 
     def give_back(self) -> None:
         """Let other processes have what is not used any more."""
@@ -161,6 +178,8 @@ class Device:
                 finally:  # also of a copy that failed: those before it still touch their memory
                     lane.event.record(lane.stream)
                     lane.event.synchronize()  # without the GIL
+        except self._torch.OutOfMemoryError as error:
+            raise NoRoom(f"no room for a copy on {self.name}: {_words(error)}") from error
         except RuntimeError as error:
             raise DeviceError(f"a copy on {self.name} failed: {_words(error)}") from error
 
@@ -168,7 +187,7 @@ class Device:
         """Whether the device still does anything for us: an error may have ended its context."""
         try:
             with self.copying():
-                return self.scratch(8).fill_(7).tolist() == [7] * 8
+                return self._spare.fill_(7).tolist() == [7] * 8
         except DeviceError as error:
             log.error("%s is of no use any more: %s", self.name, error)
             return False
@@ -176,6 +195,7 @@ class Device:
     def _lane(self) -> _Lane:
         lane: _Lane | None = getattr(self._threads, "lane", None)
         if lane is None:
+            self.enter()
             cuda = self._torch.cuda
             lane = _Lane(cuda.Stream(self._device), cuda.Event(blocking=True))
             self._threads.lane = lane

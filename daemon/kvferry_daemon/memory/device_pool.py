@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import gcd
 from typing import TYPE_CHECKING, Self
 
-from kvferry_daemon.memory.device import Device, DeviceError
+from kvferry_daemon.memory.device import Device, DeviceError, NoRoom
 from kvferry_daemon.memory.slices import Area, SlicePlan, Strided
 from kvferry_daemon.memory.spans import Span
 
@@ -72,6 +72,8 @@ class DevicePool:
         try:
             with self.device.copying():
                 yield
+        except NoRoom:
+            raise  # it ends a connection, not the pool: what was asked for there is asked for again
         except DeviceError as error:
             self._on_broken(str(error), self.device.works())
             raise
@@ -89,8 +91,9 @@ class DevicePool:
 
     def remove(self) -> None:
         """Free the arena."""
-        self._arena = None
-        self.device.give_back()
+        with self.device.arenas:
+            self._arena = None
+            self.device.give_back()
 
     def _bytes(self, offset_bytes: int, length_bytes: int) -> Tensor:
         self._check_inside(offset_bytes, length_bytes)
