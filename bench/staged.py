@@ -24,6 +24,7 @@ from kvferry_daemon.daemon import Daemon
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.links.zmq_link import ZmqLink
+from kvferry_daemon.pools import Pools
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import StreamSender
 from kvferry_proto.codec import Codec
@@ -32,7 +33,7 @@ STAGES: list[tuple[str, type, str]] = [
     ("decode a message", Codec, "decode"),
     ("encode a message", Codec, "encode"),
     ("decide", Node, "handle"),
-    ("find where bytes lie", Effects, "_place"),
+    ("find where bytes lie", Pools, "place"),
     ("do the rest of the effects", Effects, "_perform"),
     ("send messages", ZmqLink, "send"),
     ("commit rows", Ledger, "_commit"),

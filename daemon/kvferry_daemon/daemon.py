@@ -126,7 +126,7 @@ class Daemon:
         self.effects.use_ledger(self.ledger)
         self.ledger.write((("daemon", RECORDS.encode(self.life.record(peer_port))),))
         if self.life.past is not None:
-            self.effects.attach_pools(self.life.past.pools)
+            self.effects.pools.attach(self.life.past.pools)
             self.effects.feed(out.Restored(self.life.past))
             log.info("life %d of this daemon goes on with its ledger", self.life.number)
 
@@ -168,7 +168,7 @@ class Daemon:
             try:
                 self._watch_workers()
                 self._watch_load()
-                self.effects.beat()
+                self.effects.pools.beat()
             except Exception:  # a fault of ours must not end the watch of dead workers
                 log.exception("could not watch")
 

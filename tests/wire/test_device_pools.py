@@ -56,7 +56,7 @@ class InThread:
         self.loop.run_forever()
 
     def pool(self, layout: Layout = LAYOUT) -> DevicePool:
-        pool = self.daemon.effects._pools[layout.digest.hex()]
+        pool = self.daemon.effects.pools[layout.digest.hex()]
         assert isinstance(pool, DevicePool)
         return pool
 
