@@ -75,7 +75,7 @@ class FalseSource:
             "sink_boot_id": message.sink_boot_id,
         }
         if isinstance(message, peer.Ping):
-            return peer.Pong(frames=0, **boots)
+            return peer.Pong(news=0, **boots)
         if isinstance(message, peer.OpenStream):
             return peer.Ticket(
                 stream=message.stream,
