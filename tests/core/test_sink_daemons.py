@@ -50,6 +50,17 @@ def test_the_same_hello_from_a_new_connection_moves_the_route() -> None:
     assert route_of(daemons, FIRST) == b"other"
 
 
+def test_a_boot_id_stays_with_its_daemon() -> None:
+    """Else a hello under another name would take its link over, and leave both half known."""
+    daemons = SinkDaemons()
+    daemons.hello(b"one", hello(FIRST, 1), 0.0)
+    with pytest.raises(FerryError) as caught:
+        daemons.hello(b"thief", hello(FIRST, 1, "e" * 16), 0.0)
+    assert caught.value.code is Code.PEER_PROTOCOL
+    assert route_of(daemons, FIRST) == b"one"
+    assert daemons.hello(b"two", hello(SECOND, 2), 0.0) == [FIRST]
+
+
 def test_the_silent_ones_are_forgotten_first() -> None:
     daemons = SinkDaemons()
     for number in range(SINKS_MAX):

@@ -34,14 +34,17 @@ class SinkDaemons:
     def hello(self, route: bytes, hello: PeerHello, now_s: float) -> list[str]:
         """Note a daemon's life; return the boot ids that are over by that.
 
-        Raises FerryError(daemon_restarted) for a hello of an earlier life that came late.
+        Raises FerryError: daemon_restarted for a hello of an earlier life that came late,
+        peer_protocol for one with the boot id of another daemon.
         """
+        known = self._by_boot.get(hello.boot_id)
+        if known is not None and known.daemon_id != hello.daemon_id:
+            raise FerryError(Code.PEER_PROTOCOL, "this boot id is another daemon's")
         links = self._links.get(hello.daemon_id, set())
         life = self._by_boot[next(iter(links))].life if links else 0
         if hello.life < life:
             raise FerryError(Code.DAEMON_RESTARTED, "a later life of yours has said hello")
         over = sorted(links) if hello.life > life else []
-        known = self._by_boot.get(hello.boot_id)
         # Said again, the count goes on: who does not hear the answer would take news for old ones.
         news = 0 if known is None else known.news
         self._by_boot[hello.boot_id] = SinkDaemon(
