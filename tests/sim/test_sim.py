@@ -75,6 +75,7 @@ def test_a_seed_that_shows_a_rare_mistake_ends_well_without_it(seed: int, later:
     assert failure_of(draw(seed, later=later)) is None
 
 
+@pytest.mark.timeout(600)  # a rare one may take most of the seeds, on a slow machine
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_mistake_is_found(
     mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
