@@ -5,14 +5,11 @@
 matters is how the parts compare. docs/performance.md says what follows from it.
 """
 
-import json
-import signal
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from bench.served import ServedDaemon
+from bench.watched import WatchedDaemon
 from bench.windows import CASES, Case, Scene
 
 WINDOW_TOKENS = 2048
@@ -20,25 +17,11 @@ ROUNDS = 4
 CASE = CASES["llama_8192"]
 
 
-class StagedDaemon(ServedDaemon):
-    """A daemon whose stages have clocks."""
+class StagedDaemon(WatchedDaemon):
+    """A daemon whose stages have clocks; it reports what these show."""
 
     def _program(self) -> list[str]:
-        return ["bench.staged", str(self._report)]
-
-    @property
-    def _report(self) -> Path:
-        return self.directory.with_suffix(".stages")
-
-    def stages(self) -> dict[str, Any]:
-        """What its clocks show now."""
-        self._report.unlink(missing_ok=True)
-        self.process.send_signal(signal.SIGUSR1)
-        while not self._report.exists():
-            assert self.process.poll() is None, self.log_path.read_text()
-            time.sleep(0.01)
-        told: dict[str, Any] = json.loads(self._report.read_text())
-        return told
+        return ["bench.staged", str(self.report_path)]
 
 
 def measure(case: Case = CASE, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -49,7 +32,7 @@ def measure(case: Case = CASE, rounds: int = ROUNDS) -> dict[str, Any]:
             name: one for name, one in scene.daemons.items() if isinstance(one, StagedDaemon)
         }
         scene.take_windows(WINDOW_TOKENS, scene.payload.check)
-        before = {name: one.stages() for name, one in daemons.items()}
+        before = {name: one.report() for name, one in daemons.items()}
         chunks_before = daemons["sink"].status().counters["chunks_received"]
         begun = time.monotonic()
         for _ in range(rounds):
@@ -62,7 +45,7 @@ def measure(case: Case = CASE, rounds: int = ROUNDS) -> dict[str, Any]:
             "wall_us": round(took_s / chunks * 1e6, 1),
         }
         for name, one in daemons.items():
-            found[name] = _spent(before[name], one.stages(), chunks)
+            found[name] = _spent(before[name], one.report(), chunks)
         return found
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import tracemalloc
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +83,27 @@ def report(daemon: Daemon) -> Mapping[str, Any]:
     return told
 
 
-class Watched(Daemon):
-    """A daemon that reports at SIGUSR1."""
+def serve(tell: Callable[[Daemon], Mapping[str, Any]]) -> None:
+    """Be `kvferry`; at SIGUSR1 write what ``tell`` says to the file that the first argument names."""
+    path = Path(sys.argv.pop(1))
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._report)
+    class Watched(Daemon):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._report)
 
-    def _report(self) -> None:
-        path = Path(REPORT)
-        beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(report(self)))
-        beside.rename(path)
+        def _report(self) -> None:
+            beside = path.with_suffix(".new")
+            beside.write_text(json.dumps(tell(self)))
+            beside.rename(path)
 
-
-if __name__ == "__main__":
-    REPORT = sys.argv.pop(1)
-    if os.environ.get(TRACE):
-        tracemalloc.start(4)
     daemon_module.Daemon = Watched  # type: ignore[misc]
     from kvferry_daemon.command import main
 
     main()
+
+
+if __name__ == "__main__":
+    if os.environ.get(TRACE):
+        tracemalloc.start(4)
+    serve(report)

@@ -5,20 +5,14 @@ REPORT, as JSON, how often each stage was passed and how much CPU of its thread 
 stages left out; and how much CPU each kind of thread took in all.
 """
 
-import asyncio
 import functools
-import json
-import signal
-import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvferry_daemon import daemon as daemon_module
-from kvferry_daemon.config import Config
+from bench.inside import serve
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.daemon import Daemon
 from kvferry_daemon.effects import Effects
@@ -72,33 +66,16 @@ class Clocks:
         return timed
 
 
-class Watched(Daemon):
-    """A daemon that reports at SIGUSR1."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._report)
-
-    def _report(self) -> None:
-        path = Path(REPORT)
-        beside = path.with_suffix(".new")
-        loop_ns, all_ns = time.thread_time_ns(), time.process_time_ns()
-        told = {
-            "calls": CLOCKS.calls,
-            "cpu_ns": CLOCKS.cpu_ns,
-            "loop_ns": loop_ns,
-            "all_ns": all_ns,
-        }
-        beside.write_text(json.dumps(told))
-        beside.rename(path)
-
-
 CLOCKS = Clocks()
+
+
+def shown(_daemon: Daemon) -> Mapping[str, Any]:
+    """What the clocks show; called on the loop."""
+    loop_ns, all_ns = time.thread_time_ns(), time.process_time_ns()
+    return {"calls": CLOCKS.calls, "cpu_ns": CLOCKS.cpu_ns, "loop_ns": loop_ns, "all_ns": all_ns}
+
+
 if __name__ == "__main__":
-    REPORT = sys.argv.pop(1)
     for stage, owner, name in STAGES:
         setattr(owner, name, CLOCKS.around(stage, getattr(owner, name)))
-    daemon_module.Daemon = Watched  # type: ignore[misc]
-    from kvferry_daemon.command import main
-
-    main()
+    serve(shown)

@@ -240,8 +240,8 @@ class Sending(_Transfer):
     ) -> None:
         """Copy the next tokens in, (tokens, *shape) a plane, waiting for room; marks them ready.
 
-        Arrays are numpy's or torch's (of a GPU, if the pool is in one). ``aux`` is told with the last token. Raises
-        FerryError(bad_array) if planes, dtypes, shapes or tokens do not fit; nothing is written.
+        Arrays are numpy's or torch's (of a GPU, if the pool is in one). ``aux`` is told with the
+        last token. Raises FerryError(bad_array) if planes, dtypes, shapes or tokens do not fit; nothing is written.
         """
         self._drive(self.logic.fill(first_token, arrays, aux))
 

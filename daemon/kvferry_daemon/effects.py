@@ -48,7 +48,6 @@ class Effects:
     ) -> None:
         """``device``: where new pools lie; None: in host memory."""
         self._node = node
-        self._links = links
         self._loop = asyncio.get_running_loop()
         self._streams: Streams | None = None
         self._ledger: Ledger | None = None

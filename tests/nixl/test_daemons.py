@@ -101,7 +101,7 @@ def test_two_daemons_that_are_set_to_different_transports_say_so(
     assert words in end.error.message
 
 
-def test_a_read_from_a_stopped_daemon_keeps_its_blocks_until_it_goes_on_or_dies(
+def test_a_source_that_stood_still_meanwhile_leaves_nothing_behind(
     stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over plain tcp a read is served by the source's own thread, so it stops with the process."""

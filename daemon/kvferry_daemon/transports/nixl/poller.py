@@ -90,7 +90,6 @@ class Poller:
             if server is not None and server.frame.number == number:
                 log.warning("shutting out who reads pool %s: one cannot be asked", pool_id)
                 self._close(self._servers.pop(pool_id))
-                del server  # the agent is gone with its last reference
                 self._serve_pool(pool_id)
 
         return self._ask(revoke)
@@ -111,9 +110,9 @@ class Poller:
         """Somebody may read there: look after it until ``answered`` was called as often."""
         self._put(lambda: self._count(pool_id, 1))
 
-    def answered(self, pool_id: str, offers: int = 1) -> None:
-        """So many offers are over."""
-        self._put(lambda: self._count(pool_id, -offers))
+    def answered(self, pool_id: str) -> None:
+        """An offer is over."""
+        self._put(lambda: self._count(pool_id, -1))
 
     def _count(self, pool_id: str, more: int) -> None:
         left = self._offers.pop(pool_id, 0) + more
@@ -228,7 +227,6 @@ class Poller:
                 server = self._servers.get(pool_id)
                 if server is not None:
                     self._do(server.serve)
-            server = None
             self._idle_looks = 0 if happened else self._idle_looks + 1
             self._pause()
         for agent in (*self._servers.values(), *self._readers.values()):

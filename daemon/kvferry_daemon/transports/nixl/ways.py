@@ -33,7 +33,7 @@ def begin(
 
     ``enter`` is called by the thread that talks to NIXL, before all else.
     Raises NixlFailed where the operator insists on NIXL and it cannot be had. Where it would not be
-    chosen of itself it is not loaded before some peer insists: it costs 0.2 s and 30 MiB.
+    chosen of itself it is not loaded before some peer insists.
     """
     found = ways(wish, device_memory)
     if wish == "nixl" and not found.nixl:
