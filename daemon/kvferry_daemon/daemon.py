@@ -18,6 +18,7 @@ from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.records import HOST, RECORDS
 from kvferry_daemon.core.report import status, transfers
 from kvferry_daemon.effects import Effects
+from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.io_thread import IoThreads
@@ -101,6 +102,7 @@ class Daemon:
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
         self._io_threads = IoThreads()
+        self._lag = LoopLag()
         self._messages = self._turns = 0
         self._watch = loop.create_task(self._watch_all())
 
@@ -142,6 +144,7 @@ class Daemon:
     async def close(self) -> None:
         """Take everything down; what workers still have is kept for the next life."""
         self._watch.cancel()
+        self._lag.close()
         self.effects.close()  # first: what it still does goes out by what is closed below
         for link in (self._workers, self._control, self._peers):
             link.close()
@@ -239,9 +242,8 @@ class Daemon:
             if isinstance(request, control.GetStatus):
                 self.node.counters["ledger_commits"] = self.ledger.commits
                 self.node.counters["nixl_reads"] = self.streams.nixl_reads
-                answer = status(
-                    self.node, request.call, str(self.directory.path), self._placed, now_s
-                )
+                facts = self._placed, self._lag.status()
+                answer = status(self.node, request.call, str(self.directory.path), *facts, now_s)
                 frame = control.ANSWERS.encode(answer)
             else:
                 frame = control.frame_of(transfers(self.node, request, now_s))

@@ -62,6 +62,8 @@ def status_for_people(answer: control.Status) -> str:
     ]
     if answer.placement is not None:
         words.insert(2, _placed(answer.placement))
+    if answer.loop is not None:
+        words.append(_late(answer.loop))
     pools = (
         (
             f"{pool.device} {len(pool.planes)} planes",
@@ -89,6 +91,11 @@ def _placed(placement: control.PlacementStatus) -> str:
     node = "" if placement.numa_node is None else f" on NUMA node {placement.numa_node}"
     cpus = placement.copy_cpus or "any"
     return f"pools{node}; huge pages: {placement.huge_pages}; copied on CPUs: {cpus}"
+
+
+def _late(loop: control.LoopStatus) -> str:
+    often = f"{loop.late_over_10_ms} of {loop.looks} looks over 10 ms late"
+    return f"event loop: {often}, at most {loop.late_max_ms:.1f} ms"
 
 
 def transfers_for_people(answer: control.Transfers) -> str:

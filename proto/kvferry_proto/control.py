@@ -54,6 +54,16 @@ class PlacementStatus(Message):
     copy_cpus: str = ""  # a list such as 0-3,8; empty: all that the process may use
 
 
+class LoopStatus(Message):
+    """How late the event loop came to a timer, in all its looks since the start; 1 ms is libuv's."""
+
+    looks: Count
+    late_over_2_ms: Count
+    late_over_10_ms: Count
+    late_over_100_ms: Count
+    late_max_ms: float
+
+
 class PeerStatus(Message):
     """A daemon that this one pulls from."""
 
@@ -107,6 +117,7 @@ class Status(Message):
     pools: list[PoolStatus]
     peers: list[PeerStatus]
     placement: PlacementStatus | None = None
+    loop: LoopStatus | None = None
 
 
 class Transfers(Message):
@@ -151,6 +162,6 @@ def frame_of(answer: Transfers) -> bytes:
 
 
 __all__ = [
-    "ANSWERS", "REQUESTS", "ControlFailure", "GetStatus", "GetTransfers", "PeerStatus",
-    "PlacementStatus", "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
+    "ANSWERS", "REQUESTS", "ControlFailure", "GetStatus", "GetTransfers", "LoopStatus",
+    "PeerStatus", "PlacementStatus", "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
 ]  # fmt: skip

@@ -234,6 +234,14 @@ CONTROL: dict[str, Any] = {
         blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
         placement=c.PlacementStatus(huge_pages="within_size", numa_node=0, copy_cpus="0-3,8"),
     ),
+    "status with lag": c.Status(
+        call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
+        draining=False, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
+        blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
+        loop=c.LoopStatus(
+            looks=600, late_over_2_ms=3, late_over_10_ms=2, late_over_100_ms=1, late_max_ms=104.5
+        ),
+    ),
     "transfers": c.Transfers(
         call=2, more=1,
         transfers=[

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 
 def status(
-    node: Node, call: int, runtime_dir: str, placement: control.PlacementStatus, now_s: float
+    node: Node,
+    call: int,
+    runtime_dir: str,
+    placement: control.PlacementStatus,
+    loop: control.LoopStatus,
+    now_s: float,
 ) -> control.Status:
     """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
-    snapshots = [_as_it_is(t) for t in node.transfers.values()]
-    states = Counter(s.state.name.lower() for s in snapshots)
-    states.update(s.state.name.lower() for s in node.tombstones.snapshots())
-    stalls = Counter(s.stall.value for s in snapshots if s.stall is not None)
+    states = Counter(t.state for t in node.transfers.values())
+    states.update(s.state for s in node.tombstones.snapshots())
+    stalls = Counter(t.stall for t in node.transfers.values())
     return control.Status(
         call=call,
         version=our_version(),
@@ -38,11 +42,12 @@ def status(
         peer_address=node.settings.peer_address,
         runtime_dir=runtime_dir,
         placement=placement,
+        loop=loop,
         workers=len(node.sessions),
         blocks_total=sum(book.pool.blocks for book in node.books.values()),
         blocks_free=sum(book.pool.free_blocks for book in node.books.values()),
-        transfers=dict(sorted(states.items())),
-        stalls=dict(sorted(stalls.items())),
+        transfers={state.name.lower(): states[state] for state in sorted(states)},
+        stalls={stall.value: stalls[stall] for stall in sorted(filter(None, stalls))},
         counters=dict(sorted(node.counters.items())),
         pools=[_pool(node, book) for book in node.books.values()],
         peers=[_peer(node, address) for address in sorted(node.sinks.peers)],
