@@ -1,4 +1,8 @@
-"""Tests that need a GPU are skipped where there is none."""
+"""Tests that need a GPU are skipped where there is none, and the end of a run is its last word."""
+
+import atexit
+import os
+import sys
 
 import pytest
 
@@ -14,3 +18,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="no CUDA device, or a torch without CUDA")
         for item in wanting:
             item.add_marker(skip)
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Leave without the destructors of native libraries, once Python has nothing more to say.
+
+    No daemon and no worker loads as many of them into one process as these tests do: torch, numpy,
+    Triton's LLVM, NIXL's UCX. A run of which every test had passed has crashed in them at its exit,
+    once in many. What our own processes do at their exit is tested by their exit status.
+    """
+    atexit.register(_leave, int(exitstatus))
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raised = getattr(sys, "last_value", None) is not None  # after the session, by a warning's error
+    os._exit(status or raised)

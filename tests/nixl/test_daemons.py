@@ -1,5 +1,6 @@
 """Two real daemons that move blocks by NIXL, or say why they do not."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from contract.conftest import Flow
 from kvferry_proto.states import Role, State
-from live import WINDOW, LiveDaemon, RawWorker
+from live import WAIT_S, WINDOW, LiveDaemon, RawWorker
 from wire.test_restart import Pair
 
 
@@ -46,6 +47,19 @@ def read_once(stack: ExitStack, lives: list[LiveDaemon]) -> None:
         if lives[1].status().counters["nixl_reads"]:
             return
     raise AssertionError(lives[1].log())
+
+
+def test_sigterm_ends_daemons_that_have_read_with_nothing_to_complain_of(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    """UCX has threads, handlers and destructors of its own."""
+    with ExitStack() as workers:
+        lives = daemons(stack, tmp_path, "nixl", "nixl")
+        read_once(workers, lives)
+    for life in lives:
+        life.process.send_signal(signal.SIGTERM)
+    assert [life.process.wait(WAIT_S) for life in lives] == [0, 0]
+    assert [life.log().count("Traceback") for life in lives] == [0, 0]
 
 
 @pytest.mark.parametrize(
