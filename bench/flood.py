@@ -7,7 +7,7 @@ one before it, every block that arrives to what was filled. A worker stops sendi
 calls are under way: then the rate falls short, and latencies are those of a daemon at its limit.
 
 ``lag`` is how long a heartbeat from a quiet worker took, ten times a second: what a message waits
-for the daemon's loop.
+for the daemon's loop, and both for a core; ``loop`` is what the daemon says of its loop.
 """
 
 import json
@@ -125,8 +125,12 @@ def _flood(size: FloodSize, daemons: dict[str, WatchedDaemon], stack: ExitStack)
     for name, probe in probes.items():
         result[name] = {**costs(before[name], after[name], size.seconds), **probe.result()}
         result[name]["live_transfers"] = live[name]
-    tokens = daemons["sink"].status().counters
-    result["sink_counters"] = {k: v for k, v in tokens.items() if "refused" in k or "bad" in k}
+        told = daemons[name].status()
+        assert told.loop is not None
+        result[name]["loop"] = told.loop.model_dump()
+        result[name]["counters"] = {
+            k: v for k, v in told.counters.items() if "refused" in k or "bad" in k
+        }
     ended = all_tell(processes, "finish", lambda _: (FINISH_S,))
     result["violations"] = [words for process in processes for words in process.violations]
     if sum(ended) != 2 * share * WORKERS_A_SIDE:

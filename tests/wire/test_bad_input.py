@@ -3,16 +3,21 @@
 The fixtures assert the last part: no crash, no traceback, every block back in the pool.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import msgpack
 import pytest
+import zmq
 
 from kvferry_proto import worker
 from kvferry_proto.codec import FRAME_BYTES_MAX
 from kvferry_proto.states import Mode, Role, State
 from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
+
+FULL_MS = 200  # no room for so long: the daemon's queue is full, and ours
+DUE_S = 0.9
 
 
 @pytest.fixture
@@ -75,6 +80,27 @@ def test_a_frame_over_the_limit_ends_the_connection_not_the_daemon(
     other.send(b"\xc4" * (FRAME_BYTES_MAX + 1))
     assert not other.poll(300), "an oversized frame got an answer"
     assert unchanged(one) == before
+
+
+@pytest.mark.parametrize("where", ["worker", "peer"])
+def test_who_sends_faster_than_is_read_and_dies_ends_no_daemon(
+    daemon: LiveDaemon, one: RawWorker, where: str
+) -> None:
+    """libzmq aborts if a heartbeat of its own comes due at a full queue whose connection ended."""
+    costly = packed(kind="poll", transfers=[{"role": "sink", "transfer_id": "x"}] * 1024)
+    before = unchanged(one)
+    local = f"ipc://{daemon.directory / where}.sock"
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    for _ in range(2):  # the connection ends before one comes due, nearly always
+        flooder = context.socket(zmq.DEALER)
+        flooder.connect(daemon.address if where == "peer" else local)
+        while flooder.poll(FULL_MS, zmq.POLLOUT):
+            flooder.send(costly, zmq.NOBLOCK)
+        flooder.close(linger=0)
+        until = time.monotonic() + DUE_S
+        while time.monotonic() < until:
+            assert unchanged(one) == before
+    context.term()
 
 
 def test_a_call_before_hello_is_told_to_say_hello(daemon: LiveDaemon) -> None:

@@ -13,6 +13,10 @@ import zmq
 from kvferry_proto.codec import FRAME_BYTES_MAX
 
 TURN_S = 0.001  # of messages in one go; then other sockets and timers get their turn
+SILENT_S = 1  # then the kernel asks the other one's kernel
+UNHEARD_MS = (
+    3000  # what that one has not confirmed for so long ends the connection; it is made anew
+)
 NOW = int(zmq.NOBLOCK)  # numbers: to combine two of libzmq's enums costs more than to send
 NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
@@ -96,14 +100,19 @@ class ZmqLink:
 
 
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    """A socket with the options that all our links share."""
+    """A socket with the options that all our links share.
+
+    A host that is gone is found out by the kernel, not by libzmq's heartbeats: where a connection
+    ends while its queue is full, libzmq aborts the process at the next of those (docs/decisions/0014).
+    """
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 3000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENT_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, SILENT_S)
+    socket.setsockopt(zmq.TCP_MAXRT, UNHEARD_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     if kind == zmq.ROUTER:
