@@ -140,6 +140,11 @@ class WindowView:
         """The first token behind the window."""
         return self.first_token + self.tokens
 
+    def part(self, first_token: int, end_token: int) -> "WindowView":
+        """The tokens [first_token, end_token) of it; FerryError(bad_array) for tokens outside."""
+        self._check_inside(first_token, end_token)
+        return WindowView(self._pool, first_token, end_token - first_token, self.runs)
+
     def numpy_runs(self, plane: str) -> list[NDArray[Any]]:
         """One array a run, (blocks, block_size_tokens, *shape), no copy; host pools only.
 
@@ -177,14 +182,17 @@ class WindowView:
         """
         bits = self._pool.checked(array, self._pool.plane_named(plane))
         end = first_token + len(bits)
-        if first_token < self.first_token or end > self.end_token:
+        self._check_inside(first_token, end)
+        for first, part in self._pieces(plane, first_token, end):
+            at = first - first_token
+            part[...] = bits[at : at + len(part)]
+
+    def _check_inside(self, first_token: int, end: int) -> None:
+        if not self.first_token <= first_token <= end <= self.end_token:
             raise FerryError(
                 Code.BAD_ARRAY,
                 f"tokens [{first_token}, {end}) are not in [{self.first_token}, {self.end_token})",
             )
-        for first, part in self._pieces(plane, first_token, end):
-            at = first - first_token
-            part[...] = bits[at : at + len(part)]
 
     def _pieces(self, plane: str, first: int, end: int) -> Any:
         """Yield (token, array of neighbouring tokens) that cover [first, end) in order."""

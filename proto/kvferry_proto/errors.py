@@ -71,6 +71,8 @@ class Code(StrEnum):
     DAEMON_UNREACHABLE = "daemon_unreachable"
     BAD_ARRAY = "bad_array"
     BAD_BLOCK_TABLE = "bad_block_table"
+    BAD_CACHE = "bad_cache"
+    ENGINE_UNSUPPORTED = "engine_unsupported"
     CLIENT_CLOSED = "client_closed"
     INTERNAL = "internal"
 
@@ -161,6 +163,10 @@ ADVICE: dict[Code, Advice] = {
     Code.BAD_BLOCK_TABLE: Advice(
         _C, "name a block of the cache for every token up to the last one copied"
     ),
+    Code.BAD_CACHE: Advice(
+        _C, "use a cache of one sequence, with room for all its tokens, that keeps nothing else"
+    ),
+    Code.ENGINE_UNSUPPORTED: Advice(_O, "install a version of the engine that the message names"),
     Code.CLIENT_CLOSED: Advice(_C, "connect again, in the process that uses it"),
     Code.INTERNAL: Advice(_U, "report it with the daemon's log"),
 }
