@@ -198,8 +198,9 @@ def receive_cache(
     if difference is not None:
         raise FerryError(Code.LAYOUT_MISMATCH, f"the layout and the config differ: {difference}")
     to = torch.device(device)
+    staged = client.pool.info.device is None and to.type != "cpu"
     rows = {
-        (n.layer, n.part): _Rows(p, n, to)
+        (n.layer, n.part): _Rows(p, n, to, staged)
         for p, n in zip(layout.planes, names_of(layout), strict=True)
     }
     with client.receive(transfer_id, source=source, **options) as receiving:
@@ -219,8 +220,10 @@ def receive_cache(
 class _Rows:
     """One plane's tokens as they come, without those that a sliding layer will not look at."""
 
-    def __init__(self, plane: Plane, name: Named, device: torch.device) -> None:
+    def __init__(self, plane: Plane, name: Named, device: torch.device, staged: bool) -> None:
+        """``staged``: the device cannot be reached from the pool's memory directly."""
         self._plane = plane
+        self._staged = staged
         self._last_tokens = name.last_tokens
         self._device = device
         self._parts: list[Tensor] = []  # (heads, room, dim) each; only the newest is not full
@@ -242,7 +245,11 @@ class _Rows:
         place = self._parts[-1][:, self._used : self._used + end - first].transpose(0, 1)
         self._used += end - first
         self._forget()
-        window.part(first, end).gather(self._plane.name, place)
+        part = window.part(first, end)
+        if self._staged:
+            place.copy_(part.gather(self._plane.name, torch.empty(place.shape, dtype=place.dtype)))
+        else:
+            part.gather(self._plane.name, place)
 
     def _forget(self) -> None:
         """Drop the oldest parts if the newer ones have all that is needed."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvferry_client.demo import llama, multimodal, roles
+from kvferry_client.transformers_cache import layout_of
 from kvferry_daemon.demo.run import ROLE_TOKENS
 
 pytestmark = pytest.mark.timeout(180)
@@ -108,7 +109,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 
 def test_both_pools_of_every_mode_fit_well_into_the_shm_of_a_container() -> None:
-    kv = roles.layout_of(llama.planes(llama.build_model(1)), ())
+    kv = layout_of(llama.build_model(1).config, block_size_tokens=roles.BLOCK_TOKENS)
     embeddings = roles.layout_of(multimodal.planes(multimodal.build_model(1)), ())
     for layout in (kv, embeddings):
         blocks = 2 * ROLE_TOKENS // layout.block_size_tokens

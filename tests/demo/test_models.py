@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvferry_client.demo import llama, multimodal
+from kvferry_client.transformers_cache import layout_of
 
 LENGTHS = pytest.mark.parametrize(("tokens", "piece_tokens"), [(1, 1), (100, 32), (400, 96)])
 NEW_TOKENS = 32
@@ -58,11 +59,12 @@ def test_a_seed_gives_the_same_weights_whatever_was_drawn_before(models: Any) ->
 def test_decode_goes_on_where_prefill_stopped(tokens: int, piece_tokens: int) -> None:
     model = llama.build_model(1)
     ids = llama.prompt(tokens, seed=2)
-    *earlier, last = pieces = list(llama.prefill_in_pieces(model, ids, piece_tokens))
+    layout = layout_of(model.config)
+    *earlier, last = pieces = list(llama.prefill_in_pieces(model, layout, ids, piece_tokens))
     assert len(pieces) == -(-tokens // piece_tokens)
     assert [piece.next_token for piece in earlier] == [None] * len(earlier)
     assert last.next_token is not None
-    planes = joined(pieces, llama.planes(model))
+    planes = joined(pieces, [(p.name, p.dtype.value, p.shape) for p in layout.planes])
     answer = llama.decode(model, planes, last.next_token, NEW_TOKENS)
     assert answer == llama.reference(model, ids, piece_tokens, NEW_TOKENS)
     assert answer[0] == last.next_token
@@ -84,8 +86,9 @@ def test_damaged_cache_changes_the_tokens(
 ) -> None:
     model = llama.build_model(1)
     ids = llama.prompt(DAMAGED_PROMPT_TOKENS, seed=2)
-    pieces = list(llama.prefill_in_pieces(model, ids, 96))
-    planes = joined(pieces, llama.planes(model))
+    layout = layout_of(model.config)
+    pieces = list(llama.prefill_in_pieces(model, layout, ids, 96))
+    planes = joined(pieces, [(p.name, p.dtype.value, p.shape) for p in layout.planes])
     first_token = pieces[-1].next_token
     assert first_token is not None
     planes |= {name: damage(planes[name]) for name in damaged}

@@ -1,6 +1,6 @@
 """A tiny Llama with random weights, split into the half that prefills and the half that decodes.
 
-Nothing here knows kvferry: the prefill half hands out numpy arrays piece by piece, the decode
+Nothing here sends or receives: the prefill half hands out numpy arrays piece by piece, the decode
 half takes whole arrays, and whoever stands between them may be a transfer or a plain dict.
 
 Equal tokens alone do not prove an intact cache. Attention sums over the cached tokens, so the
@@ -10,12 +10,14 @@ damaged token of thousands seldom shows. Compare the bytes of every plane too.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from kvferry_client.transformers_cache import arrays_of, cache_of
+from kvferry_proto.layout import Layout
 
 VOCABULARY_TOKENS = 1024
 CONTEXT_TOKENS_MAX = 1 << 16
@@ -60,26 +62,15 @@ def prompt(tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY_TOKENS, (tokens,), generator=generator)
 
 
-def planes(model: LlamaForCausalLM) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and per-token shape of every plane, in layer order, k before v."""
-    config: Any = model.config  # types its numbers as optional; once built, they are there
-    shape = (config.num_key_value_heads, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    return [(f"layer.{i}.{part}", "float32", shape) for i in layers for part in "kv"]
-
-
 def prefill_in_pieces(
-    model: LlamaForCausalLM, ids: torch.Tensor, piece_tokens: int
+    model: LlamaForCausalLM, layout: Layout, ids: torch.Tensor, piece_tokens: int
 ) -> Iterator[Piece]:
     """Prefill ``ids`` ((tokens,) int64), yielding each piece's cache as soon as it exists."""
     cache = DynamicCache(config=model.config)
     for first, token in _prefill(model, cache, ids, piece_tokens):
         last = cache.get_seq_length()
-        layers: list[Any] = cache.layers  # typed as if some had no keys
-        arrays = {}
-        for i, layer in enumerate(layers):
-            arrays[f"layer.{i}.k"] = _to_plane(layer.keys[:, :, first:last])
-            arrays[f"layer.{i}.v"] = _to_plane(layer.values[:, :, first:last])
+        pieces = arrays_of(cache, layout, first, last)
+        arrays = {name: piece.numpy() for name, piece in pieces.items()}
         yield Piece(first, arrays, token if last == len(ids) else None)
 
 
@@ -94,10 +85,8 @@ def decode(
     ``planes``: per plane (tokens, kv_heads, head_dim) float32; they are copied, so their memory
     may be given back once this returns.
     """
-    cache = DynamicCache(config=model.config)
-    for i in range(model.config.num_hidden_layers):
-        keys, values = (_from_plane(planes[f"layer.{i}.{part}"]) for part in "kv")
-        cache.update(keys, values, i)
+    # Copies: torch warns of arrays that may not be written.
+    cache = cache_of(model.config, {name: torch.tensor(plane) for name, plane in planes.items()})
     return _greedy(model, cache, first_token, new_tokens)
 
 
@@ -134,17 +123,3 @@ def _greedy(
         logits = model(input_ids=torch.tensor([tokens[-1:]]), cache=cache).logits
         tokens.append(int(logits[0, -1].argmax()))
     return tokens
-
-
-def _to_plane(states: torch.Tensor) -> NDArray[np.float32]:
-    """Cache order (1, kv_heads, tokens, head_dim) to plane order (tokens, kv_heads, head_dim)."""
-    plane: NDArray[np.float32] = states[0].transpose(0, 1).contiguous().numpy()
-    return plane
-
-
-def _from_plane(plane: NDArray[np.float32]) -> torch.Tensor:
-    """Plane order back to cache order, in memory of its own.
-
-    A copy even where the order already fits: torch warns of arrays that may not be written.
-    """
-    return torch.from_numpy(np.array(plane.transpose(1, 0, 2), order="C"))[None]

@@ -1,6 +1,7 @@
 """The demo's prefill process: the KV cache leaves while the prompt is still being read."""
 
 from kvferry_client.demo import llama, roles
+from kvferry_client.transformers_cache import layout_of
 
 
 def main() -> None:
@@ -8,8 +9,8 @@ def main() -> None:
     args = roles.parse()
     model = llama.build_model(roles.SEED)
     ids = llama.prompt(args.tokens, roles.SEED)
-    layout = roles.layout_of(llama.planes(model), ("first_token",))
-    pieces = llama.prefill_in_pieces(model, ids, roles.PIECE_TOKENS)
+    layout = layout_of(model.config, block_size_tokens=roles.BLOCK_TOKENS, aux=("first_token",))
+    pieces = llama.prefill_in_pieces(model, layout, ids, roles.PIECE_TOKENS)
     roles.send(
         args,
         layout,
