@@ -1,21 +1,15 @@
 """Caches of transformers between two daemons: the tokens of one process, and the same bytes."""
 
-import tomllib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+import weakref
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache
 
 from hf.models import (
     CLASSES,
-    MAX_CACHE_LEN,
     PROMPT_TOKENS,
     SLIDING_WINDOW,
     config_of,
@@ -26,69 +20,10 @@ from hf.models import (
     prefill,
     prompt,
 )
-from kvferry_client import Client, FerryError, State, connect
-from kvferry_client.transformers_cache import (
-    CacheSending,
-    layout_of,
-    receive_cache,
-    send_cache,
-)
-from kvferry_client.transformers_layers import KNOWN_VERSIONS, require_known
-from live import LiveDaemon
+from hf.moving import Daemons, filled, moved, options_of, receiving
+from kvferry_client.transformers_cache import CacheSending
 
-BLOCK, WINDOW = 16, 64
 KINDS = ("dynamic", "static")
-AUX = ("first_token",)
-Daemons = tuple[LiveDaemon, LiveDaemon]
-
-
-@pytest.fixture(scope="module")
-def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
-    """A source's and a sink's daemon, for all tests: each layout has a pool of its own."""
-    directory: Path = tmp_path_factory.mktemp("hf")
-    with LiveDaemon(directory / "a") as a, LiveDaemon(directory / "b") as b:
-        yield a, b
-        for daemon in (a, b):
-            daemon.wait_until_free()
-            assert "Traceback" not in daemon.log()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More would only wait for each other beside two daemons."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def layout(config: Any, dtype: Any = None) -> Any:
-    return layout_of(config, dtype, block_size_tokens=BLOCK, aux=AUX)
-
-
-@contextmanager
-def receiving(daemons: Daemons, name: str, config: Any, **options: Any) -> Iterator[Any]:
-    """A client of the source, and a cache that is being received meanwhile."""
-    source, sink = daemons
-    with ExitStack() as stack:
-        ours = stack.enter_context(connect(source.directory, layout(config)))
-        theirs = stack.enter_context(connect(sink.directory, layout(config)))
-        threads = stack.enter_context(ThreadPoolExecutor(1))
-        yield ours, threads.submit(receive_cache, theirs, name, source.address, config, **options)
-
-
-def moved(daemons: Daemons, name: str, cache: Any, config: Any, token: int, **options: Any) -> Any:
-    """What arrives of a cache."""
-    with receiving(daemons, name, config, **options) as (client, arriving):
-        sending = send_cache(client, name, cache, aux={"first_token": token})
-        received = arriving.result(60)
-        sending.wait(20)
-    assert received.aux == {"first_token": token}
-    return received.cache
-
-
-def options_of(kind: str) -> dict[str, Any]:
-    return {"max_cache_len": MAX_CACHE_LEN} if kind == "static" else {}
 
 
 @pytest.mark.parametrize("sink", KINDS)
@@ -141,6 +76,68 @@ def test_a_cache_is_sent_as_it_grows(daemons: Daemons, name: str, chunk: int, kn
     assert generate(model, received.cache, token) == generate(model, cache, token)
 
 
+class Allocated:
+    """What was taken with torch.empty, for as long as it lives."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.peak_bytes = 0
+        self._living: list[weakref.ref[torch.Tensor]] = []
+        self._empty = torch.empty
+        patch.setattr(torch, "empty", self._take)
+
+    def _take(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = self._empty(*args, **kwargs)
+        self.shapes.append(tuple(tensor.shape))
+        self._living.append(weakref.ref(tensor))
+        living = [one for one in (ref() for ref in self._living) if one is not None]
+        self.peak_bytes = max(self.peak_bytes, sum(one.nbytes for one in living))
+        return tensor
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_sink_that_knows_the_total_takes_the_memory_of_the_result_once(
+    daemons: Daemons, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cache = filled(name, PROMPT_TOKENS)
+    allocated = Allocated(monkeypatch)
+    received = moved(daemons, f"once-{name}", cache, config_of(name), 0)
+    rows = PROMPT_TOKENS if name == "llama" else SLIDING_WINDOW - 1
+    assert allocated.shapes == [(2, rows, 16)] * 4
+    assert digests(received, PROMPT_TOKENS) == digests(cache, PROMPT_TOKENS)
+
+
+def test_a_sink_that_does_not_know_the_total_keeps_two_sliding_windows_at_most(
+    daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("mistral")
+    cache = new_cache(config, "dynamic")
+    allocated = Allocated(monkeypatch)
+    with (
+        receiving(daemons, "late", config) as (client, arriving),
+        CacheSending(client, "late", cache) as sending,
+    ):
+        for _ in range(20):
+            for index in range(2):
+                cache.update(*torch.randn(2, 1, 2, 16, 16).unbind(), index)
+            sending.add()
+        sending.sending.finish({"first_token": 1})
+        received = arriving.result(60)
+    token_bytes = 2 * 2 * 2 * 16 * 4
+    assert 0 < allocated.peak_bytes <= 2 * (SLIDING_WINDOW - 1) * token_bytes
+    assert digests(received.cache, 320) == digests(cache, 320)
+
+
+@pytest.mark.gpu
+def test_a_cache_in_a_gpu_goes_through_a_pool_in_host_memory(daemons: Daemons) -> None:
+    cache = filled("llama", PROMPT_TOKENS, device="cuda")
+    received = moved(daemons, "gpu", cache, config_of("llama"), 0, device="cuda")
+    for ours, theirs in zip(cache.layers, received.layers, strict=True):
+        assert theirs.keys.device.type == "cuda"
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
 @pytest.mark.parametrize("tokens", [1, SLIDING_WINDOW - 1, SLIDING_WINDOW, SLIDING_WINDOW + 1])
 @pytest.mark.parametrize("sink", KINDS)
 @pytest.mark.parametrize("source", KINDS)
@@ -184,165 +181,3 @@ def test_a_cache_may_be_wanted_on_a_device_that_the_pool_is_not_in(daemons: Daem
     received = moved(daemons, "device", cache, config_of("llama"), 0, device="meta")
     assert {layer.keys.device.type for layer in received.layers} == {"meta"}
     assert received.get_seq_length() == 100
-
-
-def filled(name: str, tokens: int, *, batch: int = 1, **changed: Any) -> Any:
-    """A cache that a model has filled."""
-    cache = new_cache(config_of(name, **changed), "dynamic")
-    for index in range(len(cache.layers)):
-        cache.update(*torch.randn(2, batch, 2, tokens, 16).unbind(), index)
-    return cache
-
-
-class _Stranger(DynamicCache):
-    pass
-
-
-def quantized() -> Any:
-    return QuantizedCache("fp8", config=config_of("llama"))
-
-
-REFUSED: dict[str, tuple[Any, str, str]] = {
-    "layers": (lambda: filled("llama", 9, num_hidden_layers=3), "layout_mismatch", "number of planes: 4 and 6"),
-    "heads": (lambda: cache_with(heads=4), "layout_mismatch", "(layer.0.k) shape: (2, 16) and (4, 16)"),
-    "head_dim": (lambda: cache_with(dim=8), "layout_mismatch", "(layer.0.k) shape: (2, 16) and (2, 8)"),
-    "dtype": (lambda: cache_with(dtype=torch.float16), "layout_mismatch", "(layer.0.k) dtype: float32 and float16"),
-    "batch": (lambda: filled("llama", 9, batch=2), "bad_cache", "a batch of 2, not of 1"),
-    "empty": (lambda: filled("llama", 0), "bad_cache", "no token"),
-    "uneven": (lambda: uneven(), "bad_cache", "the layers have 9 to 10 tokens"),
-    "class": (lambda: _Stranger(config=config_of("llama")), "bad_cache", "a _Stranger"),
-    "quantized": (quantized, "bad_cache", "a QuantizedCache"),
-    "window": (lambda: filled("mistral", 60), "layout_mismatch", "layer.0.k needs token 0, and the cache begins at 37"),
-}  # fmt: skip
-
-
-def cache_with(heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> Any:
-    cache = new_cache(config_of("llama"), "dynamic")
-    for index in range(2):
-        cache.update(*torch.zeros(2, 1, heads, 9, dim, dtype=dtype).unbind(), index)
-    return cache
-
-
-def uneven() -> Any:
-    cache = filled("llama", 9)
-    cache.update(*torch.zeros(2, 1, 2, 1, 16).unbind(), 1)
-    return cache
-
-
-@pytest.mark.parametrize("why", REFUSED)
-def test_a_source_refuses_what_is_not_of_the_layout(daemons: Daemons, why: str) -> None:
-    make, code, words = REFUSED[why]
-    with connect(daemons[0].directory, layout(config_of("llama"))) as client:
-        with pytest.raises(FerryError) as refused:
-            send_cache(client, f"refused-{why}", make(), aux={"first_token": 1})
-        assert (refused.value.code, words in refused.value.message) == (code, True), refused.value
-    assert daemons[0].transfers(f"refused-{why}") == [], "nothing was opened"
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"num_hidden_layers": 3}, "number of planes: 4 and 6"),
-        ({"num_key_value_heads": 4}, "(layer.0.k) shape: (2, 16) and (4, 16)"),
-        ({"dtype": "float16"}, "(layer.0.k) dtype: float32 and float16"),
-    ],
-)
-def test_a_sink_refuses_a_layout_that_is_not_of_its_model(
-    daemons: Daemons, changed: dict[str, Any], words: str
-) -> None:
-    source, sink = daemons
-    with (
-        connect(sink.directory, layout(config_of("llama"))) as client,
-        pytest.raises(FerryError) as refused,
-    ):
-        receive_cache(client, "of-another", source.address, config_of("llama", **changed))
-    assert refused.value.code == "layout_mismatch"
-    assert words in refused.value.message
-    assert sink.transfers("of-another") == [], "nothing was opened"
-
-
-def test_models_that_differ_only_in_their_window_are_told_apart(daemons: Daemons) -> None:
-    source, sink = daemons
-    wider = config_of("mistral", sliding_window=40)
-    with (
-        connect(source.directory, layout(config_of("mistral"))) as client,
-        connect(sink.directory, layout(wider)) as other,
-    ):
-        send_cache(client, "wider", filled("mistral", 20), aux={"first_token": 1})
-        with pytest.raises(FerryError) as refused:
-            receive_cache(other, "wider", source.address, wider)
-    assert refused.value.code == "layout_mismatch"
-    assert "layer.0.k.last23 at the source, layer.0.k.last39 at the sink" in refused.value.message
-
-
-def test_a_static_cache_that_is_too_small_is_refused(daemons: Daemons) -> None:
-    source, sink = daemons
-    with (
-        connect(source.directory, layout(config_of("llama"))) as client,
-        connect(sink.directory, layout(config_of("llama"))) as other,
-    ):
-        send_cache(client, "small", filled("llama", 60), aux={"first_token": 1})
-        with pytest.raises(FerryError) as refused:
-            receive_cache(other, "small", source.address, config_of("llama"), max_cache_len=59)
-    assert refused.value.code == "bad_cache"
-    assert "60 tokens or more, and room for 59" in refused.value.message
-
-
-def add_shrink_and_add(client: Client, cache: Any) -> None:
-    with CacheSending(client, "shrinks", cache) as sending:
-        sending.add()
-        cache.crop(-20)
-        sending.add()
-
-
-def test_a_cache_that_became_another_on_the_way_is_refused_and_aborted(daemons: Daemons) -> None:
-    cache = filled("llama", 60)
-    with connect(daemons[0].directory, layout(config_of("llama"))) as client:
-        with pytest.raises(FerryError) as refused:
-            add_shrink_and_add(client, cache)
-        assert refused.value.code == "bad_cache"
-        assert "60 tokens were sent, and it has 40 now" in refused.value.message
-    (row,) = daemons[0].transfers("shrinks")
-    assert row.snapshot.state is State.FAILED
-
-
-@pytest.mark.parametrize("kind", ["mamba", "linear attention"])
-def test_a_model_that_keeps_more_than_tokens_has_no_layout(kind: str) -> None:
-    config = config_of("llama")
-    config.layer_types = ["linear_attention" if kind == "mamba" else "hybrid", "full_attention"]
-    with pytest.raises(FerryError) as refused:
-        layout_of(config)
-    assert refused.value.code == "bad_cache"
-    assert "layer 0 is a LinearAttention" in refused.value.message
-
-
-def test_layers_that_look_at_another_have_no_planes() -> None:
-    config = config_of("llama", num_hidden_layers=3)
-    config.kv_sharing_modes = [None, None, "reuse"]
-    assert [plane.name for plane in layout_of(config).planes] == [
-        "layer.0.k", "layer.0.v", "layer.1.k", "layer.1.v",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("version", ["4.57.6", "5.22.2", "5.25.0", "6.0.0.dev0", "5.2"])
-def test_an_unknown_transformers_is_refused(version: str) -> None:
-    with pytest.raises(FerryError) as refused:
-        require_known(version)
-    assert refused.value.code == "engine_unsupported"
-    assert refused.value.message == (
-        f"transformers {version} is installed; its caches are known of 5.23 and 5.24"
-    )
-
-
-def test_what_is_installed_and_what_we_ask_for_is_known() -> None:
-    require_known(transformers.__version__)
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    (asked,) = [
-        one
-        for one in project["project"]["optional-dependencies"]["demo"]
-        if one.startswith("transformers")
-    ]
-    first, _, behind = asked.removeprefix("transformers>=").partition(",<")
-    require_known(first)
-    major, minor = KNOWN_VERSIONS[-1].split(".")
-    assert behind == f"{major}.{int(minor) + 1}"
