@@ -1,8 +1,8 @@
 """Caches of transformers, sent and received: bytes of every plane, never tensor objects.
 
-    layout = layout_of(model.config, dtype=model.dtype)          # on both sides
+    layout = layout_of(model.config)                         # on both sides
     with connect(runtime_dir, layout) as client:
-        send_cache(client, "request-1", cache, aux=...)          # the prefill side
+        send_cache(client, "request-1", cache)               # the prefill side
         cache, aux = receive_cache(client, "request-1", source, model.config)  # the decode side
 
 ``CacheSending`` sends a cache while a prefill in chunks makes it grow. Taken are DynamicCache and
