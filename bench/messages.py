@@ -192,6 +192,7 @@ def measure_live(
         seen = open_sends_on(scene.wire, 1)
         frame = poll_frame([watch(seen[0])])
         found: dict[str, Any] = {"rounds": rounds}
+        costs: list[list[float]] = []
         opened = 1
         for count in live:
             open_sends(scene.client, opened, count)
@@ -203,4 +204,6 @@ def measure_live(
                 poll.append(time_one(round_trip(scene.wire.socket, frame), calls) * 1e6)
             found[f"live_{count}_poll_p50_us"] = spread(poll)
             found[f"live_{count}_poll_to_echo"] = ratios(poll, bare)
+            costs.append([one / other for one, other in zip(poll, bare, strict=True)])
+        found["most_to_fewest"] = ratios(costs[-1], costs[0])
         return found

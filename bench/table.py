@@ -1,4 +1,4 @@
-"""`python -m bench.table`: the README's table and its plot, from the newest result or a named one."""
+"""`python -m bench.table`: the README's table and the plots, from the newest result or a named one."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from bench.served import ROOT
 
 README = ROOT / "README.md"
 PLOT = ROOT / "bench" / "pieces.svg"
+LIVE_PLOT = ROOT / "bench" / "live.svg"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->\n"
 WAYS = {
@@ -42,6 +43,13 @@ def rows_of(result: dict[str, Any]) -> dict[str, list[float | None]]:
 def _sizes(result: dict[str, Any]) -> dict[str, Any]:
     pieces = result["parts"]["pieces"]
     return {name: size for name, size in pieces.items() if name.endswith("_KiB")}
+
+
+def live_rows(result: dict[str, Any]) -> dict[str, list[float | None]]:
+    """A poll's round trip to a bare echo's, by how many transfers are live."""
+    live = result["parts"]["live"]
+    counts = sorted(int(name.split("_")[1]) for name in live if name.endswith("_poll_to_echo"))
+    return {f"{count:,} live": [live[f"live_{count}_poll_to_echo"]["median"]] for count in counts}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -85,13 +93,14 @@ def put_into(text: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all three files."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
     result = json.loads(path.read_text())
     README.write_text(put_into(README.read_text(), markdown(result)))
     sizes = [name.replace("_", " ") for name in _sizes(result)]
     plain = {words.replace("*", ""): row for words, row in rows_of(result).items()}
     PLOT.write_text(svg(plain, sizes, "GB/s by size of pieces"))
+    LIVE_PLOT.write_text(svg(live_rows(result), ["poll to echo"], "A poll, a bare echo being 1"))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,16 @@ class Scene:
             probe.start()
         for _ in range(rounds):
             self.take_windows(self.tokens, self.payload.glance)
-        return {name: probe.result() for name, probe in probes.items()}
+        return {
+            name: {**probe.result(), "loop": _loop(self.daemons[name])}
+            for name, probe in probes.items()
+        }
+
+
+def _loop(daemon: ServedDaemon) -> dict[str, Any]:
+    told = daemon.status().loop
+    assert told is not None
+    return told.model_dump()
 
 
 def measure(cases: dict[str, Case] = CASES, rounds: int = ROUNDS) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from bench.__main__ import PARTS
 from bench.plot import svg
-from bench.table import BEGIN, END, markdown, put_into
+from bench.table import BEGIN, END, live_rows, markdown, put_into
 
 from bench import aims, paged_device, pieces
 
@@ -125,6 +125,14 @@ def test_the_table_goes_between_the_markers(result: Any) -> None:
     text = put_into(f"a\n{BEGIN}old\n{END}b\n", table)
     assert text == f"a\n{BEGIN}{table}{END}b\n"
     assert put_into((TOP / "README.md").read_text(), table).count(table) == 1
+
+
+def test_polls_are_drawn_by_how_many_are_live(result: Any) -> None:
+    live = result["parts"]["live"]
+    rows = {"10 live": ["live_10_poll_to_echo"], "100 live": ["live_100_poll_to_echo"]}
+    assert live_rows(result) == {
+        name: [live[key]["median"] for key in keys] for name, keys in rows.items()
+    }
 
 
 def test_the_plot_shows_what_is_absent() -> None:
