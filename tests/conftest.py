@@ -23,9 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(exitstatus: int) -> None:
     """Leave without the destructors of native libraries, once Python has nothing more to say.
 
-    No daemon and no worker loads as many of them into one process as these tests do: torch, numpy,
-    Triton's LLVM, NIXL's UCX. A run of which every test had passed has crashed in them at its exit,
-    once in many. What our own processes do at their exit is tested by their exit status.
+    Those of NIXL's wheel crash where the machine has a libnl of its own, after all tests have passed.
+    That our daemons, too, leave without them is tested by their exit status.
     """
     atexit.register(_leave, int(exitstatus))
 

@@ -30,6 +30,7 @@ from kvferry_daemon.memory.huge_pages import huge_pages
 from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.transports.nixl.agent import has_loaded_nixl
 from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_daemon.transports.tcp.events import Enter
 from kvferry_daemon.transports.tcp.staging import plain_buffer
@@ -365,4 +366,11 @@ def run(config: Config) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
-    return uvloop.run(serve(config))
+    status = uvloop.run(serve(config))
+    if has_loaded_nixl():
+        # Its wheel brings a libnl whose destructors crash where the machine has one too, as every
+        # one with RDMA has: all is closed by now, so leave without them.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    return status

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,6 +47,11 @@ def load() -> Any:
     theirs.propagate = True
     theirs.setLevel(logging.WARNING)
     return _api
+
+
+def has_loaded_nixl() -> bool:
+    """Whether NIXL's libraries are in this process."""
+    return "nixl._api" in sys.modules
 
 
 def errors_of(api: Any) -> tuple[type[Exception], ...]:
