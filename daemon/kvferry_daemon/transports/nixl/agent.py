@@ -8,6 +8,7 @@ nothing (nixl#2067), so it is kept until it has ended.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import secrets
 import sys
@@ -37,7 +38,7 @@ class NixlFailed(Exception):
 def load() -> Any:
     """Load NIXL; raise NixlFailed with the reason if that cannot be."""
     try:
-        from nixl import _api
+        api = importlib.import_module("nixl._api")
     except (ImportError, OSError) as error:
         raise NixlFailed(f"nixl cannot be loaded: {error}") from error
     theirs = logging.getLogger("nixl")
@@ -46,7 +47,7 @@ def load() -> Any:
             theirs.removeHandler(handler)
     theirs.propagate = True
     theirs.setLevel(logging.WARNING)
-    return _api
+    return api
 
 
 def has_loaded_nixl() -> bool:
