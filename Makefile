@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench bench-peers soak sim faults model gpu clean
+.PHONY: demo test check bench bench-peers soak sim faults model gpu test-vllm clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -43,6 +43,16 @@ model: $(INSTALLED)
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
+# Two real vLLM engines over two daemons, on the CPU: minutes, and 3.5 GB the first time.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -rs tests/vllm_live $(ARGS)
+
+.venv-vllm/installed: tests/vllm_live/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm_live/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 # Everything in one run, into bench/results: minutes. One part: make bench ARGS='--only pieces'
 bench: $(INSTALLED)
 	$(BIN)/python -m bench $(ARGS)
@@ -64,4 +74,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench build *.egg-info
+	rm -rf $(VENV) .venv-bench .venv-vllm build *.egg-info

@@ -108,14 +108,15 @@ def test_pages_that_are_taken_away_are_read_no_more(a: LiveDaemon, b: LiveDaemon
     with two_engines(a, b, prefill, decode) as (source, sink):
         table, theirs = prefill.take(TOKENS), decode.take(TOKENS)
         outgoing = source.send("t", total_tokens=TOKENS)
+        prefill.compute(table, 0, 100)
+        outgoing.computed([table], 100)
+        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens == WINDOW)
+        outgoing.forget()
+        prefill.compute(table, 0, TOKENS, request=2)  # another's tokens
         incoming = sink.receive(
             "t", source=a.address, tables=[theirs], first_token=0, end_token=TOKENS
         )
-        prefill.compute(table, 0, 100)
-        outgoing.computed([table], 100)
-        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens > 0)
-        outgoing.forget()
-        prefill.compute(table, 0, TOKENS, request=2)  # another's tokens
+        b.wait_for_transfer("t", lambda seen: seen.snapshot.sent_tokens == WINDOW)
         again = prefill.take(TOKENS)
         for end in (50, 200, TOKENS):
             prefill.compute(again, 0, end)

@@ -1,0 +1,84 @@
+"""What the connector's scheduler and worker roles tell each other; all of it can be pickled by vLLM."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvferry_client.engine import NO_BLOCK
+
+BlockIds = tuple[list[int], ...]  # a block table for each group of layers
+NULL_BLOCK = 0  # vLLM's block that stands where a sliding window has let go of one
+
+
+class Transfer(NamedTuple):
+    """What a router's ``kv_transfer_params`` name."""
+
+    transfer_id: str
+    attempt: int
+    source: str | None  # the prefill daemon's peer address; the sink needs it
+
+
+class Load(NamedTuple):
+    """Tokens [first_token, end_token) are to be fetched into these blocks."""
+
+    transfer: Transfer
+    tables: BlockIds
+    first_token: int
+    end_token: int
+
+
+class Save(NamedTuple):
+    """After this step, tokens below ``computed_tokens`` of ``total_tokens`` lie in these blocks."""
+
+    transfer: Transfer
+    tables: BlockIds
+    computed_tokens: int
+    total_tokens: int
+
+
+@dataclass
+class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
+    """From the scheduler to the workers, each step; everything by vLLM's request id."""
+
+    loads: dict[str, Load] = field(default_factory=dict)
+    saves: dict[str, Save] = field(default_factory=dict)
+    aborts: dict[str, str] = field(default_factory=dict)  # the reason
+    preempted: set[str] = field(default_factory=set)
+    declined: list[Transfer] = field(default_factory=list)  # nobody will fetch these
+
+
+@dataclass
+class Address(KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """From a worker to the scheduler: where others reach the daemon of this engine."""
+
+    peer_address: str
+
+    def aggregate(self, other: Any) -> "Address":
+        """Of the workers of one engine, which all have one daemon."""
+        return self
+
+
+def tables_of(block_ids: Any, groups: tuple[int, ...]) -> BlockIds:
+    """Copies of the block tables of the groups that travel, with ours for no block."""
+    return tuple(
+        [NO_BLOCK if block == NULL_BLOCK else block for block in block_ids[group]]
+        for group in groups
+    )
+
+
+def transfer_of(params: dict[str, Any], default_id: str | None = None) -> Transfer:
+    """Read a router's params; ValueError names what is wrong with them."""
+    transfer_id = params.get("transfer_id", default_id)
+    attempt, source = params.get("attempt", 0), params.get("source")
+    if not isinstance(transfer_id, str) or not transfer_id:
+        raise ValueError(f"transfer_id is a name, not {transfer_id!r}")
+    if not isinstance(attempt, int) or isinstance(attempt, bool) or attempt < 0:
+        raise ValueError(f"attempt is a number from 0, not {attempt!r}")
+    if source is not None and not isinstance(source, str):
+        raise ValueError(f"source is the prefill daemon's address, not {source!r}")
+    return Transfer(transfer_id, attempt, source)

@@ -1,0 +1,143 @@
+"""The scheduler role of the vLLM connector: decides what is sent, fetched and given up."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from kvferry_client.vllm_messages import (
+    Load,
+    Save,
+    StepMeta,
+    Transfer,
+    tables_of,
+    transfer_of,
+)
+
+logger = init_logger("vllm.kvferry.scheduler")
+COMPLETE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+class Outbound:
+    """A request whose prompt is sent."""
+
+    def __init__(self, transfer: Transfer, total_tokens: int) -> None:
+        self.transfer = transfer
+        self.total_tokens = total_tokens
+        self.told_tokens = 0  # of which the workers know, in the blocks that they know
+        self.is_known = False  # whether the workers have heard of it at all
+
+
+class SchedulerSide:
+    """One engine's. All blocks and tokens are vLLM's; nothing here touches a daemon."""
+
+    def __init__(self, groups: tuple[int, ...]) -> None:
+        """``groups``: of layers, those that travel."""
+        self.peer_address: str | None = None
+        self._groups = groups
+        self._outbound: dict[str, Outbound] = {}
+        self._loading: set[str] = set()
+        self._next = StepMeta()
+
+    def new_request(self, request: Any) -> None:
+        """Note a request whose prompt is to be sent."""
+        params = request.kv_transfer_params
+        if params and params.get("do_remote_decode"):
+            transfer = _read(request, request.request_id)
+            if transfer is not None:
+                self._outbound[request.request_id] = Outbound(transfer, request.num_prompt_tokens)
+
+    def matched(self, request: Any, computed_tokens: int) -> tuple[int, bool]:
+        """How many more tokens than ``computed_tokens`` can be fetched, and that it takes a while."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return 0, False
+        if _read(request) is None:
+            params["do_remote_prefill"] = False
+            return 0, False
+        missing = request.num_prompt_tokens - computed_tokens
+        return (missing, True) if missing > 0 else (0, False)
+
+    def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
+        """Fetch into blocks that a request was given; once only, whatever becomes of it."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return
+        params["do_remote_prefill"] = False
+        transfer = _read(request)
+        if transfer is None:
+            return
+        if not external_tokens:
+            self._next.declined.append(transfer)
+            return
+        end = request.num_prompt_tokens
+        tables = tables_of(blocks.get_block_ids(), self._groups)
+        self._next.loads[request.request_id] = Load(transfer, tables, end - external_tokens, end)
+        self._loading.add(request.request_id)
+
+    def step(self, output: Any) -> StepMeta:
+        """What the workers have to know of the step that was just scheduled."""
+        meta, self._next = self._next, StepMeta()
+        computed = {one.req_id: one.num_computed_tokens for one in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        for request_id in output.preempted_req_ids or ():
+            if request_id in self._outbound:
+                meta.preempted.add(request_id)
+                self._outbound[request_id].told_tokens = 0
+        for request_id, scheduled_tokens in output.num_scheduled_tokens.items():
+            outbound = self._outbound.get(request_id)
+            if outbound is None or outbound.told_tokens == outbound.total_tokens:
+                continue
+            end = min(computed[request_id] + scheduled_tokens, outbound.total_tokens)
+            block_ids = output.kv_connector_block_state.get_block_ids(request_id)
+            tables = tables_of(block_ids, self._groups)
+            meta.saves[request_id] = Save(outbound.transfer, tables, end, outbound.total_tokens)
+            outbound.told_tokens, outbound.is_known = end, True
+        return meta
+
+    def worked(self, output: Any) -> None:
+        """What the workers told after a step."""
+        self._loading -= output.finished_recving or set()
+        if output.kv_connector_worker_meta is not None:
+            self.peer_address = output.kv_connector_worker_meta.peer_address
+
+    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the blocks are needed a while longer, and what the router is told."""
+        request_id = request.request_id
+        if request_id in self._loading:  # the scheduler itself waits for the workers' word
+            self._loading.discard(request_id)
+            self._next.aborts[request_id] = _reason(request)
+            return False, None
+        params = request.kv_transfer_params
+        if params and params.get("do_remote_prefill"):
+            transfer = _read(request)
+            if transfer is not None:
+                self._next.declined.append(transfer)
+            return False, None
+        outbound = self._outbound.pop(request_id, None)
+        if outbound is None:
+            return False, None
+        if request.status not in COMPLETE:
+            self._next.aborts[request_id] = _reason(request)
+            return outbound.is_known, None
+        if self.peer_address is None:
+            logger.warning("request %s is sent to nobody: no daemon was met", request_id)
+            return outbound.is_known, None
+        transfer = outbound.transfer._replace(source=self.peer_address)
+        told = {"do_remote_prefill": True, "do_remote_decode": False, **transfer._asdict()}
+        return outbound.is_known, told
+
+
+def _read(request: Any, default_id: str | None = None) -> Transfer | None:
+    """The transfer that a request's params name; with a warning, None if they do not."""
+    params = request.kv_transfer_params
+    try:
+        return transfer_of(params, default_id)
+    except ValueError as error:
+        logger.warning("request %s goes on alone: %s", request.request_id, error)
+        return None
+
+
+def _reason(request: Any) -> str:
+    return f"request {request.request_id}: {RequestStatus(request.status).name.lower()}"

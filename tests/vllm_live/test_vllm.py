@@ -1,0 +1,253 @@
+"""Two real vLLM engines, prefill and decode, and a third one that does all of it alone.
+
+The tests run in this order: engines take long to start, and the last ones kill them.
+"""
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from live import LiveDaemon
+from vllm_live.engines import Answer, Engine, connector, make_model
+
+pytestmark = pytest.mark.timeout(900)
+LENGTHS = (1, 2, 127, 128, 129, 600, 2047, 2049, 5000, 9000, 20_000)
+FLAGS = {"window_tokens": 4096, "pool_tokens": 32_768, "lease_s": 8, "stall_s": 8}
+
+
+@dataclass
+class Scene:
+    """What the tests of this file share. Prefill and decode can both do either."""
+
+    path: Path
+    model: Path
+    a: LiveDaemon
+    b: LiveDaemon
+    alone: Engine
+    prefill: Engine  # at daemon a; recomputes what cannot be loaded
+    decode: Engine  # at daemon b; fails such a request
+
+    def ask(self, name: str, tokens: list[int]) -> Answer:
+        """As a router does: prefill first, then decode with what prefill told."""
+        told = self.prefill.generate(tokens, 1, sending(name)).result()
+        return self.decode.generate(tokens, params=told["params"])
+
+    def check_nothing_is_left(self) -> None:
+        """No block is held, in any engine or daemon."""
+        wait_until(self.prefill.blocks_are_free)
+        wait_until(self.decode.blocks_are_free)
+        self.a.wait_until_free()
+        self.b.wait_until_free()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for a moment that has to come."""
+    until_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    """Tokens that nobody has seen before."""
+    return random.Random(f"{tokens} {seed}").choices(range(3, 512), k=tokens)
+
+
+def sending(name: str, attempt: int = 0) -> dict[str, Any]:
+    """What a router tells prefill."""
+    return {"do_remote_decode": True, "transfer_id": name, "attempt": attempt}
+
+
+def fetching(name: str, source: LiveDaemon) -> dict[str, Any]:
+    """What a router tells decode, if it does not have it from prefill."""
+    return {"do_remote_prefill": True, "transfer_id": name, "attempt": 0, "source": source.address}
+
+
+def failed(answer: Answer) -> bool:
+    """Whether a request ended with an error."""
+    said = answer.result()
+    return "error" in said or said["reason"] == "error"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    path = tmp_path_factory.mktemp("vllm")
+    model = make_model(path / "model")
+    with (
+        LiveDaemon(path / "a", **FLAGS) as a,
+        LiveDaemon(path / "b", **FLAGS) as b,
+        Engine(path / "alone.log", model) as alone,
+        Engine(path / "prefill.log", model, connector(a.directory, policy="recompute")) as prefill,
+        Engine(path / "decode.log", model, connector(b.directory)) as decode,
+    ):
+        scene = Scene(path, model, a, b, alone.wait(), prefill.wait(), decode.wait())
+        yield scene
+        scene.a.stop()
+        scene.b.stop()
+
+
+def test_tokens_are_those_of_a_single_engine(scene: Scene) -> None:
+    prompts = [prompt(length) for length in LENGTHS]
+    alone = [scene.alone.generate(one) for one in prompts]
+    prefills = [scene.prefill.generate(one, 1, sending(f"all-{len(one)}")) for one in prompts]
+    decodes = [
+        scene.decode.generate(one, params=prefill.result()["params"])
+        for one, prefill in zip(prompts, prefills, strict=True)
+    ]
+    assert [one.tokens for one in decodes] == [one.tokens for one in alone]
+    scene.check_nothing_is_left()
+
+
+def test_only_what_decode_has_not_is_fetched(scene: Scene) -> None:
+    first, second = prompt(600), prompt(600) + prompt(300, seed=1)
+    assert scene.ask("prefix", first).tokens == scene.alone.generate(first).tokens
+    assert scene.ask("longer", second).tokens == scene.alone.generate(second).tokens
+    (sink,) = scene.b.transfers("longer")
+    assert sink.snapshot.start_tokens == 512  # 600 in whole blocks
+    scene.check_nothing_is_left()
+
+
+def test_bytes_that_are_changed_on_the_way_change_the_tokens(scene: Scene) -> None:
+    """So the tokens of the other tests come out of what travelled."""
+    told = scene.prefill.generate(prompt(700), 1, sending("changed")).result()
+    scene.a.wait_for_transfer("changed", lambda seen: seen.snapshot.available_tokens == 768)
+    pool = Path(scene.a.status().pools[0].path)
+    pool.write_bytes(bytes(pool.stat().st_size))
+    decode = scene.decode.generate(prompt(700), params=told["params"])
+    assert decode.tokens != scene.alone.generate(prompt(700)).tokens
+    scene.check_nothing_is_left()
+
+
+def test_prefill_is_free_before_anybody_has_fetched(scene: Scene) -> None:
+    told = scene.prefill.generate(prompt(3000), 1, sending("early")).result()
+    wait_until(scene.prefill.blocks_are_free)
+    decode = scene.decode.generate(prompt(3000), params=told["params"])
+    assert decode.tokens == scene.alone.generate(prompt(3000)).tokens
+    scene.check_nothing_is_left()
+
+
+def test_an_aborted_decode_frees_all(scene: Scene) -> None:
+    told = scene.prefill.generate(prompt(3000), 1, sending("abort-decode")).result()
+    scene.a.pause()
+    decode = scene.decode.generate(prompt(3000), params=told["params"])
+    scene.b.wait_for_transfer("abort-decode", lambda seen: True)
+    scene.decode.abort(decode)
+    assert decode.result()["reason"] == "abort"
+    scene.a.resume()
+    scene.check_nothing_is_left()
+
+
+def test_an_aborted_prefill_fails_decode_and_frees_all(scene: Scene) -> None:
+    long = prompt(20_000, seed=2)
+    prefill = scene.prefill.generate(long, 1, sending("abort-prefill"))
+    scene.a.wait_for_transfer("abort-prefill", lambda seen: seen.snapshot.available_tokens > 0)
+    decode = scene.decode.generate(long, params=fetching("abort-prefill", scene.a))
+    scene.b.wait_for_transfer("abort-prefill", lambda seen: seen.snapshot.sent_tokens > 0)
+    scene.prefill.abort(prefill)
+    assert prefill.result()["reason"] == "abort"
+    assert failed(decode)
+    assert "source_failed: aborted: by its source" in scene.decode.log()
+    scene.check_nothing_is_left()
+
+
+def test_decode_may_be_asked_before_prefill(scene: Scene) -> None:
+    """A router that knows the source's address need not wait for prefill."""
+    decode = scene.decode.generate(prompt(5000), params=fetching("at-once", scene.a))
+    scene.b.wait_for_transfer("at-once", lambda seen: True)
+    scene.prefill.generate(prompt(5000), 1, sending("at-once"))
+    assert decode.tokens == scene.alone.generate(prompt(5000)).tokens
+    scene.check_nothing_is_left()
+
+
+def test_a_retry_is_another_attempt(scene: Scene) -> None:
+    told = scene.prefill.generate(prompt(900), 1, sending("again")).result()
+    pool = Path(scene.a.status().pools[0].path)
+    scene.a.wait_for_transfer("again", lambda seen: seen.snapshot.available_tokens == 1024)
+    pool.write_bytes(bytes(pool.stat().st_size))  # what the first attempt sent is of no use
+    told = scene.prefill.generate(prompt(900), 1, sending("again", attempt=1)).result()
+    assert told["params"]["attempt"] == 1
+    decode = scene.decode.generate(prompt(900), params=told["params"])
+    assert decode.tokens == scene.alone.generate(prompt(900)).tokens
+    scene.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_what_nobody_sends_ends_as_the_policy_says(scene: Scene, policy: str) -> None:
+    """Of this scene's engines prefill recomputes, and decode fails."""
+    engine = scene.decode if policy == "fail" else scene.prefill
+    source = scene.a if policy == "fail" else scene.b
+    answer = engine.generate(prompt(300), params=fetching(f"nobody-{policy}", source))
+    if policy == "fail":
+        assert failed(answer)
+    else:
+        assert answer.tokens == scene.alone.generate(prompt(300)).tokens
+    assert "stalled" in engine.log()
+    scene.check_nothing_is_left()
+
+
+def test_a_daemon_that_is_killed_and_comes_back_loses_nothing(scene: Scene) -> None:
+    long = prompt(20_000, seed=3)
+    scene.prefill.generate(long, 1, sending("restart"))
+    decode = scene.decode.generate(long, params=fetching("restart", scene.a))
+    scene.b.wait_for_transfer("restart", lambda seen: seen.snapshot.sent_tokens > 0)
+    scene.b.process.kill()
+    scene.b = scene.b.again()
+    assert decode.tokens == scene.alone.generate(long).tokens
+    scene.check_nothing_is_left()
+
+
+def test_a_killed_daemon_fails_decode_and_the_engines_live_on(scene: Scene) -> None:
+    told = scene.prefill.generate(prompt(3000, seed=4), 1, sending("killed")).result()
+    scene.a.process.kill()
+    answer = scene.decode.generate(prompt(3000, seed=4), params=told["params"])
+    assert failed(answer)
+    assert "peer_unreachable" in scene.decode.log() or "stalled" in scene.decode.log()
+    scene.a = scene.a.again()
+    tokens = prompt(800, seed=4)
+    assert scene.ask("after", tokens).tokens == scene.alone.generate(tokens).tokens
+    scene.check_nothing_is_left()
+
+
+def test_a_daemon_may_come_late_and_models_that_differ_are_told_apart(scene: Scene) -> None:
+    other = make_model(scene.path / "other", head_dim=64)
+    directory = scene.path / "c"
+    transfer = connector(directory, connect_s=1)
+    with Engine(scene.path / "other.log", other, transfer) as engine:
+        engine.wait()
+        assert "waiting for kvferry's daemon" in engine.log()
+        with LiveDaemon(directory, **FLAGS) as c:
+            c.wait_for_workers(1)
+            told = scene.prefill.generate(prompt(300), 1, sending("differ")).result()
+            assert failed(engine.generate(prompt(300), params=told["params"]))
+            words = "self_attn.attn.CPU_ATTN.128.vec) shape: (2, 64) at the source, (2, 128) at the sink"
+            assert words in engine.log()
+            assert engine.generate(prompt(20)).tokens
+            wait_until(engine.blocks_are_free)
+    scene.check_nothing_is_left()
+
+
+def test_a_killed_prefill_engine_fails_decode_and_frees_the_daemons(scene: Scene) -> None:
+    long = prompt(20_000, seed=5)
+    scene.prefill.generate(long, 1, sending("engine"))
+    decode = scene.decode.generate(long, params=fetching("engine", scene.a))
+    scene.b.wait_for_transfer("engine", lambda seen: seen.snapshot.sent_tokens > 0)
+    scene.prefill.kill()
+    assert failed(decode)
+    assert "worker_lost" in scene.decode.log()
+    wait_until(scene.decode.blocks_are_free)
+    scene.a.wait_until_free()
+    scene.b.wait_until_free()
+
+
+def test_an_untested_version_is_refused_by_name() -> None:
+    code = "from kvferry_client.vllm import check_version; check_version('0.99.1', {})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "was tested with vLLM 0.32, not 0.99.1" in ended.stderr
