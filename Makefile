@@ -45,7 +45,7 @@ gpu: $(INSTALLED)
 
 # Two real vLLM engines over two daemons, on the CPU: minutes, and 3.5 GB the first time.
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest -rs tests/vllm_live $(ARGS)
+	.venv-vllm/bin/python -m pytest -rs tests/vllm_live tests/engine/test_versions.py $(ARGS)
 
 .venv-vllm/installed: tests/vllm_live/requirements.txt
 	$(PYTHON) -m venv .venv-vllm

@@ -183,7 +183,7 @@ class Ferry:
             try:
                 self._client = await stack.enter_async_context(AsyncClient(*self._arguments))
             except FerryError as error:
-                if self._refusal is None or self._refusal.args != error.args:
+                if self._refusal is None or self._refusal.code != error.code:
                     logger.warning("kvferry's daemon is not joined yet; trying on: %s", error)
                 self._refusal = error
                 await asyncio.sleep(JOIN_AGAIN_S)

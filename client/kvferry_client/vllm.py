@@ -25,9 +25,9 @@ from kvferry_client.vllm_cache import cache_of
 from kvferry_client.vllm_messages import Address, StepMeta
 from kvferry_client.vllm_scheduler import SchedulerSide
 from kvferry_client.vllm_stats import KvferryStats
+from kvferry_client.vllm_versions import check_version
 from kvferry_client.vllm_worker import CONNECT_S, Results, WorkerSide, runtime_dir_of
 
-VERSIONS = ("0.32",)  # of vLLM, that the tests were run with: docs/engines.md
 POOL_BLOCK_TOKENS = 128
 
 
@@ -147,7 +147,8 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Address]) -> None:
         """The daemon's address, if there was one at the start."""
-        self._told.peer_address = next(iter(metadata.values())).peer_address
+        for address in metadata.values():
+            self._told.peer_address = address.peer_address
 
     def on_new_request(self, request: Any) -> None:
         """Look at a request's params."""
@@ -186,16 +187,6 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The same, of all groups of layers."""
         return self._told.finished(request)
-
-
-def check_version(version: str, extra: dict[str, Any]) -> None:
-    """ValueError for a vLLM that nobody has tried this with: its connector API changes freely."""
-    release = ".".join(version.split(".")[:2])
-    if release not in VERSIONS and not extra.get("allow_untested_version"):
-        raise ValueError(
-            f"KvferryConnector was tested with vLLM {', '.join(VERSIONS)}, not {version}: use one of "
-            'these, or set "allow_untested_version": true in kv_connector_extra_config'
-        )
 
 
 def _check_parallel(parallel: Any) -> None:

@@ -2,7 +2,7 @@
 
 It answers ``{"ready": true}``, then takes one command a line, many at once:
 ``{"id", "prompt", "max_tokens", "params"}`` generates, ``{"abort": id}`` aborts, ``{"id", "blocks": true}``
-says whether no block of the cache is in use. End it by its process group: engines may hang on exit.
+says whether no block of the cache is in use, ``{"id", "preempt": true}`` preempts all requests. End it by its process group: engines may hang on exit.
 """
 
 import asyncio
@@ -60,6 +60,10 @@ async def main(model: str, options: dict[str, Any]) -> None:
             await engine.abort(told["abort"])
         elif "blocks" in told:
             say(id=told["id"], are_free=await engine.reset_prefix_cache())
+        elif "preempt" in told:
+            running = len(tasks)
+            reset = await engine.reset_prefix_cache(reset_running_requests=True)
+            say(id=told["id"], are_preempted=bool(running and reset))
         else:
             tasks.add(task := asyncio.create_task(generate(engine, told)))
             task.add_done_callback(tasks.discard)

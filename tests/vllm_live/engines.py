@@ -17,7 +17,11 @@ ANSWER_S = 180.0
 DRIVER = Path(__file__).with_name("engine_process.py")
 MODEL = """
 import sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(512)}, unk_token="t0"))
+words.pre_tokenizer = pre_tokenizers.Whitespace()
+PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(sys.argv[1])
 torch.manual_seed(int(sys.argv[2]))
 LlamaForCausalLM(LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -127,6 +131,10 @@ class Engine:
     def blocks_are_free(self) -> bool:
         """Whether no request holds a block; the prefix cache is empty afterwards, if so."""
         return bool(self._say(blocks=True).result()["are_free"])
+
+    def preempt(self) -> bool:
+        """Take all blocks from all requests, which begin anew; whether there were any."""
+        return bool(self._say(preempt=True).result()["are_preempted"])
 
     def _say(self, **told: Any) -> "Answer":
         name = f"request-{next(self._numbers)}"
