@@ -18,16 +18,28 @@ DRIVER = Path(__file__).with_name("engine_process.py")
 MODEL = """
 import sys, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast
+path, kind, head_dim = sys.argv[1:]
 words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(512)}, unk_token="t0"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
-PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(sys.argv[1])
-torch.manual_seed(int(sys.argv[2]))
-LlamaForCausalLM(LlamaConfig(
-    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=int(sys.argv[3]),
-    max_position_embeddings=32768, initializer_range=0.2, dtype=torch.float32,
-)).save_pretrained(sys.argv[1])
+PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(path)
+torch.manual_seed(7)
+common = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=int(head_dim), max_position_embeddings=32768,
+    initializer_range=0.2, dtype=torch.float32,
+)
+if kind == "llama":
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **common))
+else:
+    layers = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(
+        num_hidden_layers=4, layer_types=layers, sliding_window=256, query_pre_attn_scalar=32,
+        **common,
+    )
+    model = Gemma3ForCausalLM(config)
+model.save_pretrained(path)
 """
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -38,9 +50,12 @@ ENVIRONMENT = {
 }
 
 
-def make_model(directory: Path, seed: int = 7, head_dim: int = 32) -> Path:
-    """A random Llama whose tokens tell when its cache is wrong: initialised wide."""
-    command = [sys.executable, "-c", MODEL, str(directory), str(seed), str(head_dim)]
+def make_model(directory: Path, kind: str = "llama", head_dim: int = 32) -> Path:
+    """A random model whose tokens tell when its cache is wrong: initialised wide.
+
+    ``kind``: llama, or gemma3, half of whose layers look back 256 tokens only.
+    """
+    command = [sys.executable, "-c", MODEL, str(directory), kind, str(head_dim)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return directory
 

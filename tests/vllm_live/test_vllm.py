@@ -3,16 +3,14 @@
 The tests run in this order: engines take long to start, and the last ones kill them.
 """
 
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from live import LiveDaemon
+from vllm_live.asking import FLAGS, failed, fetching, prompt, sending, wait_until
 from vllm_live.engines import Answer, Engine, connector, make_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -20,7 +18,6 @@ LENGTHS = (
     *(1, 2, 3, 5, 17, 63, 64, 65, 100, 126, 127, 128, 129, 130, 200, 255, 256, 257, 300, 400),
     *(511, 513, 600, 900, 1023, 1500, 2047, 2049, 3000, 5000, 9000, 20_000),
 )
-FLAGS = {"window_tokens": 4096, "pool_tokens": 32_768, "lease_s": 8, "stall_s": 8}
 
 
 @dataclass
@@ -46,35 +43,6 @@ class Scene:
         wait_until(self.decode.blocks_are_free)
         self.a.wait_until_free()
         self.b.wait_until_free()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for a moment that has to come."""
-    until_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.02)
-
-
-def prompt(tokens: int, seed: int = 0) -> list[int]:
-    """Tokens that nobody has seen before."""
-    return random.Random(f"{tokens} {seed}").choices(range(3, 512), k=tokens)
-
-
-def sending(name: str, attempt: int = 0) -> dict[str, Any]:
-    """What a router tells prefill."""
-    return {"do_remote_decode": True, "transfer_id": name, "attempt": attempt}
-
-
-def fetching(name: str, source: LiveDaemon) -> dict[str, Any]:
-    """What a router tells decode, if it does not have it from prefill."""
-    return {"do_remote_prefill": True, "transfer_id": name, "attempt": 0, "source": source.address}
-
-
-def failed(answer: Answer) -> bool:
-    """Whether a request ended with an error."""
-    said = answer.result()
-    return "error" in said or said["reason"] == "error"
 
 
 @pytest.fixture(scope="module")
