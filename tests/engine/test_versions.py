@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry_client import FerryError
 from kvferry_client.vllm_versions import VERSIONS, check_version
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
@@ -23,7 +24,8 @@ def test_tested_versions_are_let_in(found: str) -> None:
 
 @pytest.mark.parametrize("found", ["0.31.0", "0.33.0", "1.32.0", "0.3.2"])
 def test_others_are_refused_by_name_unless_they_are_asked_for(found: str) -> None:
-    with pytest.raises(ValueError, match=rf"tested with vLLM 0\.32, not {re.escape(found)}"):
+    words = rf"engine_unsupported: .* tested with vLLM 0\.32, not {re.escape(found)}"
+    with pytest.raises(FerryError, match=words):
         check_version(found, {})
     check_version(found, {"allow_untested_version": True})
 
