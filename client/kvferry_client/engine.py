@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Self
 
 from kvferry_client.aio import AsyncClient
-from kvferry_client.engine_sides import NO_BLOCK, Incoming, Outgoing, Pages, Side, Tables
+from kvferry_client.engine_pages import NO_BLOCK, Pages, Tables
+from kvferry_client.engine_sides import Incoming, Outgoing, Side
 from kvferry_client.paged import CachePlane, PagedCache
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
@@ -172,6 +173,7 @@ class Ferry:
         async with AsyncExitStack() as stack:
             joining = self._loop.create_task(self._join(stack))
             await self._stopped.wait()
+            self._pages.are_left = True
             tasks = [joining, *self._tasks.values()]
             for task in tasks:
                 task.cancel()

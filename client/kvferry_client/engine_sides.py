@@ -2,67 +2,17 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
 from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
-from kvferry_client.paged import BlockTable, PagedCache, PagedCopy, PagedPool
+from kvferry_client.engine_pages import Pages, Tables
 from kvferry_client.views import Pool, WindowView
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import State
 
-NO_BLOCK = -1  # in a block table: the engine keeps nothing of these tokens
 PIECE_TOKENS = 1024  # copied at a stretch: what ``forget`` may have to wait for
-Tables = Sequence[BlockTable]  # one for each cache of the engine
-
-
-class Pages:
-    """The caches of one engine worker, and which worker of its group it is."""
-
-    def __init__(
-        self, caches: Sequence[PagedCache], pool_block_tokens: int, rank: int, world_size: int
-    ) -> None:
-        self.pool_block_tokens = pool_block_tokens
-        self.rank = rank
-        self.world_size = world_size
-        self._caches = list(caches)
-        self._device = self._caches[0].device
-        self._built: tuple[Pool, list[PagedCopy]] | None = None
-
-    def copy(
-        self, tables: Tables, window: WindowView, pool: Pool, tokens: range, *, out: bool
-    ) -> None:
-        """Copy tokens out of the pages into a window, or the other way."""
-        for cache, copy, table in zip(self._caches, self._copies(pool), tables, strict=True):
-            for span in _kept(table, cache.block_size_tokens, tokens):
-                move = copy.gather if out else copy.scatter
-                move(table, window, span.start, len(span))
-
-    def event(self) -> Any:
-        """What the calling thread's GPU stream has been given so far; None in host memory."""
-        if self._device.type != "cuda":
-            return None
-        return torch.cuda.current_stream(self._device).record_event()
-
-    def follow(self, event: Any) -> None:
-        """Let what this thread gives its GPU stream come after an event."""
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
-
-    def settle(self) -> None:
-        """Wait until no copy is under way on a GPU."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _copies(self, pool: Pool) -> list[PagedCopy]:
-        """Built once for a pool; another life of the daemon may bring another."""
-        if self._built is None or self._built[0] is not pool:
-            paged = PagedPool(pool.torch_blocks(), pool.layout)
-            self._built = pool, [PagedCopy(cache, paged) for cache in self._caches]
-        return self._built[1]
+LET_GO_AGAIN_S = 1.0
 
 
 class Side:
@@ -118,6 +68,22 @@ class Side:
         assert self.error is not None
         return self.error
 
+    async def _let_go(self, transfer: AsyncSending | AsyncReceiving) -> None:
+        """Tell a daemon that was away, once it is back, that its blocks are touched no more.
+
+        One that goes on from its ledger would keep them until this process ends.
+        """
+        while not transfer.logic.released and not self._pages.are_left:
+            try:
+                if self.error is None:
+                    await transfer.release()
+                else:
+                    await transfer.abort(str(self.error))
+            except FerryError as error:
+                if error.code is not Code.DAEMON_UNREACHABLE:
+                    return  # it knows nothing of the transfer any more
+                await asyncio.sleep(LET_GO_AGAIN_S)
+
 
 class _Computed(NamedTuple):
     """What an engine has computed, and where it lies; ``event``: the GPU's work on it."""
@@ -161,18 +127,22 @@ class Outgoing(Side):
 
     async def move(self, client: AsyncClient) -> None:
         """Fill windows until the payload is complete."""
-        async with await client.send(
+        sending = await client.send(
             self.transfer_id,
             attempt=self.attempt,
             rank=self._pages.rank,
             world_size=self._pages.world_size,
             total_tokens=self.total_tokens,
-        ) as sending:
-            try:
-                await self._fill(sending)
-            except BaseException as error:
-                raise self._give_up(error) from error
-            self.end()
+        )
+        try:
+            async with sending:
+                try:
+                    await self._fill(sending)
+                except BaseException as error:
+                    raise self._give_up(error) from error
+                self.end()
+        finally:
+            await self._let_go(sending)
 
     async def _fill(self, sending: AsyncSending) -> None:
         async for window in sending.windows():
@@ -220,19 +190,23 @@ class Incoming(Side):
     async def move(self, client: AsyncClient) -> None:
         """Take windows over until the payload is complete."""
         size = self._pages.pool_block_tokens
-        async with await client.receive(
+        receiving = await client.receive(
             self.transfer_id,
             source=self.source,
             attempt=self.attempt,
             rank=self._pages.rank,
             world_size=self._pages.world_size,
             start_tokens=self._tokens.start // size * size,
-        ) as receiving:
-            try:
-                await self._take_all(client, receiving)
-            except BaseException as error:
-                raise self._give_up(error) from error
-        self.end()  # only now: leaving has waited for the GPU's copies
+        )
+        try:
+            async with receiving:
+                try:
+                    await self._take_all(client, receiving)
+                except BaseException as error:
+                    raise self._give_up(error) from error
+            self.end()  # only now: leaving has waited for the GPU's copies
+        finally:
+            await self._let_go(receiving)
 
     def _stop(self) -> None:
         """Let the engine go on, and stop once the source can be told: see ``_take_all``."""
@@ -274,14 +248,3 @@ class Incoming(Side):
                 f"{self.transfer_id}: the source sent {total_tokens} tokens, "
                 f"{self._tokens.stop} are needed",
             )
-
-
-def _kept(table: BlockTable, size: int, tokens: range) -> Iterator[range]:
-    """The parts of ``tokens`` that a table has blocks for, as few as can be."""
-    first = tokens.start // size
-    entries = np.asarray(table[first : -(-tokens.stop // size)])
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], entries != NO_BLOCK, [False]])))
-    for low, high in edges.reshape(-1, 2).tolist():
-        yield range(
-            max(tokens.start, (first + low) * size), min(tokens.stop, (first + high) * size)
-        )

@@ -204,6 +204,26 @@ def test_daemons_that_are_killed_in_the_middle_go_on(tmp_path: Path) -> None:
     a.stop()
 
 
+def test_a_daemon_that_was_away_for_long_gets_its_blocks_back(tmp_path: Path) -> None:
+    """The engine is let go of at once when its calls fail; the daemon when it is back."""
+    a = LiveDaemon(tmp_path / "a")
+    prefill = Pages()
+    with prefill.ferry(a.directory) as source:
+        table = prefill.take(TOKENS)
+        prefill.compute(table, 0, TOKENS)
+        outgoing = source.send("t", total_tokens=TOKENS)
+        a.wait_for_transfer("t", lambda seen: True)
+        a.stop()
+        outgoing.computed([table], TOKENS)
+        assert outgoing.wait(WAIT_S)
+        assert outgoing.error is not None
+        assert outgoing.error.code == "daemon_unreachable"
+        with a.again() as back:
+            (was,) = back.transfers("t")
+            assert not was.ended
+            back.wait_until_free(2 * WAIT_S)
+
+
 def test_a_failed_attempt_is_tried_again(a: LiveDaemon, b: LiveDaemon) -> None:
     prefill, decode = Pages(), Pages()
     with two_engines(a, b, prefill, decode) as (source, sink):
@@ -298,3 +318,16 @@ def test_closing_ends_all_that_is_under_way(a: LiveDaemon) -> None:
     assert all(side.error is not None and side.error.code == "aborted" for side in sides)
     a.wait_for_workers(0)
     assert not [one for one in threading.enumerate() if one.name.startswith("kvferry")]
+
+
+@pytest.mark.timeout(60)
+def test_closing_does_not_wait_for_a_daemon_that_is_gone(tmp_path: Path) -> None:
+    prefill = Pages()
+    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as ferry:
+        table = prefill.take(TOKENS)
+        outgoing = ferry.send("t", total_tokens=TOKENS)
+        outgoing.computed([table], BLOCK)
+        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens == BLOCK)
+        a.stop()
+    assert outgoing.error is not None
+    assert outgoing.error.code == "aborted"

@@ -53,7 +53,7 @@ async def main(model: str, options: dict[str, Any]) -> None:
         AsyncEngineArgs(model=model, skip_tokenizer_init=True, enforce_eager=True, **options)
     )
     say(ready=True)
-    tasks = set()
+    tasks: set[asyncio.Task[None]] = set()
     while line := await asyncio.to_thread(sys.stdin.readline):
         told = json.loads(line)
         if "abort" in told:

@@ -3,6 +3,7 @@
 The tests run in this order: engines take long to start, and the last ones kill them.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,20 @@ def test_an_aborted_prefill_fails_decode_and_frees_all(scene: Scene) -> None:
     assert prefill.result()["reason"] == "abort"
     assert failed(decode)
     assert "source_failed: aborted: by its source" in scene.decode.log()
+    scene.check_nothing_is_left()
+
+
+def test_what_did_arrive_is_kept_and_the_rest_is_computed(scene: Scene) -> None:
+    """The other way round: prefill's engine recomputes what it cannot load."""
+    long = prompt(20_000, seed=7)
+    aborted = scene.decode.generate(long, 1, sending("half"))
+    answer = scene.prefill.generate(long, params=fetching("half", scene.b))
+    scene.a.wait_for_transfer("half", lambda seen: seen.snapshot.partial_sent_tokens > 0)
+    scene.decode.abort(aborted)
+    assert aborted.result()["reason"] == "abort"
+    assert answer.tokens == scene.alone.generate(long).tokens
+    (lost,) = re.findall(r"rescheduled \((\d+) tokens affected\)", scene.prefill.log())
+    assert 0 < int(lost) < len(long)
     scene.check_nothing_is_left()
 
 

@@ -1,0 +1,71 @@
+"""An engine's pages, and the copies between them and the daemon's pool: see ``engine``. Needs torch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvferry_client.paged import BlockTable, PagedCache, PagedCopy, PagedPool
+from kvferry_client.views import Pool, WindowView
+
+NO_BLOCK = -1  # in a block table: the engine keeps nothing of these tokens
+Tables = Sequence[BlockTable]  # one for each cache of the engine
+
+
+class Pages:
+    """The caches of one engine worker, and which worker of its group it is."""
+
+    def __init__(
+        self, caches: Sequence[PagedCache], pool_block_tokens: int, rank: int, world_size: int
+    ) -> None:
+        self.pool_block_tokens = pool_block_tokens
+        self.rank = rank
+        self.world_size = world_size
+        self.are_left = False  # the ferry closes: by leaving it says all that a daemon has to know
+        self._caches = list(caches)
+        self._device = self._caches[0].device
+        self._built: tuple[Pool, list[PagedCopy]] | None = None
+
+    def copy(
+        self, tables: Tables, window: WindowView, pool: Pool, tokens: range, *, out: bool
+    ) -> None:
+        """Copy tokens out of the pages into a window, or the other way."""
+        for cache, copy, table in zip(self._caches, self._copies(pool), tables, strict=True):
+            for span in _kept(table, cache.block_size_tokens, tokens):
+                move = copy.gather if out else copy.scatter
+                move(table, window, span.start, len(span))
+
+    def event(self) -> Any:
+        """What the calling thread's GPU stream has been given so far; None in host memory."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def follow(self, event: Any) -> None:
+        """Let what this thread gives its GPU stream come after an event."""
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+    def settle(self) -> None:
+        """Wait until no copy is under way on a GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _copies(self, pool: Pool) -> list[PagedCopy]:
+        """Built once for a pool; another life of the daemon may bring another."""
+        if self._built is None or self._built[0] is not pool:
+            paged = PagedPool(pool.torch_blocks(), pool.layout)
+            self._built = pool, [PagedCopy(cache, paged) for cache in self._caches]
+        return self._built[1]
+
+
+def _kept(table: BlockTable, size: int, tokens: range) -> Iterator[range]:
+    """The parts of ``tokens`` that a table has blocks for, as few as can be."""
+    first = tokens.start // size
+    entries = np.asarray(table[first : -(-tokens.stop // size)])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], entries != NO_BLOCK, [False]])))
+    for low, high in edges.reshape(-1, 2).tolist():
+        yield range(
+            max(tokens.start, (first + low) * size), min(tokens.stop, (first + high) * size)
+        )
