@@ -18,6 +18,7 @@ from bench.served import ServedDaemon
 from bench.source_worker import has_succeeded, let_go, offer, wait_all
 from bench.wire import mapped
 from kvferry_client import Client, Layout, Receiving, Role, connect
+from kvferry_client.arrays import empty_array
 from kvferry_proto import worker
 
 ROUNDS = 11
@@ -102,15 +103,16 @@ def measure_reading(
         words = mapped(scene.workers["sink"].pool.info)
         runs = receiving.snapshot.runs
         # The same pages are the target of both, or one of them would have the warmer ones.
-        flat = np.empty((tokens // scene.layout.block_size_tokens, words.shape[1]), np.uint64)
+        blocks = tokens // scene.layout.block_size_tokens
+        flat = empty_array((blocks, words.shape[1]), np.dtype(np.uint64))
         outs = flat.view(np.uint16).reshape(len(planes), tokens, *planes[0].shape)
         seconds: dict[str, list[float]] = {"memcpy": [], "read": []}
         for number in range(rounds + 1):
             begun = time.monotonic()
             row = 0
-            for first, blocks in runs:
-                flat[row : row + blocks] = words[first : first + blocks]
-                row += blocks
+            for first, count in runs:
+                flat[row : row + count] = words[first : first + count]
+                row += count
             copied = time.monotonic()
             for plane, out in zip(planes, outs, strict=True):
                 window.gather(plane.name, out)

@@ -33,7 +33,7 @@ class DevicePool(Pool):
     def plane(self, name: str, run: Run) -> Tensor:
         """A plane over a run: (blocks, block_size_tokens, *shape), strided, writable, no copy."""
         plane = self.plane_named(name)
-        place = self.layout.places[self.layout.planes.index(plane)]
+        place = self._found[name].place
         size = self.layout.block_size_tokens
         hnd = plane.order is Order.HND
         lies = (plane.shape[0], size, *plane.shape[1:]) if hnd else (size, *plane.shape)

@@ -10,14 +10,15 @@ numpy has no bfloat16 and no float8: such planes are uint16 and uint8 arrays of 
 
 import mmap
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvferry_client.arrays import bits_of, checked, numpy_dtype
+from kvferry_client.arrays import bits_of, checked, empty_array, numpy_dtype
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.layout import Layout, Order, Plane
+from kvferry_proto.layout import Layout, Order, Plane, PlanePlace
 from kvferry_proto.worker import PoolInfo
 
 
@@ -45,6 +46,13 @@ class GpuWork:
             ) from error
 
 
+class _Found(NamedTuple):
+    """A plane, and where it lies in a block."""
+
+    plane: Plane
+    place: PlanePlace
+
+
 class Pool:
     """The daemon's pool, mapped into this process."""
 
@@ -61,7 +69,7 @@ class Pool:
         The axes are the same whatever the plane's order; only the strides tell.
         """
         plane = self.plane_named(name)
-        place = self.layout.places[self.layout.planes.index(plane)]
+        place = self._found[name].place
         size = self.layout.block_size_tokens
         hnd = plane.order is Order.HND
         lies = (plane.shape[0], size, *plane.shape[1:]) if hnd else (size, *plane.shape)
@@ -101,7 +109,7 @@ class Pool:
 
     def empty(self, plane: Plane, tokens: int) -> Any:
         """(tokens, *shape) of the plane's dtype, beside the pool."""
-        return np.empty((tokens, *plane.shape), numpy_dtype(plane))
+        return empty_array((tokens, *plane.shape), numpy_dtype(plane))
 
     def checked(self, array: Any, plane: Plane, tokens: int | None = None) -> Any:
         """The caller's array, if it is (tokens, *shape) of the plane's dtype; FerryError(bad_array)."""
@@ -116,11 +124,17 @@ class Pool:
 
     def plane_named(self, name: str) -> Plane:
         """A plane of the layout; FerryError(bad_array) names those that there are."""
-        for plane in self.layout.planes:
-            if plane.name == name:
-                return plane
-        names = ", ".join(plane.name for plane in self.layout.planes)
-        raise FerryError(Code.BAD_ARRAY, f"no plane {name!r} in the layout; it has {names}")
+        found = self._found.get(name)
+        if found is None:
+            names = ", ".join(self._found)
+            raise FerryError(Code.BAD_ARRAY, f"no plane {name!r} in the layout; it has {names}")
+        return found.plane
+
+    @cached_property
+    def _found(self) -> dict[str, _Found]:
+        """By name: a model has a hundred planes and more."""
+        both = zip(self.layout.planes, self.layout.places, strict=True)
+        return {plane.name: _Found(plane, place) for plane, place in both}
 
 
 class WindowView:
@@ -170,9 +184,9 @@ class WindowView:
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise FerryError(Code.BAD_ARRAY, "out is an array that cannot be written")
         bits = self._pool.checked(out, found, self.tokens)
-        for first, part in self._pieces(plane, self.first_token, self.end_token):
+        for first, tokens, part in self._pieces(plane, self.first_token, self.end_token):
             at = first - self.first_token
-            bits[at : at + len(part)] = part
+            bits[at : at + tokens].reshape(part.shape)[...] = part
         return out
 
     def scatter(self, plane: str, first_token: int, array: Any) -> None:
@@ -183,9 +197,9 @@ class WindowView:
         bits = self._pool.checked(array, self._pool.plane_named(plane))
         end = first_token + len(bits)
         self._check_inside(first_token, end)
-        for first, part in self._pieces(plane, first_token, end):
+        for first, tokens, part in self._pieces(plane, first_token, end):
             at = first - first_token
-            part[...] = bits[at : at + len(part)]
+            part[...] = bits[at : at + tokens].reshape(part.shape)
 
     def _check_inside(self, first_token: int, end: int) -> None:
         if not self.first_token <= first_token <= end <= self.end_token:
@@ -195,7 +209,11 @@ class WindowView:
             )
 
     def _pieces(self, plane: str, first: int, end: int) -> Any:
-        """Yield (token, array of neighbouring tokens) that cover [first, end) in order."""
+        """Yield (token, tokens, array) that cover [first, end) in order.
+
+        An array is a part of one block, (tokens, *shape), or neighbouring whole ones, (blocks,
+        block_size_tokens, *shape): one copy for as many as there are.
+        """
         size = self._pool.layout.block_size_tokens
         for run in self.runs:
             low, high = max(first, run.first_token), min(end, run.first_token + run.blocks * size)
@@ -204,8 +222,13 @@ class WindowView:
             blocks = self._pool.plane(plane, run)
             while low < high:
                 block, inside = divmod(low - run.first_token, size)
+                whole = 0 if inside else (high - low) // size
+                if whole:
+                    yield low, whole * size, blocks[block : block + whole]
+                    low += whole * size
+                    continue
                 count = min(size - inside, high - low)
-                yield low, blocks[block, inside : inside + count]
+                yield low, count, blocks[block, inside : inside + count]
                 low += count
 
 

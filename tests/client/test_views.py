@@ -65,6 +65,13 @@ def test_what_goes_in_comes_out_and_lies_as_the_order_says(
 
 
 @pytest.mark.parametrize("plane", PLANES, ids=lambda plane: plane.name)
+def test_what_is_gathered_begins_at_a_cache_line(window: WindowView, plane: Plane) -> None:
+    kept = [window.gather(plane.name) for _ in range(8)]  # by chance one may
+    assert [one.ctypes.data % 64 for one in kept] == [0] * 8
+    assert all(one.flags.c_contiguous and one.flags.writeable for one in kept)
+
+
+@pytest.mark.parametrize("plane", PLANES, ids=lambda plane: plane.name)
 def test_runs_have_the_same_axes_in_both_orders_and_are_no_copies(
     window: WindowView, plane: Plane
 ) -> None:
