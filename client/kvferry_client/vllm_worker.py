@@ -12,6 +12,7 @@ from kvferry_client.engine import NO_BLOCK, Ferry, Incoming, Outgoing, Side
 from kvferry_client.vllm_cache import Cache
 from kvferry_client.vllm_messages import BlockIds, Load, Save, StepMeta, Transfer
 from kvferry_client.vllm_stats import KvferryStats
+from kvferry_proto.runtime_dir import default_runtime_dir
 
 logger = init_logger("vllm.kvferry.worker")
 CONNECT_S = 30.0  # how long an engine's start waits for its daemon
@@ -21,7 +22,7 @@ SAY_AGAIN_S = 5.0
 def runtime_dir_of(extra: Mapping[str, Any]) -> Path:
     """Where the daemon is: the connector's own setting, the environment's, or the daemon's default."""
     told = extra.get("runtime_dir") or os.environ.get("KVFERRY_RUNTIME_DIR")
-    return Path(told) if told else Path("/dev/shm") / f"kvferry-{os.getuid()}"
+    return Path(told) if told else default_runtime_dir()
 
 
 class Results:

@@ -165,7 +165,7 @@ def version(as_json: bool) -> None:
 
 
 def _directory(given: Path | None) -> Path:
-    from kvferry_daemon.config import default_runtime_dir
+    from kvferry_proto.runtime_dir import default_runtime_dir
 
     return given or default_runtime_dir()
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from kvferry_daemon.memory.placement import NODE_MAX, parse_cpus
+from kvferry_proto.runtime_dir import default_runtime_dir
 
 ENV_PREFIX = "KVFERRY_"
 ENV_FILE = "KVFERRY_CONFIG"
@@ -70,7 +71,7 @@ class Config(Deadlines):
     """One daemon. Flat, so that a setting has one name in flags, environment and file."""
 
     runtime_dir: Path = Field(
-        default_factory=lambda: default_runtime_dir(),
+        default_factory=default_runtime_dir,
         description="private directory for sockets, pools and worker locks; on tmpfs",
     )
     peer_host: str = Field("127.0.0.1", min_length=1, description="address that peers connect to")
@@ -146,11 +147,6 @@ def load(flags: Mapping[str, Any], file: Path | None = None) -> Config:
         return Config(**{**settings, **env, **flags})
     except ValidationError as error:
         raise ConfigError(_words(error, said_as)) from error
-
-
-def default_runtime_dir() -> Path:
-    """A directory on tmpfs of this user's own."""
-    return Path("/dev/shm") / f"kvferry-{os.getuid()}"
 
 
 def _from_environment() -> dict[str, str]:
