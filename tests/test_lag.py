@@ -29,17 +29,15 @@ def test_a_loop_that_is_held_up_is_late_by_as_much() -> None:
     assert seen.late_max_ms >= (HELD_UP_S - LOOK_S) * 1000
 
 
-def test_it_goes_on_looking_and_never_looks_early() -> None:
-    seen = uvloop.run(look(3, 0))
-    assert seen.looks >= 3
-    assert seen.late_max_ms >= 0
+def test_it_goes_on_looking() -> None:
+    assert uvloop.run(look(3, 0)).looks >= 3
 
 
 def test_a_closed_one_looks_no_more() -> None:
     async def closed() -> int:
         lag = LoopLag()
         lag.close()
-        await asyncio.sleep(1.5 * LOOK_S)
+        await look(2, 0)  # another's, which began later
         return lag.status().looks
 
     assert uvloop.run(closed()) == 0

@@ -14,9 +14,7 @@ from kvferry_proto.codec import FRAME_BYTES_MAX
 
 TURN_S = 0.001  # of messages in one go; then other sockets and timers get their turn
 SILENT_S = 1  # then the kernel asks the other one's kernel
-UNHEARD_MS = (
-    3000  # what that one has not confirmed for so long ends the connection; it is made anew
-)
+UNHEARD_MS = 3000  # bytes that it has not confirmed for so long end the connection
 NOW = int(zmq.NOBLOCK)  # numbers: to combine two of libzmq's enums costs more than to send
 NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
