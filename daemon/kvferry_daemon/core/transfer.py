@@ -31,6 +31,7 @@ from kvferry_proto.states import TERMINAL, StallReason, State
 from kvferry_proto.worker import BoardSlot, Snapshot
 
 NEVER_S = float("inf")
+SHOWN = set(Snapshot.model_fields)  # one for all snapshots: of its own each would have 2 KiB
 Aux = dict[str, int | float | str | bytes]
 
 
@@ -161,6 +162,7 @@ class Transfer:
     def _snapshot(self, rank: int) -> Snapshot:
         state, stall, sent_tokens = self._ask
         return Snapshot.model_construct(
+            SHOWN,
             role=self.key.role,
             transfer_id=self.key.transfer_id,
             attempt=self.key.attempt,
