@@ -149,13 +149,15 @@ class Pulls(_Linked):
 class Progress(Message):
     """The source's side of one transfer, as the answer to pull ``number`` or as news.
 
-    ``known`` False: this daemon has no such attempt (yet, or any more).
+    ``known`` False: this daemon has no such attempt (yet, or any more). ``will_tell``: it remembers
+    who asked, and answers again without being asked once it has.
     """
 
     transfer_id: TransferId
     attempt: Attempt
     number: Number
     known: bool = True
+    will_tell: bool | None = None
     state: WireState
     available_tokens: Tokens = 0  # what may be asked for: whole blocks, or all once it is total
     total_tokens: Tokens | None = None

@@ -140,7 +140,7 @@ def test_an_empty_payload_may_tell_its_aux_after_it_was_opened() -> None:
 
 
 def test_a_pull_that_came_early_is_kept_without_its_layout() -> None:
-    """4096 of them are kept, and a layout may have a thousand planes."""
+    """Thousands of them are kept, and a layout may have a thousand planes."""
     world = World()
     world.hello("a", b"p")
     node = world.machines["a"].node

@@ -140,6 +140,18 @@ def test_an_answered_pull_is_sent_again_once_a_lease() -> None:
     assert pulls_by_timer(sink, 4) == [31.4, 31.6, 32.0, 32.8]
 
 
+def test_a_pull_whose_source_will_tell_is_sent_again_once_a_lease() -> None:
+    sink = sink_in(State.BOOTSTRAPPING)
+    pulls_by_timer(sink, 2)
+    after(sink, heard(2, known=False, will_tell=True))  # the answer to the first one
+    assert pulls_by_timer(sink, 1) == [1.4]
+    after(sink, heard(5, known=False, will_tell=False))
+    assert pulls_by_timer(sink, 1) == [3.0]
+    after(sink, heard(6, known=False, will_tell=True))
+    assert pulls_by_timer(sink, 1) == [33.0]
+    assert of(after(sink, heard(7, known=False, will_tell=True), ev.NewsLost()), ev.SendPull)
+
+
 def test_an_answered_pull_is_sent_again_soon_if_news_were_lost() -> None:
     sink = sink_in(State.BOOTSTRAPPING)
     pulls_by_timer(sink, 2)

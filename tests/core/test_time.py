@@ -6,7 +6,7 @@ import pytest
 
 from core.stories import SINK, SOURCE, Story
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import Timing
+from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
@@ -137,6 +137,7 @@ def test_many_transfers_that_are_due_at_once_are_worked_off_in_turns() -> None:
     world.hello("b", SINK)
     for number in range(90):
         world.call("b", SINK, worker.Receive(transfer_id=f"t{number}", source="tcp://a:1"))
+    world.machines["a"].node.sources.unmet_max = 0  # it promises nothing, so all ask again
     world.wait(0.1)
     node = world.machines["b"].node
     world.now_s += 1.5
@@ -206,6 +207,72 @@ def test_a_source_whose_sink_has_nothing_to_ask_lives_by_its_pings() -> None:
         story.world.beat()
     assert story.source().error is None
     assert story.world.machines["a"].node.counters["pulls_received"] == before  # none was needed
+
+
+def waiting_sinks(world: World, count: int) -> int:
+    """Let sinks ask for what their source has not heard of; return how many pulls it has got."""
+    world.hello("a", SOURCE)
+    world.hello("b", SINK)
+    for number in range(count):
+        world.call("b", SINK, worker.Receive(transfer_id=f"t{number}", source="tcp://a:1"))
+    world.wait(0.1)
+    return world.machines["a"].node.counters["pulls_received"]
+
+
+def beat(world: World, seconds: int) -> None:
+    """Let time pass with both workers alive."""
+    for _ in range(seconds):
+        world.wait(1)
+        for name, route in (("a", SOURCE), ("b", SINK)):
+            world.call(name, route, worker.Heartbeat())
+
+
+def test_a_source_that_has_not_come_is_asked_for_once_a_lease() -> None:
+    """A thousand sinks that waited asked five hundred times a second."""
+    world = World(blocks=400)
+    before = waiting_sinks(world, 20)
+    beat(world, 29)
+    assert world.machines["a"].node.counters["pulls_received"] == before
+    beat(world, 2)
+    assert world.machines["a"].node.counters["pulls_received"] == before + 20
+
+
+def test_a_source_that_comes_tells_those_who_asked_also_if_the_news_are_lost() -> None:
+    world = World()
+    waiting_sinks(world, 1)
+    beat(world, 10)
+    world.call("a", SOURCE, worker.Send(transfer_id="t0", total_tokens=4))
+    world.wire.clear()  # what it tells them
+    beat(world, 2)
+    assert world.snapshot("b", SINK, Role.SINK, "t0").total_tokens == 4
+
+
+def test_who_asks_early_is_kept_for_as_long_as_he_asks() -> None:
+    """The table must not be full of those who have gone."""
+    world = World()
+    node = world.machines["a"].node
+    world.hello("a", SOURCE)
+    world.hello("b", SINK)
+    for name in ("ends", "stays", "vanishes"):
+        call = worker.Receive(transfer_id=name, source="tcp://a:1", stall_s=600)
+        world.call("b", SINK, call)
+    beat(world, 1)
+    world.call("b", SINK, worker.Abort(transfer_id="ends", role=Role.SINK))
+    world.wait(0.1)
+    assert node.sources.unmet == 2
+    del world.machines["b"].node.transfers[Key(Role.SINK, "vanishes", 0)]
+    beat(world, 64)
+    assert node.sources.unmet == 1
+
+
+def test_those_for_whom_a_source_has_no_room_ask_again_soon() -> None:
+    world = World(blocks=400)
+    world.machines["a"].node.sources.unmet_max = 5
+    before = waiting_sinks(world, 20)
+    beat(world, 8)
+    asked = world.machines["a"].node.counters["pulls_received"] - before
+    assert 15 * 4 <= asked <= 15 * 8  # after 0.2, 0.4, ... and then every 2 s
+    assert world.machines["a"].node.sources.unmet == 5
 
 
 def test_news_that_were_lost_are_asked_for_after_the_next_beat() -> None:

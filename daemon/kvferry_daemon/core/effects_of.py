@@ -49,10 +49,8 @@ class EffectDesk:
         """An event for a transfer that is gone: only a local sink waits for an answer."""
         node = self._node
         if isinstance(event, ev.Pulled) and event.sink == node.settings.boot_id:
-            progress = node.sources.answer_without_transfer(key, event.pull.number)
+            progress = node.sources.answer_to_unmet(key, event)
             node.post(key._replace(role=Role.SINK), ev.Heard(progress))
-            if not progress.known:
-                node.sources.keep_unmet(key, event)
         elif isinstance(event, ev.Done):
             node.sources.done_without_transfer(key, event)
 

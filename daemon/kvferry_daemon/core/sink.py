@@ -339,6 +339,8 @@ class SinkTransfer(Transfer):
         if not news.known:
             if self.known_at is not None and news.number > self.known_at:
                 self._fail(Code.SOURCE_LOST, "the source daemon no longer knows this attempt")
+            elif news.will_tell and news.number == self._number:
+                self._rest()
             return
         self._shows_layout = False
         self._heard = True
@@ -353,11 +355,15 @@ class SinkTransfer(Transfer):
         if told or news.available_tokens > self.available_tokens:
             self._progressed()
         if news.number == self._number and not self._claims:
-            self._resend_s = self.timing.resend_s
-            self._resend_at_s = self._pulled_at_s + self.timing.lease_s  # nothing is under way
+            self._rest()
         self.available_tokens = max(self.available_tokens, news.available_tokens)
         self.total_tokens = news.total_tokens if self.total_tokens is None else self.total_tokens
         self.aux = news.aux if self.aux is None else self.aux
+
+    def _rest(self) -> None:
+        """Nothing is under way, and the source tells what is new by itself."""
+        self._resend_s = self.timing.resend_s
+        self._resend_at_s = self._pulled_at_s + self.timing.lease_s
 
     def _resend_soon(self) -> None:
         self._resend_s = self.timing.resend_s

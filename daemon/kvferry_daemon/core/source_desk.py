@@ -21,7 +21,8 @@ from kvferry_proto.versions import agree
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node
 
-UNMET_MAX = 4096
+UNMET_MAX = 1 << 13  # 2 KiB each; those beyond are not promised anything, and ask again
+KEPT_LEASES = 2
 FRAME_PROGRESSES_MAX = 16  # so that the other daemon is not held up by one frame for long
 STREAMS_MAX_PER_SINK = wire.STREAMS_MAX
 TICKET_S = 10.0
@@ -37,6 +38,7 @@ class SourceDesk:
         self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
+        self.unmet_max = UNMET_MAX
         self._progresses: dict[str, list[wire.Progress]] = {}
 
     # --- messages ---
@@ -132,9 +134,7 @@ class SourceDesk:
         node.counters["pulls_received"] += 1
         transfer = node.transfers.get(key)
         if transfer is None:
-            self.say_progress(sink, self.answer_without_transfer(key, pull.number))
-            if node.tombstones.get(key) is None:
-                self.keep_unmet(key, event)
+            self.say_progress(sink, self.answer_to_unmet(key, event))
             return
         layout, ranks = node.books[transfer.opening.pool_id].layout, transfer.ranks.size
         asked_as = (pull.layout_digest, pull.world_size)
@@ -187,12 +187,20 @@ class SourceDesk:
             error=error,
         )
 
-    def keep_unmet(self, key: ev.Key, event: ev.Pulled) -> None:
-        """A pull came before its source: keep who asked, not what for."""
-        pull = event.pull.model_copy(update={"want": [], "layout": None})
-        self._unmet[key] = (ev.Pulled(event.sink, event.daemon, pull), self._node.now_s)
-        if len(self._unmet) > UNMET_MAX:
-            self._unmet.popitem(last=False)
+    @property
+    def unmet(self) -> int:
+        """Sinks that are promised to be told when their source comes."""
+        return len(self._unmet)
+
+    def answer_to_unmet(self, key: ev.Key, event: ev.Pulled) -> wire.Progress:
+        """A pull came before its source: keep who asked, not what for, and say whether we do."""
+        progress = self.answer_without_transfer(key, event.pull.number)
+        kept = not progress.known and (key in self._unmet or len(self._unmet) < self.unmet_max)
+        if kept:
+            pull = event.pull.model_copy(update={"want": [], "layout": None})
+            self._unmet[key] = (ev.Pulled(event.sink, event.daemon, pull), self._node.now_s)
+            self._unmet.move_to_end(key)
+        return progress.model_copy(update={"will_tell": kept})
 
     def replay_unmet(self, key: ev.Key) -> None:
         """A pull came before the source was opened: answer it now, not at its next repeat."""
@@ -223,6 +231,7 @@ class SourceDesk:
     def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
         """A late done, or one for an attempt that is still to be opened here."""
         node = self._node
+        self._unmet.pop(key, None)
         if node.tombstones.get(key) is not None:
             node.tombstones.on_done(key, done)
             node.notes.stone(key)
@@ -298,8 +307,8 @@ class SourceDesk:
     # --- housekeeping ---
 
     def expire(self) -> None:
-        """Forget pulls that no source has come for."""
-        keep_s = self._node.settings.timing.stall_s
+        """Forget pulls that no source has come for: those who still wait ask once a lease."""
+        keep_s = KEPT_LEASES * self._node.settings.timing.lease_s
         while self._unmet:
             key, (_, at_s) = next(iter(self._unmet.items()))
             if self._node.now_s - at_s < keep_s:
