@@ -73,6 +73,10 @@ class Ranks:
         """Whether each has said itself where the payload ends, or will write no more."""
         return all(one.total_tokens is not None or one.released for one in self._ranks)
 
+    def is_of(self, number: int, session: str) -> bool:
+        """Whether a rank is a session's."""
+        return number < self.size and self._ranks[number].session == session
+
     def of(self, session: str) -> list[int]:
         """The ranks of a session."""
         return [number for number, rank in enumerate(self._ranks) if rank.session == session]

@@ -17,7 +17,7 @@ from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.states import TERMINAL, Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node, Session
+    from kvferry_daemon.core.node import AnyTransfer, Node, Session
 
 Named = worker.Send | worker.Ready | worker.Receive | worker.Resume | worker.Release | worker.Abort
 ROUTES_MAX = 64  # a client has up to 33; ZeroMQ gives a reconnect a new one
@@ -175,15 +175,11 @@ class WorkerDesk:
         for watched in call.transfers:
             key = ev.Key(watched.role, watched.transfer_id, watched.attempt)
             try:
-                self.openings.check_owner(session, key, watched.rank)
+                snapshot = self._shown(session, key, watched, board=call.board)
             except FerryError as error:
                 refused.append(self._refused(watched, error))
                 continue
-            self._has_acted(key, watched)
-            if call.board and key in self._node.transfers:
-                self._node.boards.give(self._node.transfers[key], watched.rank)
             after[key, watched.rank] = watched.after
-            snapshot = self._snapshot(key, watched.rank)
             live |= snapshot.state not in TERMINAL
             if snapshot.snapshot > watched.after:
                 snapshots.append(snapshot)
@@ -197,13 +193,28 @@ class WorkerDesk:
         self._node.schedule(number, until_s)
         return None
 
-    def _has_acted(self, key: ev.Key, watched: worker.Watched) -> None:
-        """A rank that polls behind a snapshot is through with it."""
-        transfer = self._node.transfers.get(key)
+    def _shown(
+        self, session: Session, key: ev.Key, watched: worker.Watched, *, board: bool
+    ) -> worker.Snapshot:
+        """What a poll sees of one transfer; FerryError if it may not. Most polls are only this."""
+        transfers, rank = self._node.transfers, watched.rank
+        transfer = transfers.get(key)
+        if transfer is None or not transfer.ranks.is_of(rank, session.secret):
+            self.openings.check_owner(session, key, rank)
         if transfer is not None and transfer.ranks.size > 1:
-            seen = min(watched.after, transfer.version)
-            if seen > transfer.ranks[watched.rank].acted_at:
-                self._node.run_now(key, ev.ActedOn(seen, watched.rank))
+            self._has_acted(key, transfer, watched)
+            transfer = transfers.get(key)
+        if transfer is None:
+            return self._snapshot(key, rank)
+        if board:
+            self._node.boards.give(transfer, rank)
+        return transfer.snapshot(rank)
+
+    def _has_acted(self, key: ev.Key, transfer: AnyTransfer, watched: worker.Watched) -> None:
+        """A rank that polls behind a snapshot is through with it."""
+        seen = min(watched.after, transfer.version)
+        if seen > transfer.ranks[watched.rank].acted_at:
+            self._node.run_now(key, ev.ActedOn(seen, watched.rank))
 
     def _refused(self, watched: worker.Watched, error: FerryError) -> worker.Refused:
         return worker.Refused(
