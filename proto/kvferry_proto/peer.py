@@ -24,7 +24,7 @@ from kvferry_proto.fields import (
     WireState,
 )
 from kvferry_proto.layout import Layout
-from kvferry_proto.versions import OURS, Versions
+from kvferry_proto.versions import OURS, Version, Versions
 from kvferry_proto.worker import WorldSize
 
 WANTS_MAX = 1024
@@ -55,7 +55,7 @@ class PeerWelcome(Message):
     """The source's daemon answers with its own boot id."""
 
     kind: Literal["peer_welcome"] = "peer_welcome"
-    version: Count
+    version: Version
     boot_id: BootId
     sink_boot_id: BootId  # echoed
 

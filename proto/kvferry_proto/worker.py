@@ -28,7 +28,7 @@ from kvferry_proto.fields import (
 )
 from kvferry_proto.layout import BLOCK_BYTES_MAX, Layout
 from kvferry_proto.states import Mode
-from kvferry_proto.versions import OURS, Versions
+from kvferry_proto.versions import OURS, Version, Versions
 
 POLL_MAX = 4096
 BATCH_MAX = 256
@@ -201,7 +201,7 @@ class Welcome(_Call):
     """The answer to `hello`."""
 
     kind: Literal["welcome"] = "welcome"
-    version: Count
+    version: Version
     boot_id: BootId
     session: Secret
     pool: PoolInfo
