@@ -10,7 +10,7 @@ from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.opening import timing_of
 from kvferry_daemon.core.past import LedgerWrong, Past
-from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease
+from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease, PoolError
 from kvferry_daemon.core.records import HOST, PoolRecord, SessionRecord, StoneRecord, TransferRecord
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
@@ -41,7 +41,7 @@ def restore(node: Node, past: Past) -> None:
             _restore_stone(node, past, key, stone)
         for book in node.books.values():
             book.pool.check()
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, PoolError) as error:
         raise LedgerWrong(str(error)) from error
     for key, transfer in node.transfers.items():
         lost = node.books[transfer.opening.pool_id].lost
@@ -103,6 +103,8 @@ def _restore_session(node: Node, record: SessionRecord) -> None:
 
 def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecord) -> None:
     told = past.openings[key]
+    if told.call.rank >= told.call.world_size:
+        raise LedgerWrong(f"{key} is rank {told.call.rank} of {told.call.world_size}")
     book = node.books[told.pool_id]
     if book.lost:
         record = record.model_copy(update={"leases": [], "quarantined": False})
