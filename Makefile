@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check bench bench-peers soak sim faults model gpu test-vllm clean
+.PHONY: demo test check bench bench-peers soak sim faults fuzz model gpu test-vllm clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -34,6 +34,12 @@ endif
 faults: export PYTHONPATH = tests
 faults: $(INSTALLED)
 	$(BIN)/python -m faults.run --all --jobs 2 $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
+# Mutated frames for decoders, daemons and ledgers; a short form is in `make test`. FIRST: fresh seeds.
+FRAMES ?= 1000000
+fuzz: export PYTHONPATH = tests
+fuzz: $(INSTALLED)
+	$(BIN)/python -m fuzz.run --frames $(FRAMES) --first $(FIRST)
 
 model: export PYTHONPATH = tests
 model: $(INSTALLED)
