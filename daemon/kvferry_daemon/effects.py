@@ -105,17 +105,22 @@ class Effects:
         self._feeding = True
         try:
             while self._events:
-                effects = self._node.handle(self._events.popleft(), self._loop.time())
-                self._perform_once_written(effects)
+                event = self._events.popleft()
+                effects = self._node.handle(event, self._loop.time())
+                # Beside moving bytes the loop would wait for the GIL several times a commit.
+                self._perform_once_written(effects, at_once=type(event) is out.WorkerCalled)
         finally:
             self._feeding = False
             self._arm()
 
-    def _perform_once_written(self, effects: list[out.NodeEffect]) -> None:
+    def _perform_once_written(self, effects: list[out.NodeEffect], *, at_once: bool) -> None:
         """Nobody sees what the ledger does not hold: effects wait for the writes before them."""
         if effects and isinstance(effects[0], out.Write):
             assert self._ledger is not None
-            self._unwritten.append((self._ledger.write(effects[0].rows), effects[1:]))
+            number = self._ledger.write(effects[0].rows, at_once=at_once)
+            self._unwritten.append((number, effects[1:]))
+            if self._ledger.kept >= number:
+                self.on_written(number)
         elif self._unwritten and effects:
             self._unwritten.append((self._unwritten[-1][0], effects))
         else:
