@@ -23,7 +23,10 @@ def draw(seed: int, *, groups: bool = True, later: bool = True) -> Plan:
     in ranks or in the size of blocks then, most of those within one daemon.
     """
     plan = _draw(seed, groups=groups, shapes=later)
-    return _with_later(Random(f"later {seed}"), plan) if later else plan
+    if not later:
+        return plan
+    on_the_loop = Random(f"on the loop {seed}").random() < 0.5  # no other draw moves by it
+    return replace(_with_later(Random(f"later {seed}"), plan), on_the_loop=on_the_loop)
 
 
 def _with_later(dice: Random, plan: Plan) -> Plan:

@@ -153,6 +153,11 @@ class Life:
         if not rows and not self._unwritten:
             self._perform(effects)
             return
+        on_the_loop = self.world.plan.on_the_loop and not self._unwritten
+        if on_the_loop and self.world.dice.random() < 0.5:
+            self._write(rows)
+            self._perform(effects)
+            return
         self._unwritten.append((rows, effects))
         if rows:
             wait_s = self.world.plan.ledger_s * self.world.dice.random()

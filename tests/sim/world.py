@@ -44,6 +44,7 @@ class Plan:
     jobs: tuple[JobPlan, ...]
     faults: tuple[Fault, ...]
     boards: bool = False  # workers look at status boards
+    on_the_loop: bool = False  # some writes are committed at once, if no other is under way
 
 
 class World:
