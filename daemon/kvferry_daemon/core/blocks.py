@@ -106,6 +106,8 @@ class PoolBook:
         One that needs all of its blocks at once may be overtaken by those that can go on with
         fewer, but only OVERTAKEN_MAX times; then everybody waits until there is room for it.
         """
+        if not self._arrived:
+            return  # nobody waits, as mostly
         for role in Role:
             while self.pool.room(role) and (found := self._next(role)) is not None:
                 key, level = found

@@ -249,7 +249,7 @@ class Node:
             if key not in self.transfers:
                 self._effects_of.on_missing(key, event)
                 return
-        if isinstance(event, ev.Granted | ev.TookOver):
+        if isinstance(event, (ev.Granted, ev.TookOver)):  # a union would be built each time
             self._arrived(transfer, event)
         version, ended = transfer.version, transfer.ended
         for effect in transfer.handle(event):

@@ -59,7 +59,8 @@ class Notes:
     def opened(self, transfer: AnyTransfer, call: worker.Send | worker.Receive) -> None:
         """A transfer has been opened."""
         opening = transfer.opening
-        record = OpeningRecord(
+        record = OpeningRecord.model_construct(
+            kind="opening",
             role=opening.key.role,
             transfer_id=opening.key.transfer_id,
             attempt=opening.key.attempt,
@@ -86,7 +87,8 @@ class Notes:
         """A tombstone is new, or has changed."""
         stone = self._node.tombstones.get(key)
         assert stone is not None, key
-        record = StoneRecord(
+        record = StoneRecord.model_construct(
+            kind="stone",
             snapshot=stone.snapshot,
             sessions=list(stone.sessions),
             until_s=max(0.0, stone.until_s),

@@ -88,11 +88,8 @@ def timing_of(call: worker.Send | worker.Receive, settings: Settings) -> Timing:
     Raises FerryError(bad_deadline) for one beyond what the operator allows.
     """
     timing = settings.timing
-    asked = {
-        name: value
-        for name in ("stall_s", "lease_s", "hold_s")
-        if (value := getattr(call, name, None)) is not None
-    }
+    own = ("lease_s", call.lease_s) if isinstance(call, worker.Send) else ("hold_s", call.hold_s)
+    asked = {name: s for name, s in (("stall_s", call.stall_s), own) if s is not None}
     for name, value in asked.items():
         low = 2 * timing.heartbeat_s if name == "lease_s" else 0.0  # it lives by pings
         if not low <= value <= settings.deadline_max_s:
@@ -100,7 +97,7 @@ def timing_of(call: worker.Send | worker.Receive, settings: Settings) -> Timing:
                 Code.BAD_DEADLINE,
                 f"{name} {value:g} is not between {low:g} and {settings.deadline_max_s:g}",
             )
-    return replace(timing, **asked)
+    return replace(timing, **asked) if asked else timing
 
 
 def checked_address(address: str | None) -> str | None:

@@ -55,16 +55,16 @@ class Openings:
         if isinstance(call, worker.Receive):
             node.sinks.check_room(opening.source)
             self._supersede(key, newest)
-            self.opened_by[key] = call.model_copy(update={"call": 0})
-            node.open(SinkTransfer(opening, timing, now_s), self.opened_by[key])
+            self.opened_by[key] = call
+            node.open(SinkTransfer(opening, timing, now_s), call)
             node.sinks.attach(key)
             return
         source = SourceTransfer(opening, timing, now_s)
         told = _told(call)
         check_ready(source, told)
         self._supersede(key, newest)
-        self.opened_by[key] = call.model_copy(update={"call": 0})
-        node.open(source, self.opened_by[key])
+        self.opened_by[key] = call
+        node.open(source, call)
         node.run_now(key, told)
         node.sources.replay_unmet(key)
 

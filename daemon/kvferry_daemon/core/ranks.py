@@ -54,6 +54,9 @@ class Ranks:
     @property
     def released(self) -> bool:
         """Whether none of them touches a block any more."""
+        if self.size == 1:
+            rank = self._ranks[0]
+            return rank.released or not rank.session
         return all(rank.released or not rank.session for rank in self._ranks)
 
     @property
@@ -71,6 +74,9 @@ class Ranks:
     @property
     def know_total(self) -> bool:
         """Whether each has said itself where the payload ends, or will write no more."""
+        if self.size == 1:
+            one = self._ranks[0]
+            return one.total_tokens is not None or one.released
         return all(one.total_tokens is not None or one.released for one in self._ranks)
 
     def is_of(self, number: int, session: str) -> bool:
