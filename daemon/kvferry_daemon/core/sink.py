@@ -339,8 +339,12 @@ class SinkTransfer(Transfer):
         if not news.known:
             if self.known_at is not None and news.number > self.known_at:
                 self._fail(Code.SOURCE_LOST, "the source daemon no longer knows this attempt")
-            elif news.will_tell and news.number == self._number:
-                self._rest()
+            elif news.number == self._number:
+                if news.will_tell:
+                    self._rest()
+                else:  # not, or no longer
+                    soon_s = self.now_s + self.timing.resend_max_s
+                    self._resend_at_s = min(self._resend_at_s, soon_s)
             return
         self._shows_layout = False
         self._heard = True

@@ -204,13 +204,30 @@ class SourceDesk:
 
     def replay_unmet(self, key: ev.Key) -> None:
         """A pull came before the source was opened: answer it now, not at its next repeat."""
-        unmet = self._unmet.pop(key, None)
-        if unmet is None:
+        if key.attempt:
+            self._take_back_older(key)
+        event, _ = self._unmet.pop(key, (None, 0.0))
+        if event is None:
             return
-        if unmet[0].sink == self._node.settings.boot_id:
-            self._node.here.pull(unmet[0])
+        if event.sink == self._node.settings.boot_id:
+            self._node.here.pull(event)
         else:
-            self._on_pull(unmet[0])
+            self._on_pull(event)
+
+    def _take_back_older(self, key: ev.Key) -> None:
+        """Earlier attempts will not come any more."""
+        for old in [old for old in self._unmet if old.transfer_id == key.transfer_id]:
+            if old.attempt < key.attempt:
+                self._take_back(old)
+
+    def _take_back(self, key: ev.Key) -> None:
+        """A promise is kept no longer: tell its sink how things are, so that it asks again."""
+        event, _ = self._unmet.pop(key)
+        progress = self.answer_without_transfer(key, event.pull.number)
+        if event.sink == self._node.settings.boot_id:
+            self._node.post(key._replace(role=Role.SINK), ev.Heard(progress))
+        else:
+            self.say_progress(event.sink, progress)
 
     def _on_done(self, sink: SinkDaemon, message: wire.Done) -> None:
         key = ev.Key(Role.SOURCE, message.transfer_id, message.attempt)
@@ -313,4 +330,4 @@ class SourceDesk:
             key, (_, at_s) = next(iter(self._unmet.items()))
             if self._node.now_s - at_s < keep_s:
                 break
-            del self._unmet[key]
+            self._take_back(key)
