@@ -6,7 +6,9 @@ import pytest
 
 from core.stories import SINK, SOURCE
 from kvferry_daemon.core.events import Key
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import worker
+from kvferry_proto.peer import PeerHello
 from kvferry_proto.states import Role, State
 from world import World
 
@@ -54,3 +56,14 @@ def test_a_promise_that_is_kept_no_longer_is_taken_back(here: bool) -> None:
     world.call(where, SOURCE, worker.Send(transfer_id="t", total_tokens=4))
     world.settle()
     assert world.snapshot("b", SINK, Role.SINK).total_tokens == 4
+
+
+def test_a_source_is_not_bound_to_a_sink_that_is_forgotten() -> None:
+    """Its daemon was started anew; another one's sink would be refused with sink_taken."""
+    world, _ = waiting(here=False)
+    life = PeerHello(boot_id="c" * 16, daemon_id="b" * 16, life=2)
+    world.machines["a"].node.sources._on_hello(b"b", life)
+    world.call("a", SOURCE, worker.Send(transfer_id="t", total_tokens=4))
+    source = world.machines["a"].node.transfers[Key(Role.SOURCE, "t", 0)]
+    assert isinstance(source, SourceTransfer)
+    assert source.sink_daemon is None

@@ -211,7 +211,7 @@ class SourceDesk:
             return
         if event.sink == self._node.settings.boot_id:
             self._node.here.pull(event)
-        else:
+        elif event.sink in self._daemons:  # one that was forgotten says hello first, and asks anew
             self._on_pull(event)
 
     def _take_back_older(self, key: ev.Key) -> None:
