@@ -139,7 +139,8 @@ class CacheSending:
         self.sending.__exit__(kind, error, trace)
 
     def add(self, aux: dict[str, Any] | None = None) -> None:
-        """Copy what is new into the pool, waiting for room; ``aux`` with the last tokens.
+        """Copy what is new into the pool, waiting for room; ``aux`` with the last ones, or
+        behind them where no total was told.
 
         FerryError(layout_mismatch) or FerryError(bad_cache) if the cache has become another.
         """
@@ -147,6 +148,8 @@ class CacheSending:
         first = self.sending.snapshot.available_tokens
         if end < first:
             raise FerryError(Code.BAD_CACHE, f"{first} tokens were sent, and it has {end} now")
+        if first == end and aux is not None:
+            self.sending.ready(end, aux=aux)
         while first < end:
             stop = min(end, first + self._pool.info.window_tokens)
             arrays = arrays_of(self._cache, self._pool.layout, first, stop)

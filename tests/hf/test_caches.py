@@ -181,3 +181,13 @@ def test_a_cache_may_be_wanted_on_a_device_that_the_pool_is_not_in(daemons: Daem
     received = moved(daemons, "device", cache, config_of("llama"), 0, device="meta")
     assert {layer.keys.device.type for layer in received.layers} == {"meta"}
     assert received.get_seq_length() == 100
+
+
+def test_aux_values_may_come_behind_the_last_tokens(daemons: Daemons) -> None:
+    """The total is not told yet: an `add` without a new token said nothing of them."""
+    cache = filled("llama", 20)
+    with receiving(daemons, "aux-behind", config_of("llama")) as (client, arriving):
+        with CacheSending(client, "aux-behind", cache) as sending:
+            sending.add()
+            sending.add({"first_token": 7})
+        assert arriving.result(60).aux == {"first_token": 7}
