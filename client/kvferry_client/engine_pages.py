@@ -8,6 +8,7 @@ import torch
 
 from kvferry_client.paged import BlockTable, PagedCache, PagedCopy, PagedPool
 from kvferry_client.views import Pool, WindowView
+from kvferry_proto.errors import Code, FerryError
 
 NO_BLOCK = -1  # in a block table: the engine keeps nothing of these tokens
 Tables = Sequence[BlockTable]  # one for each cache of the engine
@@ -62,8 +63,13 @@ class Pages:
 
 def _kept(table: BlockTable, size: int, tokens: range) -> Iterator[range]:
     """The parts of ``tokens`` that a table has blocks for, as few as can be."""
-    first = tokens.start // size
-    entries = np.asarray(table[first : -(-tokens.stop // size)])
+    first, end = tokens.start // size, -(-tokens.stop // size)
+    entries = np.asarray(table[first:end])
+    if len(entries) < end - first:  # they are not gone: nothing is said of them
+        raise FerryError(
+            Code.BAD_BLOCK_TABLE,
+            f"a block table of {len(table)} entries, {end} are needed for {tokens.stop} tokens",
+        )
     edges = np.flatnonzero(np.diff(np.concatenate([[False], entries != NO_BLOCK, [False]])))
     for low, high in edges.reshape(-1, 2).tolist():
         yield range(
