@@ -65,8 +65,8 @@ class AsyncClient:
     def welcome(self) -> worker.Welcome:
         """What the daemon said to the newest hello."""
         assert self._session is not None
-        assert self._session.member is not None
-        return self._session.member.welcome
+        assert self._session.welcome is not None
+        return self._session.welcome
 
     async def call(self, call: Any, wait_s: float = CALL_S, pool: Pool | None = None) -> Any:
         """Make any call of the worker socket; FerryError if it is refused or unanswered."""

@@ -69,6 +69,7 @@ class Session:
         self.name = name
         self.lock = Lock(runtime_dir)
         self.member: Member | None = None
+        self.welcome: worker.Welcome | None = None  # the newest, also while we join anew
         self.joining = threading.Lock()  # one hello at a time, or there would be two sessions
         self._numbers = itertools.count(1)
 
@@ -149,7 +150,7 @@ class Session:
             board = Board(welcome)
             if old is not None:
                 old.board.leave()
-        self.member = Member(welcome, pool, board)
+        self.member, self.welcome = Member(welcome, pool, board), welcome
         return self.member
 
 

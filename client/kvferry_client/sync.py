@@ -61,8 +61,8 @@ class Client:
     @property
     def welcome(self) -> worker.Welcome:
         """What the daemon said to the newest hello."""
-        assert self._session.member is not None
-        return self._session.member.welcome
+        assert self._session.welcome is not None
+        return self._session.welcome
 
     @property
     def pool(self) -> Pool:

@@ -1,5 +1,6 @@
 """What goes wrong beside the bytes: daemons that go at the worst moment, engines that say it twice."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,3 +43,31 @@ def test_a_table_that_ends_too_early_is_an_error(a: LiveDaemon, b: LiveDaemon, s
         assert error is not None
         assert error.code == "bad_block_table"
         assert "a block table of 7 entries, 8 are needed for 64 tokens" in str(error)
+
+
+def test_the_daemons_address_can_be_asked_for_while_it_is_joined_anew(tmp_path: Path) -> None:
+    """An engine does so in each of its steps."""
+    prefill = Pages()
+    a = LiveDaemon(tmp_path / "a")
+    with prefill.ferry(a.directory) as ferry:
+        assert ferry.peer_address == a.address
+        ask = threading.Event()
+        seen: list[BaseException | str | None] = []
+
+        def asks() -> None:
+            while not ask.is_set():
+                try:
+                    seen.append(ferry.peer_address)
+                except AssertionError as error:
+                    seen.append(error)
+
+        thread = threading.Thread(target=asks)
+        thread.start()
+        a.stop_and_forget()
+        with a.again() as anew:
+            outgoing = ferry.send("t", total_tokens=0)
+            assert outgoing.wait(WAIT_S)
+            ask.set()
+            thread.join()
+            assert {type(one) for one in seen} <= {str, type(None)}
+            assert ferry.peer_address == anew.address
