@@ -115,10 +115,15 @@ class DevicePool(Pool):
 def open_pool(info: PoolInfo, layout: Layout) -> Pool:
     """Map the pool's file, or open its device memory.
 
-    OSError if the file cannot be opened, FerryError(pool_unreachable) if the memory cannot.
+    FerryError(pool_unreachable) if that cannot be.
     """
     if info.device is None:
-        return Pool(info, layout)
+        try:
+            return Pool(info, layout)
+        except (OSError, ValueError) as error:
+            raise FerryError(
+                Code.POOL_UNREACHABLE, f"cannot map the pool's file {info.path}: {error}"
+            ) from error
     try:
         memory = _open(info.device, info.blocks * info.block_bytes)
     except (ImportError, DriverError, RuntimeError, AssertionError) as error:

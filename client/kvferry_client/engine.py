@@ -19,7 +19,7 @@ from typing import Self
 
 from kvferry_client.aio import AsyncClient
 from kvferry_client.engine_pages import NO_BLOCK, Pages, Tables
-from kvferry_client.engine_sides import Incoming, Outgoing, Side
+from kvferry_client.engine_sides import Incoming, Outgoing, Side, typed
 from kvferry_client.paged import CachePlane, PagedCache
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
@@ -184,10 +184,12 @@ class Ferry:
         while True:
             try:
                 self._client = await stack.enter_async_context(AsyncClient(*self._arguments))
-            except FerryError as error:
-                if self._refusal is None or self._refusal.code != error.code:
-                    logger.warning("kvferry's daemon is not joined yet; trying on: %s", error)
-                self._refusal = error
+            except Exception as error:  # of any kind: nobody else would ever join
+                refusal = typed(error)
+                if self._refusal is None or self._refusal.code != refusal.code:
+                    words = "kvferry's daemon is not joined yet; trying on: %s"
+                    logger.warning(words, refusal, exc_info=refusal.code is Code.INTERNAL)
+                self._refusal = refusal
                 await asyncio.sleep(JOIN_AGAIN_S)
             else:
                 self._refusal = None

@@ -14,6 +14,14 @@ from kvferry_proto.states import State
 PIECE_TOKENS = 1024  # copied at a stretch: what ``forget`` may have to wait for
 LET_GO_AGAIN_S = 1.0
 
+logger = logging.getLogger(__name__)
+
+
+def typed(error: BaseException) -> FerryError:
+    """The error itself, or an internal one that tells what it was."""
+    if isinstance(error, FerryError):
+        return error
+    return FerryError(Code.INTERNAL, f"{type(error).__name__}: {error}")
 
 class Side:
     """One transfer as its engine sees it; any thread may look at it and abort it."""
@@ -46,11 +54,9 @@ class Side:
         """No page is touched from now on; the first word counts."""
         if self._ended.is_set():
             return
-        if error is not None and not isinstance(error, FerryError):
-            is_abort = isinstance(error, asyncio.CancelledError)
-            words = self.reason if is_abort else f"{type(error).__name__}: {error}"
-            error = FerryError(Code.ABORTED if is_abort else Code.INTERNAL, words)
-        self.error = error
+        if isinstance(error, asyncio.CancelledError):
+            error = FerryError(Code.ABORTED, self.reason)
+        self.error = None if error is None else typed(error)
         self._ended.set()
 
     async def move(self, client: AsyncClient) -> None:

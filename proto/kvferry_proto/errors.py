@@ -130,7 +130,8 @@ ADVICE: dict[Code, Advice] = {
     ),
     Code.POOL_UNREACHABLE: Advice(
         _O,
-        "let daemon and worker see the same GPU in one PID and IPC namespace, or use device=host",
+        "let daemon and worker see one runtime directory; for a pool in a GPU the same GPU, too, in "
+        "one PID and IPC namespace, or use device=host",
     ),
     Code.POOL_LOST: Advice(
         _O, "device memory ended with its daemon's process; use attempt + 1 on both sides"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.pages import Pages, two_engines
+from kvferry_client.engine import Ferry
+from kvferry_client.paged import PagedCache
 from live import WAIT_S, WINDOW, LiveDaemon
 
 
@@ -43,6 +45,23 @@ def test_a_table_that_ends_too_early_is_an_error(a: LiveDaemon, b: LiveDaemon, s
         assert error is not None
         assert error.code == "bad_block_table"
         assert "a block table of 7 entries, 8 are needed for 64 tokens" in str(error)
+
+
+def test_a_pool_that_an_engine_does_not_see_is_said_and_tried_again(a: LiveDaemon) -> None:
+    """As in a container without that mount: nobody would try to join any more, nor say why."""
+    prefill = Pages()
+    with prefill.ferry(a.directory):
+        pass  # the daemon has the pool open from now on
+    pools = a.directory / "pools"
+    pools.rename(a.directory / "away")
+    with Ferry(a.directory, prefill.layout, [PagedCache(prefill.layers)]) as ferry:
+        outgoing = ferry.send("t", total_tokens=1)
+        assert outgoing.wait(WAIT_S)
+        assert outgoing.error is not None
+        assert str(pools) in str(outgoing.error)
+        (a.directory / "away").rename(pools)
+        assert ferry.wait_until_joined(WAIT_S)
+        assert ferry.refusal is None
 
 
 def test_the_daemons_address_can_be_asked_for_while_it_is_joined_anew(tmp_path: Path) -> None:
