@@ -210,9 +210,10 @@ class Incoming(Side):
                     await self._take_all(client, receiving)
                 except BaseException as error:
                     raise self._give_up(error) from error
-            self.end()  # only now: leaving has waited for the GPU's copies
+                self.end()
         finally:
             await self._let_go(receiving)
+                    await client.drive(receiving.logic.settled(), receiving.logic.pool)
 
     def _stop(self) -> None:
         """Let the engine go on, and stop once the source can be told: see ``_take_all``."""

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,38 @@ def b(tmp_path: Path) -> Iterator[LiveDaemon]:
     """The sink's daemon."""
     with LiveDaemon(tmp_path / "b") as daemon:
         yield daemon
+
+
+class Gate(list[int]):
+    """A block table that holds up whoever looks at it."""
+
+    def __init__(self, table: list[int]) -> None:
+        super().__init__(table)
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __getitem__(self, which: Any) -> Any:
+        self.reached.set()
+        assert self.opened.wait(WAIT_S)
+        return super().__getitem__(which)
+
+
+def test_decode_goes_on_though_its_daemon_goes_before_it_is_told(
+    a: LiveDaemon, b: LiveDaemon
+) -> None:
+    """All tokens are in the pages: whether the daemon hears of it is no matter of the engine's."""
+    prefill, decode = Pages(), Pages()
+    with two_engines(a, b, prefill, decode) as (source, sink):
+        table, theirs = prefill.take(9), Gate(decode.take(9))
+        prefill.compute(table, 0, 9)
+        source.send("t", total_tokens=9).computed([table], 9)
+        incoming = sink.receive("t", source=a.address, tables=[theirs], first_token=0, end_token=9)
+        assert theirs.reached.wait(WAIT_S)
+        b.stop()
+        theirs.opened.set()
+        assert incoming.wait(5)  # a call that nobody answers takes 10 s
+        assert incoming.error is None
+        assert incoming.taken_tokens == 9
+        assert decode.wrong(list(theirs), 0, 9) == []
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
