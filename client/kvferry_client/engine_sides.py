@@ -1,6 +1,7 @@
 """The two sides of a transfer between an engine's pages and windows: see ``engine``. Needs torch."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ class Side:
         self._pages.settle()
         self.end(error)
         assert self.error is not None
+        if not isinstance(error, FerryError | asyncio.CancelledError):
+            logger.error("transfer %s, attempt %d", self.transfer_id, self.attempt, exc_info=error)
         return self.error
 
     async def _let_go(self, transfer: AsyncSending | AsyncReceiving) -> None:

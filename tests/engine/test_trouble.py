@@ -80,6 +80,22 @@ def test_a_table_that_ends_too_early_is_an_error(a: LiveDaemon, b: LiveDaemon, s
         assert "a block table of 7 entries, 8 are needed for 64 tokens" in str(error)
 
 
+def test_a_mistake_in_a_copy_is_logged_where_it_happened(
+    a: LiveDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill = Pages()
+    with prefill.ferry(a.directory) as source:
+        outgoing = source.send("t", total_tokens=9)
+        outgoing.computed([], 9)  # of one cache
+        assert outgoing.wait(WAIT_S)
+        assert outgoing.error is not None
+        assert outgoing.error.code == "internal"
+    (said,) = [one for one in caplog.records if one.exc_info]
+    assert said.exc_info is not None
+    assert said.exc_info[0] is ValueError
+    assert "transfer t, attempt 0" in said.getMessage()
+
+
 def test_a_pool_that_an_engine_does_not_see_is_said_and_tried_again(a: LiveDaemon) -> None:
     """As in a container without that mount: nobody would try to join any more, nor say why."""
     prefill = Pages()
