@@ -14,7 +14,6 @@ from kvferry_proto.states import State
 
 PIECE_TOKENS = 1024  # copied at a stretch: what ``forget`` may have to wait for
 LET_GO_AGAIN_S = 1.0
-
 logger = logging.getLogger(__name__)
 
 
@@ -23,6 +22,7 @@ def typed(error: BaseException) -> FerryError:
     if isinstance(error, FerryError):
         return error
     return FerryError(Code.INTERNAL, f"{type(error).__name__}: {error}")
+
 
 class Side:
     """One transfer as its engine sees it; any thread may look at it and abort it."""
@@ -65,16 +65,18 @@ class Side:
         raise NotImplementedError
 
     def _stop(self) -> None:
+        """Once only: what tells the daemon of the end is part of the same task."""
         assert self.task is not None
-        self.task.cancel()
+        if not self.ended and not self.task.cancelling():
+            self.task.cancel()
 
     def _give_up(self, error: BaseException) -> FerryError:
         """Let the engine go on before the daemon is told, which may be dead and keep us waiting."""
         self._pages.settle()
-        self.end(error)
-        assert self.error is not None
         if not isinstance(error, FerryError | asyncio.CancelledError):
             logger.error("transfer %s, attempt %d", self.transfer_id, self.attempt, exc_info=error)
+        self.end(error)
+        assert self.error is not None
         return self.error
 
     async def _let_go(self, transfer: AsyncSending | AsyncReceiving) -> None:
@@ -211,15 +213,17 @@ class Incoming(Side):
             async with receiving:
                 try:
                     await self._take_all(client, receiving)
+                    await client.drive(receiving.logic.settled(), receiving.logic.pool)
                 except BaseException as error:
                     raise self._give_up(error) from error
                 self.end()
         finally:
             await self._let_go(receiving)
-                    await client.drive(receiving.logic.settled(), receiving.logic.pool)
 
     def _stop(self) -> None:
         """Let the engine go on, and stop once the source can be told: see ``_take_all``."""
+        if self.ended:
+            return
         self._give_up(asyncio.CancelledError())
         if self._taking is not None:
             self._taking.cancel()
@@ -233,7 +237,7 @@ class Incoming(Side):
         while receiving.snapshot.state is State.BOOTSTRAPPING:
             await client.drive(receiving.logic.change(), receiving.logic.pool)
         if self.ended or not self._tokens:
-            raise FerryError(Code.ABORTED, self.reason)
+            raise FerryError(Code.ABORTED, self.reason if self.ended else "no token is wanted here")
         self._taking = asyncio.ensure_future(self._windows(receiving))
         await self._taking
 

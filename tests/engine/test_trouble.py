@@ -1,5 +1,6 @@
 """What goes wrong beside the bytes: daemons that go at the worst moment, engines that say it twice."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from engine.pages import Pages, two_engines
 from kvferry_client.engine import Ferry
 from kvferry_client.paged import PagedCache
-from live import WAIT_S, WINDOW, LiveDaemon
+from live import BLOCK, WAIT_S, WINDOW, LiveDaemon
 
 
 @pytest.fixture
@@ -59,6 +60,42 @@ def test_decode_goes_on_though_its_daemon_goes_before_it_is_told(
         assert decode.wrong(list(theirs), 0, 9) == []
 
 
+def test_an_abort_that_comes_too_late_is_nothing(
+    a: LiveDaemon, b: LiveDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill, decode = Pages(), Pages()
+    with caplog.at_level(logging.WARNING), two_engines(a, b, prefill, decode) as (source, sink):
+        table, theirs = prefill.take(9), decode.take(9)
+        prefill.compute(table, 0, 9)
+        outgoing = source.send("t", total_tokens=9)
+        outgoing.computed([table], 9)
+        incoming = sink.receive("t", source=a.address, tables=[theirs], first_token=0, end_token=9)
+        assert incoming.wait(WAIT_S)
+        assert outgoing.wait(WAIT_S)
+        outgoing.abort("too late")
+        incoming.abort("too late")
+    assert incoming.error is outgoing.error is None
+    assert caplog.records == []
+
+
+def test_an_abort_that_is_said_again_and_again_reaches_the_daemon(tmp_path: Path) -> None:
+    """The daemon is away; what would tell it later must not be given up, too."""
+    prefill = Pages()
+    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as source:
+        table = prefill.take(WINDOW)
+        outgoing = source.send("t", total_tokens=WINDOW)
+        outgoing.computed([table], BLOCK)
+        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens == BLOCK)
+        a.pause()
+        for turn in range(5):
+            outgoing.abort("the client went away")
+            other = source.send(f"other{turn}", total_tokens=1)
+            other.abort("only to see that what was said before was heard")
+            assert other.wait(WAIT_S)
+        a.resume()
+        a.wait_until_free()
+
+
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_a_table_that_ends_too_early_is_an_error(a: LiveDaemon, b: LiveDaemon, side: str) -> None:
     """Tokens that no entry speaks of would travel as whatever lay in the pool before."""
@@ -94,6 +131,19 @@ def test_a_mistake_in_a_copy_is_logged_where_it_happened(
     assert said.exc_info is not None
     assert said.exc_info[0] is ValueError
     assert "transfer t, attempt 0" in said.getMessage()
+
+
+def test_who_wants_nothing_says_so(a: LiveDaemon, b: LiveDaemon) -> None:
+    prefill, decode = Pages(), Pages()
+    with two_engines(a, b, prefill, decode) as (source, sink):
+        table = prefill.take(9)
+        source.send("t", total_tokens=9).computed([table], 9)
+        declined = sink.receive("t", source=a.address, tables=[], first_token=0, end_token=0)
+        assert declined.wait(WAIT_S)
+        assert "no token is wanted" in str(declined.error)
+        seen = a.wait_for_transfer("t", lambda seen: seen.snapshot.error is not None)
+        assert seen.snapshot.error is not None
+        assert "no token is wanted" in seen.snapshot.error.message
 
 
 def test_a_pool_that_an_engine_does_not_see_is_said_and_tried_again(a: LiveDaemon) -> None:
