@@ -43,9 +43,7 @@ class AsyncConnection:
         self._closed = True
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(_closed())
+        self._fail_all(_closed())
         self._socket.close(linger=0)
         self._context.term()
 
@@ -108,9 +106,18 @@ class AsyncConnection:
         except zmq.Again:
             return  # the queue is full: the daemon is away; the next repeat may fare better
 
+    def _fail_all(self, error: FerryError) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+
     async def _read(self) -> None:
         while True:
-            reply = worker.REPLIES.decode(await self._socket.recv())
+            try:
+                reply = worker.REPLIES.decode(await self._socket.recv())
+            except FerryError as error:  # whose it was, nobody can tell; the next one may be fine
+                self._fail_all(error)
+                continue
             future = self._waiting.get(reply.call)
             if future is not None and not future.done():
                 future.set_result(reply)  # others are late answers to calls that were repeated
