@@ -67,3 +67,20 @@ def test_a_source_is_not_bound_to_a_sink_that_is_forgotten() -> None:
     source = world.machines["a"].node.transfers[Key(Role.SOURCE, "t", 0)]
     assert isinstance(source, SourceTransfer)
     assert source.sink_daemon is None
+
+
+def test_two_sinks_for_one_source_learn_soon_which_of_them_has_it() -> None:
+    """One promise is kept for a source; the other sink must not rest on it."""
+    world, _ = waiting(here=False)
+    world.hello("a", b"another sink")
+    world.call("a", b"another sink", worker.Receive(transfer_id="t"))
+    beat(world, 1)
+    world.call("a", SOURCE, worker.Send(transfer_id="t", total_tokens=4))
+    beat(world, 3)
+    both = [
+        world.snapshot("b", SINK, Role.SINK),
+        world.snapshot("a", b"another sink", Role.SINK),
+    ]
+    assert [seen.total_tokens for seen in both].count(4) == 1
+    (refused,) = [seen.error.code for seen in both if seen.error is not None]
+    assert refused == "sink_taken"

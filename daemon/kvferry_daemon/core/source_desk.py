@@ -196,6 +196,8 @@ class SourceDesk:
         """A pull came before its source: keep who asked, not what for, and say whether we do."""
         progress = self.answer_without_transfer(key, event.pull.number)
         kept = not progress.known and (key in self._unmet or len(self._unmet) < self.unmet_max)
+        if kept and key in self._unmet and self._unmet[key][0].daemon != event.daemon:
+            self._take_back(key)  # only one of them can have it; the other must not rest on it
         if kept:
             pull = event.pull.model_copy(update={"want": [], "layout": None})
             self._unmet[key] = (ev.Pulled(event.sink, event.daemon, pull), self._node.now_s)
