@@ -1,19 +1,22 @@
-"""The two sides of a transfer between an engine's pages and windows: see ``engine``. Needs torch."""
+"""One transfer as its engine sees it, and the decode side of pages: see ``engine``. Needs torch."""
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
-from kvferry_client.engine_pages import Pages, Tables
+from kvferry_client.engine_pages import Memory, Pages, Tables
 from kvferry_client.views import Pool, WindowView
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import State
 
 PIECE_TOKENS = 1024  # copied at a stretch: what ``forget`` may have to wait for
 LET_GO_AGAIN_S = 1.0
+Identity = Mapping[str, str]  # what a payload is of: both sides tell the same, or it is refused
+NOTHING: Identity = MappingProxyType({})
 logger = logging.getLogger(__name__)
 
 
@@ -27,19 +30,20 @@ def typed(error: BaseException) -> FerryError:
 class Side:
     """One transfer as its engine sees it; any thread may look at it and abort it."""
 
-    def __init__(self, pages: Pages, transfer_id: str, attempt: int) -> None:
+    def __init__(self, memory: Memory, transfer_id: str, attempt: int, identity: Identity) -> None:
         self.transfer_id = transfer_id
         self.attempt = attempt
         self.error: FerryError | None = None
         self.reason = "the engine is stopping"
         self.tell: Callable[[Callable[[], object]], object] = lambda _: None  # set by the ferry
         self.task: asyncio.Task[None] | None = None  # the same, once it has begun
-        self._pages = pages
+        self._memory = memory
+        self._identity = identity
         self._ended = threading.Event()
 
     @property
     def ended(self) -> bool:
-        """Whether the engine's pages are touched no more; ``error`` says how it went."""
+        """Whether the engine's memory is touched no more; ``error`` says how it went."""
         return self._ended.is_set()
 
     def wait(self, wait_s: float) -> bool:
@@ -64,6 +68,11 @@ class Side:
         """Do all of it, in the ferry's thread."""
         raise NotImplementedError
 
+    @property
+    def _aux(self) -> dict[str, str] | None:
+        """How the identity travels."""
+        return dict(self._identity) or None
+
     def _stop(self) -> None:
         """Once only: what tells the daemon of the end is part of the same task."""
         assert self.task is not None
@@ -72,7 +81,7 @@ class Side:
 
     def _give_up(self, error: BaseException) -> FerryError:
         """Let the engine go on before the daemon is told, which may be dead and keep us waiting."""
-        self._pages.settle()
+        self._memory.settle()
         if not isinstance(error, FerryError | asyncio.CancelledError):
             logger.error("transfer %s, attempt %d", self.transfer_id, self.attempt, exc_info=error)
         self.end(error)
@@ -84,7 +93,7 @@ class Side:
 
         One that goes on from its ledger would keep them until this process ends.
         """
-        while not transfer.logic.released and not self._pages.are_left:
+        while not transfer.logic.released and not self._memory.is_left:
             try:
                 if self.error is None:
                     await transfer.release()
@@ -96,118 +105,36 @@ class Side:
                 await asyncio.sleep(LET_GO_AGAIN_S)
 
 
-class _Computed(NamedTuple):
-    """What an engine has computed, and where it lies; ``event``: the GPU's work on it."""
-
-    tables: Tables
-    tokens: int
-    event: Any
-
-
-class Outgoing(Side):
-    """The prefill side: ``ended`` once every token was copied into a window, long before it arrived.
-
-    From then on the payload is the daemon's: its lease and deadlines hold, and the engine's pages
-    are free whatever becomes of decode.
-    """
-
-    def __init__(self, pages: Pages, transfer_id: str, attempt: int, total_tokens: int) -> None:
-        super().__init__(pages, transfer_id, attempt)
-        self.total_tokens = total_tokens
-        self.copied_tokens = 0
-        self._have: _Computed | None = None
-        self._news = asyncio.Event()
-        self._copying = threading.Lock()
-
-    def computed(self, tables: Tables, tokens: int) -> None:
-        """Tokens below ``tokens`` lie in these pages, once the GPU has done what it was given.
-
-        Entries of pages that are gone are ``NO_BLOCK``: those tokens travel as they are, unread.
-        """
-        self._have = _Computed(tables, min(tokens, self.total_tokens), self._pages.event())
-        self.tell(self._news.set)
-
-    def forget(self) -> None:
-        """The pages are about to be another's: a preempted request's. Waits for a copy under way.
-
-        What was copied stays; the rest comes when it has been ``computed`` again.
-        """
-        self._have = None
-        with self._copying:
-            self._pages.settle()
-
-    async def move(self, client: AsyncClient) -> None:
-        """Fill windows until the payload is complete."""
-        sending = await client.send(
-            self.transfer_id,
-            attempt=self.attempt,
-            rank=self._pages.rank,
-            world_size=self._pages.world_size,
-            total_tokens=self.total_tokens,
-        )
-        try:
-            async with sending:
-                try:
-                    await self._fill(sending)
-                except BaseException as error:
-                    raise self._give_up(error) from error
-                self.end()
-        finally:
-            await self._let_go(sending)
-
-    async def _fill(self, sending: AsyncSending) -> None:
-        async for window in sending.windows():
-            while not (end := self._copy(window, sending.logic.pool)):
-                await self._news.wait()
-                self._news.clear()
-            await sending.ready(end)
-            self.copied_tokens = end
-
-    def _copy(self, window: WindowView, pool: Pool) -> int:
-        """Copy what is computed and fits; up to which token, or 0 if there is nothing new."""
-        with self._copying:
-            have, first = self._have, window.first_token
-            if have is None or have.tokens <= first:
-                return 0
-            end = min(have.tokens, window.end_token, first + PIECE_TOKENS)
-            self._pages.follow(have.event)
-            self._pages.copy(have.tables, window, pool, range(first, end), out=True)
-            return end
-
-
-class Incoming(Side):
-    """The decode side: ``ended`` once tokens below ``taken_tokens`` lie in the engine's pages.
-
-    Without an ``error`` these are all of them.
-    """
+class Fetching(Side):
+    """The side that fetches, whatever it fetches into."""
 
     def __init__(
         self,
-        pages: Pages,
+        memory: Memory,
         transfer_id: str,
         attempt: int,
+        identity: Identity,
         source: str | None,
-        tables: Tables,
-        tokens: range,
+        *,
+        start_tokens: int,
+        is_wanted: bool,
     ) -> None:
-        super().__init__(pages, transfer_id, attempt)
+        super().__init__(memory, transfer_id, attempt, identity)
         self.source = source
-        self.taken_tokens = tokens.start
-        self._tables = tables
-        self._tokens = tokens
-        self._event = pages.event()
+        self._start_tokens = start_tokens
+        self._is_wanted = is_wanted
         self._taking: asyncio.Task[None] | None = None
 
     async def move(self, client: AsyncClient) -> None:
         """Take windows over until the payload is complete."""
-        size = self._pages.pool_block_tokens
+        is_ours = self.source == client.welcome.peer_address
         receiving = await client.receive(
             self.transfer_id,
-            source=self.source,
+            source=None if is_ours else self.source,
             attempt=self.attempt,
-            rank=self._pages.rank,
-            world_size=self._pages.world_size,
-            start_tokens=self._tokens.start // size * size,
+            rank=self._memory.rank,
+            world_size=self._memory.world_size,
+            start_tokens=self._start_tokens,
         )
         try:
             async with receiving:
@@ -236,15 +163,73 @@ class Incoming(Side):
         """
         while receiving.snapshot.state is State.BOOTSTRAPPING:
             await client.drive(receiving.logic.change(), receiving.logic.pool)
-        if self.ended or not self._tokens:
+        if self.ended or not self._is_wanted:
             raise FerryError(Code.ABORTED, self.reason if self.ended else "no token is wanted here")
         self._taking = asyncio.ensure_future(self._windows(receiving))
         await self._taking
 
     async def _windows(self, receiving: AsyncReceiving) -> None:
+        """Take every window over."""
+        raise NotImplementedError
+
+    def _check_identity(self, told: Mapping[str, Any] | None) -> None:
+        """FerryError(payload_mismatch) if the source has told anything else."""
+        told = told or {}
+        for name, here in self._identity.items():
+            if told.get(name) != here:
+                raise FerryError(
+                    Code.PAYLOAD_MISMATCH,
+                    f"{self.transfer_id}: {name}: {told.get(name)} at the source, {here} here",
+                )
+
+    def _check_total(self, found: int | None, needed: int) -> None:
+        """FerryError(total_mismatch) if the payload is of another length."""
+        if found != needed:
+            raise FerryError(
+                Code.TOTAL_MISMATCH,
+                f"{self.transfer_id}: the source sent {found} tokens, {needed} are needed",
+            )
+
+
+class Incoming(Fetching):
+    """The decode side: ``ended`` once tokens below ``taken_tokens`` lie in the engine's pages.
+
+    Without an ``error`` these are all of them.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        transfer_id: str,
+        attempt: int,
+        identity: Identity,
+        source: str | None,
+        tables: Tables,
+        tokens: range,
+    ) -> None:
+        size = pages.pool_block_tokens
+        super().__init__(
+            pages,
+            transfer_id,
+            attempt,
+            identity,
+            source,
+            start_tokens=tokens.start // size * size,
+            is_wanted=bool(tokens),
+        )
+        self.taken_tokens = tokens.start
+        self._pages = pages
+        self._tables = tables
+        self._tokens = tokens
+        self._event = pages.event()
+
+    async def _windows(self, receiving: AsyncReceiving) -> None:
         async for window in receiving.windows(PIECE_TOKENS):
+            self._check_identity(receiving.aux)
             self._take(window, receiving.logic.pool)
-        self._check(receiving.total_tokens)
+        if receiving.total_tokens != self._tokens.stop:
+            self.taken_tokens = self._tokens.start  # of another prompt, then
+        self._check_total(receiving.total_tokens, self._tokens.stop)
 
     def _take(self, window: WindowView, pool: Pool) -> None:
         end = min(window.end_token, self._tokens.stop)
@@ -253,12 +238,3 @@ class Incoming(Side):
             self._pages.follow(self._event)
             self._pages.copy(self._tables, window, pool, tokens, out=False)
             self.taken_tokens = end
-
-    def _check(self, total_tokens: int | None) -> None:
-        if total_tokens != self._tokens.stop:
-            self.taken_tokens = self._tokens.start  # of another prompt, then
-            raise FerryError(
-                Code.TOTAL_MISMATCH,
-                f"{self.transfer_id}: the source sent {total_tokens} tokens, "
-                f"{self._tokens.stop} are needed",
-            )

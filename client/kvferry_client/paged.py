@@ -77,6 +77,10 @@ class PagedCache:
                     f"{tuple(other.shape[:2])} on {other.device}",
                 )
 
+    def only(self, plane: str) -> "PagedCache":
+        """The same cache with one of its planes."""
+        return PagedCache({plane: CachePlane(self.planes[plane])})
+
 
 class PagedPool:
     """A pool's memory as a tensor, and what lies in it."""

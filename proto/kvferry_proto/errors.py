@@ -48,6 +48,7 @@ class Code(StrEnum):
     WINDOW_TOO_LARGE = "window_too_large"
     MAX_TOKENS_EXCEEDED = "max_tokens_exceeded"
     LAYOUT_MISMATCH = "layout_mismatch"
+    PAYLOAD_MISMATCH = "payload_mismatch"
     POOL_REFUSED = "pool_refused"
     POOL_UNREACHABLE = "pool_unreachable"
     POOL_LOST = "pool_lost"
@@ -124,6 +125,9 @@ ADVICE: dict[Code, Advice] = {
     Code.LAYOUT_MISMATCH: Advice(
         _C,
         "run both engines with one model and dtype, on ranks and block sizes that divide each other",
+    ),
+    Code.PAYLOAD_MISMATCH: Advice(
+        _C, "send both engines the same request, of one model; or name the model alike on both"
     ),
     Code.POOL_REFUSED: Advice(
         _O, "raise the memory budget, or what backs it, or shrink the window"

@@ -18,7 +18,10 @@ HEADS, CONTENT = 2, 6
 class Pages:
     """Two layers that lie head by head and one that lies token by token, in shuffled blocks."""
 
-    def __init__(self, block_tokens: int = 8, blocks: int = 128) -> None:
+    def __init__(
+        self, block_tokens: int = 8, blocks: int = 128, identity: tuple[str, ...] = ()
+    ) -> None:
+        self.identity = identity
         self.block_tokens = block_tokens
         self.layers = {
             "layers.0": CachePlane(torch.zeros(blocks, HEADS, block_tokens, CONTENT), Order.HND),
@@ -29,7 +32,7 @@ class Pages:
 
     @property
     def layout(self) -> Layout:
-        return layout_of([self.layers], block_size_tokens=BLOCK)
+        return layout_of([self.layers], block_size_tokens=BLOCK, identity=self.identity)
 
     @contextmanager
     def ferry(self, directory: Path) -> Iterator[Ferry]:
@@ -42,10 +45,12 @@ class Pages:
         """A block table for so many tokens."""
         return [self.free.pop() for _ in range(-(-tokens // self.block_tokens))]
 
-    def compute(self, table: list[int], first: int, end: int, request: int = 1) -> None:
-        """Write what the KV cache of tokens [first, end) is."""
+    def compute(
+        self, table: list[int], first: int, end: int, request: int = 1, layer: int | None = None
+    ) -> None:
+        """Write what the KV cache of tokens [first, end) is, of one layer or all."""
         for token in range(first, end):
-            for index in range(len(self.layers)):
+            for index in range(len(self.layers)) if layer is None else [layer]:
                 self.token(table, token, index).copy_(self.content(token, index, request))
 
     def token(self, table: list[int], token: int, index: int) -> torch.Tensor:

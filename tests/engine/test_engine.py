@@ -283,6 +283,39 @@ def test_engines_of_different_models_are_told_in_what_they_differ(
         assert "layers.1) dtype: float32 at the source, float16 at the sink" in str(incoming.error)
 
 
+@pytest.mark.parametrize(("told", "needed"), [("one", "two"), (None, "two")])
+def test_what_is_of_another_model_is_not_written(
+    a: LiveDaemon, b: LiveDaemon, told: str | None, needed: str
+) -> None:
+    """Or of another prompt: whatever both sides are to tell alike."""
+    prefill, decode = Pages(identity=("model",)), Pages(identity=("model",))
+    with two_engines(a, b, prefill, decode) as (source, sink):
+        table, theirs = prefill.take(WINDOW), decode.take(WINDOW)
+        prefill.compute(table, 0, WINDOW)
+        outgoing = source.send(
+            "t", total_tokens=WINDOW, identity={} if told is None else {"model": told}
+        )
+        outgoing.computed([table], WINDOW)
+        incoming = sink.receive(
+            "t",
+            source=a.address,
+            tables=[theirs],
+            first_token=0,
+            end_token=WINDOW,
+            identity={"model": needed},
+        )
+        assert incoming.wait(WAIT_S)
+        assert outgoing.wait(WAIT_S)
+        assert incoming.error is not None
+        if told is None:  # the source's own mistake: it sends nothing
+            assert outgoing.error is not None
+            assert outgoing.error.code == "aux_missing"
+        else:
+            assert incoming.error.code == "payload_mismatch"
+            assert "t: model: one at the source, two here" in str(incoming.error)
+        assert not any(plane.tensor.any() for plane in decode.layers.values())
+
+
 def test_a_daemon_may_come_after_its_engine(tmp_path: Path) -> None:
     directory = tmp_path / "a"
     prefill = Pages()
@@ -301,7 +334,7 @@ def test_a_daemon_may_come_after_its_engine(tmp_path: Path) -> None:
 def test_without_a_daemon_transfers_end_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvferry_client.engine.JOIN_WAIT_S", 0.2)
+    monkeypatch.setattr("kvferry_client.engine_thread.JOIN_WAIT_S", 0.2)
     prefill = Pages()
     with Ferry(tmp_path / "a", prefill.layout, [PagedCache(prefill.layers)]) as ferry:
         outgoing = ferry.send("t", total_tokens=5)
