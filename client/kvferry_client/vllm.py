@@ -22,9 +22,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvferry_client.vllm_cache import cache_of
+from kvferry_client.vllm_identity import model_identity
 from kvferry_client.vllm_messages import Address, StepMeta
 from kvferry_client.vllm_scheduler import SchedulerSide
-from kvferry_client.vllm_stats import KvferryStats
+from kvferry_client.vllm_stats import KvferryPromMetrics, KvferryStats
 from kvferry_client.vllm_versions import check_version
 from kvferry_client.vllm_worker import CONNECT_S, Results, WorkerSide, runtime_dir_of
 
@@ -44,6 +45,7 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._groups = tuple(kv_cache_config.transfer_group_ids)
         self._scheduler = SchedulerSide(self._groups) if role is KVConnectorRole.SCHEDULER else None
         self._worker: WorkerSide | None = None
+        self._layers_tell = _runs_layers_once(vllm_config)
         self._told_address: str | None = None
         self._lost_blocks: set[int] = set()
 
@@ -58,6 +60,7 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker = WorkerSide(
             cache,
             runtime_dir_of(self._extra),
+            model_identity(self._vllm_config, self._extra),
             name=f"vllm {self._kv_transfer_config.engine_id} rank {rank}",
             rank=rank,
             world_size=parallel.tensor_parallel_size,
@@ -79,6 +82,12 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._told_address = address
         return Address(address)
 
+    def bind_connector_metadata(self, connector_metadata: StepMeta) -> None:
+        """A step begins: its layers tell as they are computed."""
+        super().bind_connector_metadata(connector_metadata)
+        assert self._worker is not None
+        self._worker.begin(connector_metadata)
+
     def handle_preemptions(self, kv_connector_metadata: StepMeta) -> None:
         """Let go of blocks before others write them."""
         assert self._worker is not None
@@ -95,10 +104,13 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing: windows are filled token by token, all layers at once, after the step."""
+        """This layer can be copied, while the next ones are computed."""
+        if self._layers_tell:
+            assert self._worker is not None
+            self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        """Say what the step computed. The copies run beside the next steps."""
+        """Say what the step computed. What is not copied yet is, beside the next steps."""
         assert self._worker is not None
         self._worker.save(self._get_connector_metadata())
 
@@ -132,6 +144,13 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvferryStats:
         """Stats that came from another process."""
         return KvferryStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> KvferryPromMetrics:
+        """The same numbers, for Prometheus."""
+        return KvferryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         """Leave the daemon; no block is touched any more."""
@@ -187,6 +206,15 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The same, of all groups of layers."""
         return self._told.finished(request)
+
+
+def _runs_layers_once(vllm_config: Any) -> bool:
+    """Whether a layer has all tokens of a step when it is first through with some.
+
+    Micro-batches come after each other, and a draft model runs several times.
+    """
+    parallel = vllm_config.parallel_config
+    return vllm_config.speculative_config is None and not parallel.use_ubatching
 
 
 def _check_parallel(parallel: Any) -> None:

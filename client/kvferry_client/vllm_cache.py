@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from kvferry_client.engine import layout_of
 from kvferry_client.paged import CachePlane, PagedCache
+from kvferry_client.vllm_identity import NAMES
 from kvferry_proto.layout import Layout, Order
 
 TOKENS_APART = ("FLASH_ATTN", "TRITON_ATTN")  # backends that keep a token's content together
@@ -28,9 +29,16 @@ class Cache(NamedTuple):
 
     layout: Layout
     groups: list[PagedCache]
+    planes: dict[str, str]  # by the name of the layer
     whole_tokens: (
         int  # payloads are rounded up to this, so that whole blocks travel; 1: they need not
     )
+
+    def whole(self, tokens: int, total_tokens: int) -> int:
+        """How many of ``tokens`` can travel: at a payload's end up to the end of its last block."""
+        if tokens == total_tokens:
+            return self.rounded(tokens)
+        return tokens - tokens % self.whole_tokens
 
     def rounded(self, tokens: int) -> int:
         """Tokens up to the end of the block."""
@@ -50,6 +58,7 @@ def cache_of(
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     groups: list[dict[str, CachePlane]] = []
     heads_total: dict[str, int] = {}
+    names: dict[str, str] = {}
     whole_tokens = 1
     for group in (cache_config.kv_cache_groups[one] for one in cache_config.transfer_group_ids):
         planes = {}
@@ -61,13 +70,15 @@ def cache_of(
             reader = _reader(layers[layer].get_attn_backend().get_name(), spec)
             if reader:
                 whole_tokens = lcm(whole_tokens, spec.block_size)
-            name = layer[-NAME_CHARS_MAX:] + reader
+            names[layer] = name = layer[-NAME_CHARS_MAX:] + reader
             planes[name] = plane
             if plane.tensor.ndim == 4:
                 heads_total[name] = _heads_total(spec.num_heads, vllm_config)
         groups.append(planes)
-    layout = layout_of(groups, heads_total=heads_total, block_size_tokens=pool_block_tokens)
-    return Cache(layout, [PagedCache(planes) for planes in groups], whole_tokens)
+    layout = layout_of(
+        groups, heads_total=heads_total, block_size_tokens=pool_block_tokens, identity=NAMES
+    )
+    return Cache(layout, [PagedCache(planes) for planes in groups], names, whole_tokens)
 
 
 def _plane(layer: str, tensor: torch.Tensor, spec: Any) -> CachePlane:

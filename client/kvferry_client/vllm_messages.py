@@ -30,15 +30,18 @@ class Load(NamedTuple):
     tables: BlockIds
     first_token: int
     end_token: int
+    prompt: str  # which, as ``prompt_identity`` says it
 
 
 class Save(NamedTuple):
-    """After this step, tokens below ``computed_tokens`` of ``total_tokens`` lie in these blocks."""
+    """This step computes tokens [first_token, computed_tokens) of ``total_tokens`` in these blocks."""
 
     transfer: Transfer
     tables: BlockIds
+    first_token: int
     computed_tokens: int
     total_tokens: int
+    prompt: str  # as in a ``Load``
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """The scheduler role of the vLLM connector: decides what is sent, fetched and given up."""
 
+from collections import OrderedDict
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from kvferry_client.vllm_identity import prompt_identity
 from kvferry_client.vllm_messages import (
     Load,
     Save,
@@ -15,17 +17,34 @@ from kvferry_client.vllm_messages import (
 )
 
 logger = init_logger("vllm.kvferry.scheduler")
+REMEMBERED = 1 << 16
 COMPLETE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
 class Outbound:
     """A request whose prompt is sent."""
 
-    def __init__(self, transfer: Transfer, total_tokens: int) -> None:
+    def __init__(self, transfer: Transfer, total_tokens: int, prompt: str) -> None:
         self.transfer = transfer
         self.total_tokens = total_tokens
+        self.prompt = prompt
         self.told_tokens = 0  # of which the workers know, in the blocks that they know
         self.is_known = False  # whether the workers have heard of it at all
+        self.is_twin = False  # of a request that sends the same transfer: only told, not sent
+
+
+class FirstOnes:
+    """Which request was the first to name a transfer; of the newest ones."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[str, int], str] = OrderedDict()
+
+    def first(self, transfer_id: str, attempt: int, request_id: str) -> str:
+        """This request, unless another one was before it."""
+        first = self._found.setdefault((transfer_id, attempt), request_id)
+        if len(self._found) > REMEMBERED:
+            self._found.popitem(last=False)
+        return first
 
 
 class SchedulerSide:
@@ -37,23 +56,44 @@ class SchedulerSide:
         self._groups = groups
         self._outbound: dict[str, Outbound] = {}
         self._loading: set[str] = set()
+        self._senders, self._fetchers = FirstOnes(), FirstOnes()
+        self._twins: dict[str, str] = {}  # of requests that fetch: who was the first
         self._next = StepMeta()
 
     def new_request(self, request: Any) -> None:
-        """Note a request whose prompt is to be sent."""
-        params = request.kv_transfer_params
-        if params and params.get("do_remote_decode"):
+        """Note a request whose prompt is to be sent, and one that shall fetch what another does.
+
+        A request for several samples comes as several with the same params. A transfer has one
+        source and one sink, so only the first of them moves anything.
+        """
+        params = request.kv_transfer_params or {}
+        if params.get("do_remote_decode"):
             transfer = _read(request, request.request_id)
             if transfer is not None:
-                self._outbound[request.request_id] = Outbound(transfer, request.num_prompt_tokens)
+                self._outbound[request.request_id] = outbound = Outbound(
+                    transfer, request.num_prompt_tokens, prompt_identity(request)
+                )
+                first = self._senders.first(*transfer[:2], request.request_id)
+                outbound.is_twin = first != request.request_id
+        if params.get("do_remote_prefill"):
+            transfer = _read(request)
+            if transfer is None:
+                params["do_remote_prefill"] = False
+                return
+            first = self._fetchers.first(*transfer[:2], request.request_id)
+            if first != request.request_id:
+                params["do_remote_prefill"] = False
+                self._twins[request.request_id] = first
 
-    def matched(self, request: Any, computed_tokens: int) -> tuple[int, bool]:
-        """How many more tokens than ``computed_tokens`` can be fetched, and that it takes a while."""
+    def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """How many more tokens than ``computed_tokens`` can be fetched, and that it takes a while.
+
+        None: not known yet; a request waits for its twin's tokens, which will be in the prefix cache.
+        """
+        if self._twins.get(request.request_id) in self._loading:
+            return None, False
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
-            return 0, False
-        if _read(request) is None:
-            params["do_remote_prefill"] = False
             return 0, False
         missing = request.num_prompt_tokens - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
@@ -72,7 +112,9 @@ class SchedulerSide:
             return
         end = request.num_prompt_tokens
         tables = tables_of(blocks.get_block_ids(), self._groups)
-        self._next.loads[request.request_id] = Load(transfer, tables, end - external_tokens, end)
+        self._next.loads[request.request_id] = Load(
+            transfer, tables, end - external_tokens, end, prompt_identity(request)
+        )
         self._loading.add(request.request_id)
 
     def step(self, output: Any) -> StepMeta:
@@ -82,17 +124,22 @@ class SchedulerSide:
         cached = output.scheduled_cached_reqs
         computed |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
         for request_id in output.preempted_req_ids or ():
-            if request_id in self._outbound:
+            if request_id in self._outbound and self._outbound[request_id].is_known:
                 meta.preempted.add(request_id)
                 self._outbound[request_id].told_tokens = 0
         for request_id, scheduled_tokens in output.num_scheduled_tokens.items():
             outbound = self._outbound.get(request_id)
-            if outbound is None or outbound.told_tokens == outbound.total_tokens:
+            if outbound is None or outbound.is_twin:
+                continue
+            if outbound.told_tokens == outbound.total_tokens:
                 continue
             end = min(computed[request_id] + scheduled_tokens, outbound.total_tokens)
             block_ids = output.kv_connector_block_state.get_block_ids(request_id)
             tables = tables_of(block_ids, self._groups)
-            meta.saves[request_id] = Save(outbound.transfer, tables, end, outbound.total_tokens)
+            first = min(computed[request_id], end)
+            meta.saves[request_id] = Save(
+                outbound.transfer, tables, first, end, outbound.total_tokens, outbound.prompt
+            )
             outbound.told_tokens, outbound.is_known = end, True
         return meta
 
@@ -105,6 +152,8 @@ class SchedulerSide:
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are needed a while longer, and what the router is told."""
         request_id = request.request_id
+        self._twins.pop(request_id, None)
+        outbound = self._outbound.pop(request_id, None)
         if request_id in self._loading:  # the scheduler itself waits for the workers' word
             self._loading.discard(request_id)
             self._next.aborts[request_id] = _reason(request)
@@ -115,11 +164,11 @@ class SchedulerSide:
             if transfer is not None:
                 self._next.declined.append(transfer)
             return False, None
-        outbound = self._outbound.pop(request_id, None)
         if outbound is None:
             return False, None
         if request.status not in COMPLETE:
-            self._next.aborts[request_id] = _reason(request)
+            if outbound.is_known:
+                self._next.aborts[request_id] = _reason(request)
             return outbound.is_known, None
         if self.peer_address is None:
             logger.warning("request %s is sent to nobody: no daemon was met", request_id)

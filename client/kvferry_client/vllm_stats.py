@@ -1,10 +1,24 @@
-"""What the connector adds to vLLM's own metrics."""
+"""What the connector adds to vLLM's own metrics: its log, and Prometheus."""
 
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
 
-KINDS = ("sent", "received")
+SHOWN = {
+    "sent_transfers": "Prompts sent to a decode engine, failed ones included.",
+    "sent_failures": "Prompts that could not be copied into the daemon's windows.",
+    "sent_tokens": "Tokens copied into the daemon's windows.",
+    "sent_seconds": "Seconds from a prompt's first step until all of it was copied.",
+    "sent_planes_early": "Planes copied before the forward pass that computed them was over.",
+    "received_transfers": "Prompts fetched from a prefill engine, failed ones included.",
+    "received_failures": "Prompts that did not arrive whole.",
+    "received_tokens": "Tokens that arrived from a prefill engine.",
+    "received_seconds": "Seconds from asking for a prompt until it had arrived.",
+}
 
 
 class KvferryStats(KVConnectorStats):  # type: ignore[misc]
@@ -21,7 +35,11 @@ class KvferryStats(KVConnectorStats):  # type: ignore[misc]
             (f"{kind}_tokens", tokens),
             (f"{kind}_seconds", took_s),
         ):
-            self.data[name] = self.data.get(name, 0) + value
+            self.add(name, value)
+
+    def add(self, name: str, value: float) -> None:
+        """Count on."""
+        self.data[name] = self.data.get(name, 0) + value
 
     def reset(self) -> None:
         """Begin a new interval."""
@@ -49,3 +67,26 @@ class KvferryStats(KVConnectorStats):  # type: ignore[misc]
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
         return not self.data
+
+
+class KvferryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """A counter for each number of ``KvferryStats``: ``vllm:kvferry_sent_tokens_total`` ..."""
+
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: create_metric_per_engine(
+                self._counter_cls(
+                    name=f"vllm:kvferry_{name}", documentation=words, labelnames=labelnames
+                ),
+                per_engine_labelvalues,
+            )
+            for name, words in SHOWN.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Count an interval in."""
+        for name, value in transfer_stats_data.items():
+            self._counters[name][engine_idx].inc(value)

@@ -8,8 +8,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvferry_client.engine import NO_BLOCK, Ferry, Incoming, Outgoing, Side
+from kvferry_client.engine import NO_BLOCK, Ferry, ForwardPass, Incoming, Outgoing, Side
 from kvferry_client.vllm_cache import Cache
+from kvferry_client.vllm_identity import PROMPT
 from kvferry_client.vllm_messages import BlockIds, Load, Save, StepMeta, Transfer
 from kvferry_client.vllm_stats import KvferryStats
 from kvferry_proto.runtime_dir import default_runtime_dir
@@ -39,10 +40,20 @@ class WorkerSide:
     """One rank's. Nothing here waits for a daemon once the engine has started."""
 
     def __init__(
-        self, cache: Cache, runtime_dir: Path, *, name: str, rank: int, world_size: int
+        self,
+        cache: Cache,
+        runtime_dir: Path,
+        model: dict[str, str],
+        *,
+        name: str,
+        rank: int,
+        world_size: int,
     ) -> None:
+        """``model``: as ``model_identity`` says it."""
         self._runtime_dir = runtime_dir
         self._cache = cache
+        self._model = model
+        self._tells = rank == 0  # the others have the same to tell
         self._block_sizes = [group.block_size_tokens for group in cache.groups]
         self._ferry = Ferry(
             runtime_dir, cache.layout, cache.groups, name=name, rank=rank, world_size=world_size
@@ -51,6 +62,7 @@ class WorkerSide:
         self._finished: set[str] = set()  # requests that are over, and whose blocks we may hold
         self._incoming: dict[str, tuple[Incoming, Load]] = {}
         self._started_s: dict[Side, float] = {}
+        self._pass: ForwardPass | None = None
         self.stats = KvferryStats()
 
     @property
@@ -95,28 +107,39 @@ class WorkerSide:
                 self._outgoing[request_id].abort(reason)
 
     def _receive(self, transfer: Transfer, load: Load | None) -> Incoming:
-        is_ours = transfer.source == self._ferry.peer_address
         return self._ferry.receive(
             transfer.transfer_id,
             attempt=transfer.attempt,
-            source=None if is_ours else transfer.source,
+            source=transfer.source,
             tables=load.tables if load else [],
             first_token=load.first_token if load else 0,
             end_token=load.end_token if load else 0,
+            identity={**self._model, PROMPT: load.prompt} if load else self._model,
         )
 
-    def save(self, meta: StepMeta) -> None:
-        """The step's tokens are computed, or queued on the GPU."""
+    def begin(self, meta: StepMeta) -> None:
+        """A step's pass through the layers begins: see ``layer_computed``."""
+        self._pass = self._ferry.forward_pass()
         for request_id, save in meta.saves.items():
             outgoing = self._outgoing.get(request_id)
             if outgoing is None:
                 outgoing = self._outgoing[request_id] = self._send(save)
-            tokens = save.computed_tokens
-            if tokens == save.total_tokens:
-                tokens = self._cache.rounded(tokens)
-            else:
-                tokens -= tokens % self._cache.whole_tokens
-            outgoing.computed(self._padded(save.tables, tokens), tokens)
+            first = self._cache.whole(save.first_token, save.total_tokens)
+            tokens = self._cache.whole(save.computed_tokens, save.total_tokens)
+            outgoing.computing(self._padded(save.tables, tokens), first, tokens, self._pass)
+
+    def layer_computed(self, layer: str) -> None:
+        """A layer has written all tokens of the step, or the GPU is about to."""
+        plane = self._cache.planes.get(layer)
+        if plane is not None and self._pass is not None:
+            self._pass.plane_computed(plane)
+
+    def save(self, meta: StepMeta) -> None:
+        """The step is computed, or queued on the GPU: also layers that nothing was said of."""
+        self._pass = None
+        for request_id, save in meta.saves.items():
+            tokens = self._cache.whole(save.computed_tokens, save.total_tokens)
+            self._outgoing[request_id].computed(self._padded(save.tables, tokens), tokens)
 
     def _padded(self, tables: BlockIds, tokens: int) -> BlockIds:
         """Tables that reach so far. Of groups with smaller blocks there may be nothing at the end."""
@@ -130,6 +153,7 @@ class WorkerSide:
             save.transfer.transfer_id,
             attempt=save.transfer.attempt,
             total_tokens=self._cache.rounded(save.total_tokens),
+            identity={**self._model, PROMPT: save.prompt},
         )
         self._started_s[outgoing] = time.monotonic()
         return outgoing
@@ -142,6 +166,8 @@ class WorkerSide:
             self._finished.discard(request_id)
             outgoing = self._outgoing.pop(request_id)
             self._count(request_id, outgoing, "sent", outgoing.copied_tokens)
+            if self._tells:
+                self.stats.add("sent_planes_early", outgoing.early_planes)
             found.sent.add(request_id)
         for request_id in [one for one, (side, _) in self._incoming.items() if side.ended]:
             incoming, load = self._incoming.pop(request_id)
@@ -165,7 +191,8 @@ class WorkerSide:
 
     def _count(self, request_id: str, side: Side, kind: str, tokens: int) -> None:
         took_s = time.monotonic() - self._started_s.pop(side)
-        self.stats.record(kind, tokens, took_s, is_failure=side.error is not None)
+        if self._tells:
+            self.stats.record(kind, tokens, took_s, is_failure=side.error is not None)
         if side.error is not None:
             words = "request %s, transfer %s, attempt %d, was not %s: %s"
             logger.warning(words, request_id, side.transfer_id, side.attempt, kind, side.error)

@@ -1,17 +1,22 @@
 """A vLLM engine that is told what to do: `python engine_process.py MODEL OPTIONS`, JSON lines.
 
 It answers ``{"ready": true}``, then takes one command a line, many at once:
-``{"id", "prompt", "max_tokens", "params"}`` generates, ``{"abort": id}`` aborts, ``{"id", "blocks": true}``
-says whether no block of the cache is in use, ``{"id", "preempt": true}`` preempts all requests. End it by its process group: engines may hang on exit.
+``{"id", "prompt", "sounds", "max_tokens", "params", "items"}`` generates, ``{"abort": id}`` aborts, ``{"id", "blocks": true}``
+says whether no block of the cache is in use, ``{"id", "preempt": true}`` preempts all requests,
+``{"id", "forget_items": true}`` empties the encoder's cache, ``{"id", "metrics": true}`` says what Prometheus is told of kvferry. End it by its process group: engines may hang on exit.
 """
 
 import asyncio
 import json
 import sys
+import time
 from typing import Any
 
+import numpy as np
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -23,35 +28,56 @@ def say(**fields: Any) -> None:
 
 async def generate(engine: AsyncLLM, told: dict[str, Any]) -> None:
     """Generate greedily, and tell what came of it."""
-    params = told.get("params")
+    prompt: dict[str, Any] = {"prompt_token_ids": told["prompt"]}
+    if told.get("sounds"):
+        prompt["multi_modal_data"] = {"audio": [sound(*one) for one in told["sounds"]]}
+    extra = {"kv_transfer_params": told.get("params"), "ec_transfer_params": told.get("items")}
     sampling = SamplingParams(
-        temperature=0.0,
+        n=told.get("n", 1),
+        top_k=1,  # greedy, and several samples are let in
         max_tokens=told["max_tokens"],
         ignore_eos=True,
         detokenize=False,
-        extra_args={"kv_transfer_params": params} if params else None,
+        extra_args={name: value for name, value in extra.items() if value} or None,
     )
     try:
-        async for output in engine.generate(
-            {"prompt_token_ids": told["prompt"]}, sampling, told["id"]
-        ):
+        first_s = 0.0
+        async for output in engine.generate(prompt, sampling, told["id"]):
+            first_s = first_s or time.monotonic()  # one clock for all processes of a machine
             last = output
         done = last.outputs[0]
         say(
             id=told["id"],
             tokens=list(done.token_ids),
+            samples=[list(one.token_ids) for one in last.outputs],
             reason=done.finish_reason,
+            first_s=first_s,
             params=last.kv_transfer_params,
+            items=last.ec_transfer_params,
         )
-    except (EngineGenerateError, EngineDeadError, ValueError) as error:
+    except (EngineGenerateError, EngineDeadError, ValueError, VLLMError) as error:
         say(id=told["id"], error=f"{type(error).__name__}: {error}")
+
+
+def sound(seed: int, seconds: float) -> tuple[Any, int]:
+    """Noise that nobody has heard before, and how many samples a second it has."""
+    random = np.random.default_rng(seed)
+    return random.standard_normal(int(16_000 * seconds)).astype(np.float32), 16_000
+
+
+def metrics() -> dict[str, float]:
+    """The connector's, over all engines."""
+    return {
+        sample.name: sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("vllm:kvferry") and sample.name.endswith("_total")
+    }
 
 
 async def main(model: str, options: dict[str, Any]) -> None:
     """Serve until stdin ends."""
-    engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(model=model, skip_tokenizer_init=True, enforce_eager=True, **options)
-    )
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, enforce_eager=True, **options))
     say(ready=True)
     tasks: set[asyncio.Task[None]] = set()
     while line := await asyncio.to_thread(sys.stdin.readline):
@@ -60,6 +86,11 @@ async def main(model: str, options: dict[str, Any]) -> None:
             await engine.abort(told["abort"])
         elif "blocks" in told:
             say(id=told["id"], are_free=await engine.reset_prefix_cache())
+        elif "forget_items" in told:
+            await engine.reset_encoder_cache()
+            say(id=told["id"])
+        elif "metrics" in told:
+            say(id=told["id"], metrics=metrics())
         elif "preempt" in told:
             running = len(tasks)
             reset = await engine.reset_prefix_cache(reset_running_requests=True)

@@ -15,28 +15,74 @@ from typing import Any, Self
 START_S = 240.0
 ANSWER_S = 180.0
 DRIVER = Path(__file__).with_name("engine_process.py")
-MODEL = """
+SOUNDS = """
 import sys, torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioProcessor, Qwen2Config
+from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
+from transformers import WhisperFeatureExtractor
+path = sys.argv[1]
+marks = ["<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"]
+vocabulary = {name: n for n, name in enumerate([*(f"t{n}" for n in range(509)), *marks])}
+words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=words, unk_token="t0", pad_token="t1", additional_special_tokens=marks
+)
+torch.manual_seed(7)
+audio = Qwen2AudioEncoderConfig(
+    d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=16,
+    max_source_positions=1500, initializer_range=0.2,
+)
+text = Qwen2Config(
+    vocab_size=512, hidden_size=128, intermediate_size=128, num_attention_heads=4,
+    num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=8192,
+    initializer_range=0.2, use_sliding_window=False,
+)
+config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=511)
+Qwen2AudioForConditionalGeneration(config).float().save_pretrained(path)
+Qwen2AudioProcessor(
+    feature_extractor=WhisperFeatureExtractor(feature_size=16), tokenizer=tokenizer
+).save_pretrained(path)
+weights = load_file(path + "/model.safetensors")  # vLLM knows them by their older names
+save_file(
+    {k.replace("language_model.model.model.", "language_model.model."): v for k, v in weights.items()},
+    path + "/model.safetensors", metadata={"format": "pt"},
+)
+"""
+MODEL = """
+import json, sys, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
-path, kind, head_dim = sys.argv[1:]
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+path, kind, seed, shape = sys.argv[1:]
 words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(512)}, unk_token="t0"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
 PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(path)
-torch.manual_seed(7)
+torch.manual_seed(int(seed))
 common = dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=int(head_dim), max_position_embeddings=32768,
+    num_key_value_heads=2, head_dim=32, max_position_embeddings=32768, num_hidden_layers=2,
     initializer_range=0.2, dtype=torch.float32,
-)
+) | json.loads(shape)
 if kind == "llama":
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **common))
+    model = LlamaForCausalLM(LlamaConfig(**common))
+elif kind == "deepseek":
+    shape = dict(
+        kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64,
+        qk_nope_head_dim=32, v_head_dim=32, head_dim=64, num_key_value_heads=4,
+    )
+    experts = dict(
+        first_k_dense_replace=99, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**common, **shape, **experts}))
 else:
     layers = ["sliding_attention", "full_attention"] * 2
     config = Gemma3TextConfig(
-        num_hidden_layers=4, layer_types=layers, sliding_window=256, query_pre_attn_scalar=32,
-        **common,
+        layer_types=layers, sliding_window=256, query_pre_attn_scalar=32,
+        **(common | dict(num_hidden_layers=4)),
     )
     model = Gemma3ForCausalLM(config)
 model.save_pretrained(path)
@@ -50,14 +96,32 @@ ENVIRONMENT = {
 }
 
 
-def make_model(directory: Path, kind: str = "llama", head_dim: int = 32) -> Path:
+def make_model(directory: Path, kind: str = "llama", seed: int = 7, **shape: int) -> Path:
     """A random model whose tokens tell when its cache is wrong: initialised wide.
 
-    ``kind``: llama, or gemma3, half of whose layers look back 256 tokens only.
+    ``kind``: llama; gemma3, half of whose layers look back 256 tokens only; deepseek, of latents.
+    ``shape``: of its configuration, what is to be another.
     """
-    command = [sys.executable, "-c", MODEL, str(directory), kind, str(head_dim)]
+    command = [sys.executable, "-c", MODEL, str(directory), kind, str(seed), json.dumps(shape)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return directory
+
+
+def make_sounds_model(directory: Path) -> Path:
+    """A random model that hears: an encoder, and a language model behind it."""
+    command = [sys.executable, "-c", SOUNDS, str(directory)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return directory
+
+
+def encoder_connector(directory: Path, role: str, **options: Any) -> dict[str, Any]:
+    """What ``--ec-transfer-config`` says; ``role``: producer or consumer."""
+    return {
+        "ec_connector": "KvferryEncoderConnector",
+        "ec_connector_module_path": "kvferry_client.vllm_encoder",
+        "ec_role": f"ec_{role}",
+        "ec_connector_extra_config": {"runtime_dir": str(directory), **options},
+    }
 
 
 def connector(
@@ -78,7 +142,12 @@ class Engine:
     """One engine. Leaves no process behind, whatever happens."""
 
     def __init__(
-        self, log: Path, model: Path, transfer: dict[str, Any] | None = None, **options: Any
+        self,
+        log: Path,
+        model: Path,
+        transfer: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+        **options: Any,
     ) -> None:
         """Start it; ``wait`` until it is there."""
         told = {
@@ -86,6 +155,7 @@ class Engine:
             "max_model_len": 24_576,
             "kv_cache_memory_bytes": 64 << 20,
             "max_num_batched_tokens": 2048,
+            "skip_tokenizer_init": True,
             "kv_transfer_config": transfer,
             **options,
         }
@@ -100,7 +170,7 @@ class Engine:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
                 start_new_session=True,
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -134,10 +204,15 @@ class Engine:
         return self.log_path.read_text(errors="replace")
 
     def generate(
-        self, prompt: list[int], max_tokens: int = 16, params: dict[str, Any] | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int = 16,
+        params: dict[str, Any] | None = None,
+        n: int = 1,
+        **of_items: Any,
     ) -> "Answer":
-        """Begin to generate."""
-        return self._say(prompt=prompt, max_tokens=max_tokens, params=params)
+        """Begin to generate, ``n`` samples; ``of_items``: ``sounds`` and ``items`` of an encoder."""
+        return self._say(prompt=prompt, max_tokens=max_tokens, params=params, n=n, **of_items)
 
     def abort(self, answer: "Answer") -> None:
         """Abort what was begun."""
@@ -150,6 +225,14 @@ class Engine:
     def preempt(self) -> bool:
         """Take all blocks from all requests, which begin anew; whether there were any."""
         return bool(self._say(preempt=True).result()["are_preempted"])
+
+    def forget_items(self) -> None:
+        """Empty the encoder's cache."""
+        self._say(forget_items=True).result()
+
+    def metrics(self) -> dict[str, float]:
+        """What Prometheus is told of kvferry."""
+        return dict(self._say(metrics=True).result()["metrics"])
 
     def _say(self, **told: Any) -> "Answer":
         name = f"request-{next(self._numbers)}"
