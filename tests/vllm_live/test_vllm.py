@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,12 +64,19 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         scene.b.stop()
 
 
+def params(scene: Scene, tokens: list[int], prefill: Answer) -> dict[str, Any]:
+    """What decode is told: by prefill, or at once, as what is above a window waits for its sink."""
+    if len(tokens) > FLAGS["window_tokens"]:
+        return fetching(f"all-{len(tokens)}", scene.a)
+    return dict(prefill.result()["params"])
+
+
 def test_tokens_are_those_of_a_single_engine(scene: Scene) -> None:
     prompts = [prompt(length) for length in LENGTHS]
     alone = [scene.alone.generate(one) for one in prompts]
     prefills = [scene.prefill.generate(one, 1, sending(f"all-{len(one)}")) for one in prompts]
     decodes = [
-        scene.decode.generate(one, params=prefill.result()["params"])
+        scene.decode.generate(one, params=params(scene, one, prefill))
         for one, prefill in zip(prompts, prefills, strict=True)
     ]
     assert [one.tokens for one in decodes] == [one.tokens for one in alone]
