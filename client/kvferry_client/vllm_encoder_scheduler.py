@@ -1,0 +1,199 @@
+"""The scheduler role of the encoder connector: names transfers, and fetches what a request needs.
+
+A consumer fetches in the scheduler's process. vLLM's workers do nothing while no request can be
+scheduled, so that what one waits for must not need them; and every rank wants the same bytes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from kvferry_client.engine_embeddings import IncomingTensor
+from kvferry_client.vllm_encoder_messages import (
+    EncoderMeta,
+    Kind,
+    Parcel,
+    parcel_for,
+    parcel_of,
+    told,
+)
+from kvferry_client.vllm_encoder_worker import Ferries
+from kvferry_client.vllm_scheduler import COMPLETE, FirstOnes
+
+logger = init_logger("vllm.kvferry.encoder")
+HELD_TOKENS_MAX = 1 << 17  # fetched for requests that have not ended; one request may have more
+
+
+class Producing:
+    """What requests of an encoder engine send."""
+
+    def __init__(
+        self, kind_of: Callable[[str], Kind], items_of: Callable[[Any], dict[str, Any]]
+    ) -> None:
+        """``kind_of`` a modality; ``items_of`` a request: what vLLM itself tells of its items."""
+        self._kind_of, self._items_of = kind_of, items_of
+        self._first = FirstOnes()
+        self._promised: dict[str, dict[str, Parcel]] = {}
+
+    def seen(self, request: Any, meta: EncoderMeta) -> None:
+        """Have the items of a request sent as they are encoded; once."""
+        if request.request_id in self._promised:
+            return
+        found = self._promised[request.request_id] = {}
+        params = request.ec_transfer_params or {}
+        for feature in request.mm_features:
+            kind = self._kind_of(feature.modality)
+            try:
+                parcel = parcel_for(params, request.request_id, feature.identifier, kind)
+            except ValueError as error:
+                logger.warning("request %s is not sent: %s", request.request_id, error)
+                return
+            if feature.identifier in found:
+                continue
+            found[feature.identifier] = parcel
+            if self._first.first(*parcel[:2], request.request_id) == request.request_id:
+                meta.sends.append((feature.identifier, parcel))
+
+    def finished(
+        self, request: Any, meta: EncoderMeta, source: str | None
+    ) -> dict[str, Any] | None:
+        """What the router is told. What the encoder did not put out by now it never will."""
+        promised = self._promised.pop(request.request_id, {})
+        meta.over += promised.items()
+        if request.status not in COMPLETE:
+            return None
+        items = self._items_of(request)
+        if source is None:
+            logger.warning("request %s is sent to nobody: no daemon was met", request.request_id)
+            return items or None
+        for mm_hash, parcel in promised.items():
+            items.setdefault(mm_hash, {}).update(told(parcel, source))
+        return items or None
+
+
+class Fetch:
+    """One item that is fetched, for the requests that named this transfer."""
+
+    def __init__(self, mm_hash: str, side: IncomingTensor, tokens: int) -> None:
+        self.mm_hash = mm_hash
+        self.side = side
+        self.tokens = tokens
+        self.requests: set[str] = set()
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The embedding, once it is here."""
+        return self.side.tensor if self.side.ended and self.side.error is None else None
+
+
+class Consuming:
+    """What requests of an engine need, and what of it is here."""
+
+    def __init__(self, ferries: Ferries, has_media: Callable[[Any], bool]) -> None:
+        """``has_media`` of a feature: whether this engine could encode it itself."""
+        self._ferries, self._has_media = ferries, has_media
+        self._announced: dict[str, dict[str, Parcel]] = {}  # by request and item: to be fetched
+        self._refused: dict[str, set[Parcel]] = {}  # by request: the source was told so
+        self._fetches: dict[Parcel, Fetch] = {}
+        self._held_tokens = 0
+        self.unavailable: set[str] = set()
+
+    def tensor(self, mm_hash: str) -> torch.Tensor | None:
+        """An item that is here; it stays until the requests that fetched it have ended."""
+        found = (one.tensor for one in self._fetches.values() if one.mm_hash == mm_hash)
+        return next((tensor for tensor in found if tensor is not None), None)
+
+    def are_here(self, request: Any, computed_tokens: int) -> bool:
+        """Whether all items behind ``computed_tokens`` are here, or will be encoded here."""
+        announced = self._announced_to(request)
+        needed: dict[Parcel, Any] = {}
+        for feature in request.mm_features:
+            parcel = announced.get(feature.identifier)
+            position = feature.mm_position
+            if parcel is None:
+                continue
+            if position.offset + position.length > computed_tokens:
+                needed[parcel] = feature
+            elif parcel not in self._fetches:
+                self._refuse(request, parcel)
+        if not self._have_room_for([_tokens(needed[one]) for one in needed.keys() - self._fetches]):
+            return False
+        here = [self._is_here(request, *one) for one in needed.items()]  # all of them are asked for
+        return all(here)
+
+    def finished(self, request: Any) -> None:
+        """A request holds nothing any more."""
+        for parcel in self._announced.pop(request.request_id, {}).values():
+            if parcel not in self._fetches:
+                self._refuse(request, parcel)
+        self._refused.pop(request.request_id, None)
+        for parcel, fetch in list(self._fetches.items()):
+            fetch.requests.discard(request.request_id)
+            if not fetch.requests:
+                del self._fetches[parcel]
+                self._held_tokens -= fetch.tokens
+                if not fetch.side.ended:
+                    fetch.side.abort(f"request {request.request_id} is over")
+
+    def _announced_to(self, request: Any) -> dict[str, Parcel]:
+        """What a router told of a request's items, without those that are encoded here."""
+        known = self._announced.get(request.request_id)
+        if known is not None:
+            return known
+        found = self._announced[request.request_id] = {}
+        for feature in request.mm_features:
+            try:
+                parcel = parcel_of((request.ec_transfer_params or {}).get(feature.identifier))
+            except ValueError as error:
+                self._without(request, feature, str(error))
+                continue
+            if parcel is not None:
+                found[feature.identifier] = parcel
+        return found
+
+    def _have_room_for(self, tokens: list[int]) -> bool:
+        """Whether so much more may be held: all of a request's items, or two wait for each other."""
+        return (
+            not tokens
+            or not self._held_tokens
+            or self._held_tokens + sum(tokens) <= HELD_TOKENS_MAX
+        )
+
+    def _is_here(self, request: Any, parcel: Parcel, feature: Any) -> bool:
+        fetch = self._fetches.get(parcel)
+        if fetch is None:
+            tokens = _tokens(feature)
+            ferry = self._ferries.of(parcel.kind)
+            side = ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, tokens)
+            fetch = self._fetches[parcel] = Fetch(feature.identifier, side, tokens)
+            self._held_tokens += tokens
+        fetch.requests.add(request.request_id)
+        if not fetch.side.ended:
+            return False
+        if fetch.side.error is None:
+            return True
+        return self._without(request, feature, str(fetch.side.error))
+
+    def _without(self, request: Any, feature: Any, why: str) -> bool:
+        """Encode an item here that cannot be fetched, or fail its request; whether the former."""
+        self._announced[request.request_id].pop(feature.identifier, None)
+        if self._has_media(feature):
+            logger.warning("request %s encodes an item itself: %s", request.request_id, why)
+            return True
+        logger.error("request %s fails without an item: %s", request.request_id, why)
+        self.unavailable.add(request.request_id)
+        return False
+
+    def _refuse(self, request: Any, parcel: Parcel) -> None:
+        """Tell the source that nobody will fetch; once."""
+        refused = self._refused.setdefault(request.request_id, set())
+        if parcel not in refused:
+            refused.add(parcel)
+            ferry = self._ferries.of(parcel.kind)
+            ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, 0)
+
+
+def _tokens(feature: Any) -> int:
+    return int(feature.mm_position.get_num_embeds())
