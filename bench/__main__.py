@@ -16,6 +16,7 @@ from typing import Any
 from bench import (
     aims,
     board,
+    engines,
     handoff,
     machine,
     messages,
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "allocator": pool.measure,
     "start": waiting.measure_start,
     "waiting": waiting.measure,
+    "engines": engines.measure,
 }
 
 

@@ -57,6 +57,10 @@ AIMS = (
         "waiting.*_core_percent", "<", 1),
     Aim("rss_kib_per_transfer", "RSS of a live transfer, KiB",
         "waiting.rss_kib_per_transfer", "<=", 10),
+    Aim("engine_first_token", "end of prefill to decode's first token, to vLLM's own connectors",
+        "engines.*_first_token", "<=", 1),
+    Aim("engine_pinned", "how long a dead decode pins prefill's blocks, vLLM's NixlConnector to ours",
+        "engines.pinned_nixl_to_kvferry", ">=", 10),
 )  # fmt: skip
 REACHED = {
     ">=": lambda value, bound: value >= bound,

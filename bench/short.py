@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bench import board, handoff, messages, paged, pieces, pool, waiting, windows
+from bench import board, engines, handoff, messages, paged, pieces, pool, waiting, windows
 from bench.payload import llama
 from bench.windows import Case
 
@@ -28,4 +28,5 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "allocator": partial(pool.measure, 100, 1),
     "start": partial(waiting.measure_start, 1),
     "waiting": partial(waiting.measure, 10, 20, 0.5, 0.5),
+    "engines": partial(engines.none, "engines take minutes to start"),
 }

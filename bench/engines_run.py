@@ -1,0 +1,209 @@
+"""Measures `bench.engines`: pairs of vLLM engines on this machine, one pair a connector.
+
+Every round hands one prompt over by each connector in turn, and looks whether decode's tokens are
+those that prefill's engine goes on with. One JSON object on stdout.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.figures import absent, ratios, spread
+from live import LiveDaemon
+from vllm_live.asking import prompt
+from vllm_live.engines import Engine, connector, make_model
+
+TOKENS, SHORT_TOKENS = 2048, 256
+ROUNDS, SHORT_ROUNDS = 5, 1
+PINNED_ROUNDS = 2
+PINNED_MAX_S = 45.0  # NIXL's lease is 30 s
+SHAPE: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+OPTIONS: dict[str, Any] = {
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 1024,
+}
+POOLS = {"window_tokens": 8192, "pool_tokens": 32_768, "budget_bytes": "2GiB", "heartbeat_s": 1}
+ENGINE_FAILED = (AssertionError, KeyError)
+
+
+class Way(NamedTuple):
+    """Two engines with one connector; what prefill's request carries."""
+
+    prefill: Engine
+    decode: Engine
+    params: Callable[[str], dict[str, Any] | None]
+
+
+class Measured:
+    """What came of a way, round by round; ``why`` it gives no figure, if so."""
+
+    def __init__(self) -> None:
+        self.first_token_ms: list[float] = []
+        self.prefill_ms: list[float] = []
+        self.pinned_s: list[float] = []
+        self.why: str | None = None
+
+
+def kvferry(path: Path, model: Path, stack: ExitStack) -> Way:
+    """A daemon beside each engine."""
+    engines = []
+    for side in ("prefill", "decode"):
+        daemon = stack.enter_context(LiveDaemon(path / side, **POOLS))
+        engines.append(Engine(path / f"{side}.log", model, connector(daemon.directory), **OPTIONS))
+    return _way(stack, engines, lambda name: {"do_remote_decode": True, "transfer_id": name})
+
+
+def nixl(path: Path, model: Path, stack: ExitStack) -> Way:
+    """vLLM's NixlConnector, with its defaults but for what a CPU needs."""
+    import nixl  # noqa: F401
+
+    transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+    engines = [
+        Engine(
+            path / f"{side}.log",
+            model,
+            transfer,
+            environment={
+                "UCX_TLS": "tcp,self,sm",
+                "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
+            },
+            **OPTIONS,
+        )
+        for side, port in (("prefill", 15_600), ("decode", 15_700))
+    ]
+    empty = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+    told = {"do_remote_decode": True, "do_remote_prefill": False, **empty}
+    return _way(stack, engines, lambda _: told)
+
+
+def files(path: Path, model: Path, stack: ExitStack) -> Way:
+    """vLLM's example, which writes and reads files."""
+    transfer = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(path / "files")},
+    }
+    engines = [
+        Engine(path / f"{side}.log", model, transfer, **OPTIONS) for side in ("prefill", "decode")
+    ]
+    return _way(stack, engines, lambda _: None)
+
+
+def _way(
+    stack: ExitStack, engines: list[Engine], params: Callable[[str], dict[str, Any] | None]
+) -> Way:
+    for engine in engines:
+        stack.enter_context(engine)
+    prefill, decode = (engine.wait() for engine in engines)
+    return Way(prefill, decode, params)
+
+
+WAYS = {"kvferry": kvferry, "nixl": nixl, "files": files}
+
+
+def hand_over(way: Way, tokens: list[int], name: str, into: Measured) -> None:
+    """One prompt: prefill, then decode, then the same tokens from prefill's engine."""
+    asked_s = time.monotonic()
+    first = way.prefill.generate(tokens, 1, way.params(name)).result()
+    second = way.decode.generate(tokens, 4, first["params"]).result()
+    into.prefill_ms.append(1000 * (first["first_s"] - asked_s))
+    into.first_token_ms.append(1000 * (second["first_s"] - first["first_s"]))
+    assert second["tokens"] == way.prefill.generate(tokens, 4).tokens, "other tokens than alone"
+
+
+def pinned_s(way: Way, tokens: list[int], name: str) -> float:
+    """How long prefill's blocks are in use after its answer, while nobody fetches."""
+    done_s = float(way.prefill.generate(tokens, 1, way.params(name)).result()["first_s"])
+    while not way.prefill.blocks_are_free() and time.monotonic() < done_s + PINNED_MAX_S:
+        time.sleep(0.001)
+    return time.monotonic() - done_s
+
+
+def run(*, is_short: bool) -> dict[str, Any]:
+    """All figures."""
+    tokens, rounds = (SHORT_TOKENS, SHORT_ROUNDS) if is_short else (TOKENS, ROUNDS)
+    measured = {name: Measured() for name in WAYS}
+    alone_ms = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, ExitStack() as stack:
+        path = Path(directory)
+        model = make_model(path / "model", **SHAPE)
+        ways = {}
+        for name, make in WAYS.items():
+            (path / name).mkdir()
+            try:
+                ways[name] = make(path / name, model, stack)
+            except (AssertionError, ImportError) as error:
+                measured[name].why = _reason(path / name, error)
+        assert "kvferry" in ways, measured["kvferry"].why
+        for number in range(-1, rounds):
+            if number == 0:  # the one before was to connect
+                for one in measured.values():
+                    one.first_token_ms.clear()
+                    one.prefill_ms.clear()
+            for name, way in ways.items():
+                if measured[name].why is None:
+                    asked = prompt(tokens, seed=number)
+                    try:
+                        hand_over(way, asked, f"{name}-{number}", measured[name])
+                    except ENGINE_FAILED as error:
+                        measured[name].why = _reason(path / name, error)
+            asked_s = time.monotonic()
+            alone = ways["kvferry"].decode.generate(prompt(tokens, seed=1000 + number), 1)
+            alone_ms.append(1000 * (alone.result()["first_s"] - asked_s))
+        for number in range(1 if is_short else PINNED_ROUNDS):
+            for name, way in ways.items():
+                if measured[name].why is None:
+                    asked = prompt(tokens, seed=2000 + number)
+                    measured[name].pinned_s.append(pinned_s(way, asked, f"{name}-dead-{number}"))
+    return figures(measured, alone_ms, tokens)
+
+
+def figures(measured: dict[str, Measured], alone_ms: list[float], tokens: int) -> dict[str, Any]:
+    """What stands in the result."""
+    ours = measured["kvferry"]
+    assert ours.why is None, ours.why
+    found: dict[str, Any] = {"tokens": tokens, "alone_first_token_ms": spread(alone_ms)}
+    for name, one in measured.items():
+        for key in ("first_token_ms", "prefill_ms", "pinned_s"):
+            found[f"{name}_{key}"] = absent(one.why) if one.why else spread(getattr(one, key))
+        if one is ours:
+            continue
+        both = ours.first_token_ms, one.first_token_ms
+        found[f"kvferry_to_{name}_first_token"] = absent(one.why) if one.why else ratios(*both)
+    nixl = measured["nixl"]
+    found["pinned_nixl_to_kvferry"] = (
+        absent(nixl.why) if nixl.why else ratios(nixl.pinned_s, ours.pinned_s)
+    )
+    return found
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a connector gives no figure: its engine's last error, or ours."""
+    logs = [log.read_text(errors="replace") for log in sorted(path.glob("*.log"))]
+    lines = [line for log in logs for line in log.splitlines() if "Error: " in line]
+    last = lines[-1] if lines else f"{type(error).__name__}: {error}"
+    return last[-300:]
+
+
+def main() -> None:
+    """Run, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="one small round")
+    print(json.dumps(run(is_short=parser.parse_args().short)), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
