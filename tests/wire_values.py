@@ -26,11 +26,8 @@ FAMILIES: dict[str, tuple[Codec[Any], tuple[type[BaseModel], ...]]] = {
     "calls": (worker.CALLS, _members(worker.WorkerCall)),
     "replies": (worker.REPLIES, _members(worker.WorkerReply)),
     "peer": (peer.MESSAGES, _members(peer.PeerMessage)),
-    "requests": (control.REQUESTS, (control.GetStatus, control.GetTransfers)),
-    "answers": (
-        control.ANSWERS,
-        (control.Status, control.Transfers, control.ControlFailure),
-    ),
+    "requests": (control.REQUESTS, _members(control.Request)),
+    "answers": (control.ANSWERS, _members(control.Answer)),
 }
 KINDS: dict[str, type[BaseModel]] = {
     str(cls.model_fields["kind"].default): cls for _, all_ in FAMILIES.values() for cls in all_

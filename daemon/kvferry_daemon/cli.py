@@ -1,22 +1,18 @@
-"""The command line. Exit codes: 0 well, 1 the demo failed, 2 wrong usage or config, 3 the daemon
-
-could not start or did not drain, 4 no daemon answers, 5 no such transfer, 6 the answer could not
-be written, 7 the daemon's ledger could not.
-"""
+"""The command line: the daemon itself, the demo, and what needs no daemon. See ``Exit`` for codes."""
 
 import importlib.util
-import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvferry_proto.errors import FerryError
+from kvferry_daemon import verbs
+from kvferry_daemon.output import Exit, as_json, stop, write
 
-EXIT_CONFIG, EXIT_SERVE, EXIT_NO_DAEMON, EXIT_UNKNOWN, EXIT_OUTPUT = 2, 3, 4, 5, 6
+if TYPE_CHECKING:
+    from kvferry_daemon.config import Config
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,27 +43,25 @@ def _flag_type(field: Any) -> Any:
     return bool if field.annotation is bool else str
 
 
-@main.command()
-@click.option(
+CONFIG_FILE = click.option(
     "--config",
     "config_path",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="TOML file [default: the one that KVFERRY_CONFIG names]",
 )
+
+
+@main.command()
+@CONFIG_FILE
 @click.option("--print-config", is_flag=True, help="show the resulting config as JSON and exit")
 @_config_options
 def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
     """Run the daemon in the foreground. SIGTERM drains, then stops; a second one stops at once."""
     import zmq
 
-    from kvferry_daemon.config import ConfigError, load
-
-    try:
-        config = load({k: v for k, v in flags.items() if v is not None}, config_path)
-    except ConfigError as error:
-        _stop(EXIT_CONFIG, f"config: {error}")
+    config = _loaded(config_path, flags)
     if print_config:
-        _write(config.model_dump_json(indent=2))
+        write(config.model_dump_json(indent=2))
         return
     from kvferry_daemon.daemon import run
     from kvferry_daemon.memory.placement import PlacementRefused
@@ -77,58 +71,9 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
     try:
         sys.exit(run(config))
     except PlacementRefused as error:
-        _stop(EXIT_CONFIG, f"config: {error}")
+        stop(Exit.USAGE, f"config: {error}")
     except (DirectoryTaken, NixlFailed, OSError, zmq.ZMQError) as error:
-        _stop(EXIT_SERVE, f"cannot start: {error}")
-
-
-def _runtime_dir_option(command: Callable[..., None]) -> Callable[..., None]:
-    return click.option(
-        "--runtime-dir",
-        type=click.Path(path_type=Path),
-        envvar="KVFERRY_RUNTIME_DIR",
-        help="the daemon's runtime directory",
-    )(command)
-
-
-@main.command()
-@_runtime_dir_option
-@click.option("--json", "as_json", is_flag=True, help="one JSON object")
-def status(runtime_dir: Path | None, as_json: bool) -> None:
-    """Show the daemon: pools, peers, workers, transfers by state."""
-    from kvferry_daemon.operator import ask, status_for_people
-    from kvferry_proto.control import GetStatus
-
-    answer = _asked(lambda: ask(_directory(runtime_dir), GetStatus()))
-    _write(answer.model_dump_json(indent=2) if as_json else status_for_people(answer))
-
-
-@main.command()
-@_runtime_dir_option
-@click.argument("transfer_id", required=False)
-@click.option("--json", "as_json", is_flag=True, help="one JSON object")
-def transfers(runtime_dir: Path | None, transfer_id: str | None, as_json: bool) -> None:
-    """Show transfers, or every attempt of one."""
-    from pydantic import ValidationError
-
-    from kvferry_daemon.operator import ask, transfers_for_people
-    from kvferry_proto.control import GetTransfers
-
-    try:
-        question = GetTransfers(transfer_id=transfer_id)
-    except ValidationError:
-        words = "1 to 128 printable ASCII characters without a space"
-        _stop(EXIT_CONFIG, f"{transfer_id!r} is no transfer id: {words}")
-    answer = _asked(lambda: ask(_directory(runtime_dir), question))
-    unknown = transfer_id is not None and not answer.transfers
-    if as_json:
-        _write(answer.model_dump_json(indent=2))
-    elif not unknown:
-        _write(transfers_for_people(answer))
-    if unknown:
-        _stop(
-            EXIT_UNKNOWN, f"this daemon knows no transfer {transfer_id}; it may have forgotten it"
-        )
+        stop(Exit.SERVE, f"cannot start: {error}")
 
 
 @main.command()
@@ -145,50 +90,70 @@ def demo(**choices: Any) -> None:
         words = "--block-reuse: a handoff moves no byte into blocks of its own; leave one out"
         raise click.UsageError(words)
     if importlib.util.find_spec("transformers") is None:
-        _stop(EXIT_CONFIG, "the demo needs its extra: pip install 'kvferry[demo]'")
+        stop(Exit.USAGE, "the demo needs its extra: pip install 'kvferry[demo]'")
     from kvferry_daemon.demo.run import run_demo
 
     sys.exit(run_demo(**choices))
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="one JSON object")
-def version(as_json: bool) -> None:
-    """Show the version and the wire versions."""
-    from kvferry_daemon.core.report import our_version
-    from kvferry_proto.versions import OURS
+@click.option("--json", "json_wanted", is_flag=True, help="one JSON object")
+def version(json_wanted: bool) -> None:
+    """Show version, commit, wire versions, and what this installation is capable of."""
+    from kvferry_daemon.about import about
 
-    if as_json:
-        _write(json.dumps({"version": our_version(), "wire": [OURS.low, OURS.high]}))
+    facts = about()
+    if json_wanted:
+        write(as_json("version", {**facts}))
+        return
+    low, high = facts["wire"]
+    can = ", ".join(name for name, there in facts["capabilities"].items() if there)
+    write(f"kvferry {facts['version']} (wire versions {low} to {high})")
+    write(f"commit {facts['commit'] or 'unknown'}; capable of: {can}")
+
+
+@main.group("config")
+def config_group() -> None:
+    """Look at what `serve` would run with."""
+
+
+@config_group.command()
+@CONFIG_FILE
+@click.option("--json", "json_wanted", is_flag=True, help="one JSON object")
+@_config_options
+def check(config_path: Path | None, json_wanted: bool, **flags: Any) -> None:
+    """Check flags, environment and file as `serve` does, and start nothing."""
+    config = _loaded(config_path, flags)
+    settings = config.model_dump(mode="json")
+    write(as_json("config", {"settings": settings}) if json_wanted else "the config is good")
+
+
+@main.command()
+@CONFIG_FILE
+@click.option("--json", "json_wanted", is_flag=True, help="one JSON object")
+@_config_options
+def doctor(config_path: Path | None, json_wanted: bool, **flags: Any) -> None:
+    """Check the machine for a daemon with this config: what is wrong, and what to do."""
+    from kvferry_daemon.doctor import FAULT, examine, in_words
+
+    findings = examine(_loaded(config_path, flags))
+    is_well = all(one.verdict != FAULT for one in findings)
+    if json_wanted:
+        rows = [one._asdict() for one in findings]
+        write(as_json("doctor", {"well": is_well, "findings": rows}))
     else:
-        _write(f"kvferry {our_version()} (wire versions {OURS.low} to {OURS.high})")
+        write(in_words(findings))
+    sys.exit(0 if is_well else Exit.DOCTOR)
 
 
-def _directory(given: Path | None) -> Path:
-    from kvferry_proto.runtime_dir import default_runtime_dir
+def _loaded(path: Path | None, flags: Mapping[str, Any]) -> "Config":
+    from kvferry_daemon.config import ConfigError, load
 
-    return given or default_runtime_dir()
-
-
-def _asked(question: Callable[[], Any]) -> Any:
     try:
-        return question()
-    except FerryError as error:
-        _stop(EXIT_NO_DAEMON, str(error))
+        return load({k: v for k, v in flags.items() if v is not None}, path)
+    except ConfigError as error:
+        stop(Exit.USAGE, f"config: {error}")
 
 
-def _write(text: str) -> None:
-    try:
-        click.echo(text.removesuffix("\n"))
-        sys.stdout.flush()
-    except OSError as error:
-        # Python would try again at exit, and complain in words of its own.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # `| head` has read enough: nothing to tell
-            sys.exit(EXIT_OUTPUT)
-        _stop(EXIT_OUTPUT, f"cannot write the answer: {error.strerror}")
-
-
-def _stop(code: int, message: str) -> NoReturn:
-    click.echo(f"kvferry: {message}", err=True)
-    sys.exit(code)
+for verb in verbs.ALL:
+    main.add_command(verb)

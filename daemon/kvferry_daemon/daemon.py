@@ -12,11 +12,12 @@ from collections.abc import Callable
 import zmq
 
 from kvferry_daemon.config import Config
+from kvferry_daemon.control_desk import ControlDesk, log_level
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.records import HOST, RECORDS
-from kvferry_daemon.core.report import status, transfers
+from kvferry_daemon.core.report import status
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
@@ -100,6 +101,7 @@ class Daemon:
         self._peers = ZmqLink(self._peer_socket, self._on_peer)
         self._workers = ZmqLink(self._bound(str(self.directory.worker_socket)), self._on_worker)
         self._control = ZmqLink(self._bound(str(self.directory.control_socket)), self._on_control)
+        self.operators = ControlDesk(self.node, self.effects.feed, self.status)
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
         self._io_threads = IoThreads()
@@ -158,6 +160,7 @@ class Daemon:
 
     async def drain(self) -> bool:
         """Take no new transfers; wait for the live ones. False if they did not end in time."""
+        self.operators.stopping = True
         self.effects.feed(out.DrainBegun())
         deadline_s = asyncio.get_running_loop().time() + self.config.deadlines.stop_s
         while not self.node.idle:
@@ -238,21 +241,20 @@ class Daemon:
 
     def _on_control(self, frames: list[bytes]) -> None:
         try:
-            request = control.REQUESTS.decode(_single(frames))
-            now_s = asyncio.get_running_loop().time()
-            if isinstance(request, control.GetStatus):
-                self.node.counters["ledger_commits"] = self.ledger.commits
-                self.node.counters["nixl_reads"] = self.streams.nixl_reads
-                facts = self._placed, self._lag.status()
-                answer = status(self.node, request.call, str(self.directory.path), *facts, now_s)
-                frame = control.ANSWERS.encode(answer)
-            else:
-                frame = control.frame_of(transfers(self.node, request, now_s))
+            frame = self.operators.answer(control.REQUESTS.decode(_single(frames)))
         except FerryError as error:
             self.node.counters["bad_messages_control"] += 1
             failure = control.ControlFailure(error=ErrorInfo.of(error.code, error.message))
             frame = control.ANSWERS.encode(failure)
         self._control.send(frames[0], frame)
+
+    def status(self, call: int = 0) -> control.Status:
+        """The daemon as operators see it."""
+        self.node.counters["ledger_commits"] = self.ledger.commits
+        self.node.counters["nixl_reads"] = self.streams.nixl_reads
+        facts = self._placed, self._lag.status(), log_level()
+        now_s = asyncio.get_running_loop().time()
+        return status(self.node, call, str(self.directory.path), *facts, now_s)
 
     # --- messages out (Links) ---
 

@@ -1,53 +1,107 @@
 """What operators see: a question over the control socket, and its answer as a table."""
 
 import io
+import os
 import shutil
+import socket as plain_socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import zmq
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvferry_daemon.core.report import our_version
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.worker import Snapshot
 
 ANSWER_S = 3.0
 UNBOUNDED = 1 << 16  # columns: what is piped on is read by a program, and must be whole
 
 
-def ask(
-    runtime_dir: Path, request: control.GetStatus | control.GetTransfers
-) -> control.Status | control.Transfers:
-    """Ask the daemon; FerryError(daemon_unreachable) if none answers within 3 s."""
+def ask(runtime_dir: Path, request: control.Request) -> Any:
+    """Ask the daemon and return its answer.
+
+    FerryError: daemon_unreachable if there is none or none answers within 3 s, control_denied if
+    its socket is another user's, no_common_version if it does not know what is asked, or what it
+    refuses with.
+    """
     path = runtime_dir / "control.sock"
+    _check_socket(path)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     try:
         socket.setsockopt(zmq.LINGER, 0)
         try:
-            path.stat()  # ZeroMQ would wait for it to come into being
             socket.connect(f"ipc://{path}")
-        except FileNotFoundError:
-            raise FerryError(Code.DAEMON_UNREACHABLE, f"no daemon has a socket at {path}") from None
-        except (OSError, zmq.ZMQError) as error:
+        except zmq.ZMQError as error:
             raise FerryError(
                 Code.DAEMON_UNREACHABLE, f"cannot connect to {path}: {error}"
             ) from error
-        socket.send(control.REQUESTS.encode(request))
-        if not socket.poll(int(ANSWER_S * 1000)):
-            raise FerryError(
-                Code.DAEMON_UNREACHABLE, f"no daemon answers at {path} within {ANSWER_S:g} s"
-            )
-        answer = control.ANSWERS.decode(socket.recv())
+        answer = _exchange(socket, path, request)
+        if isinstance(answer, FerryError):
+            raise FerryError(Code.NO_COMMON_VERSION, _other_version(socket, path, request, answer))
+        return answer
     finally:
         context.destroy(linger=0)
+
+
+def _check_socket(path: Path) -> None:
+    """ZeroMQ would wait for a socket to come into being, and say nothing of one that is refused."""
+    probe = plain_socket.socket(plain_socket.AF_UNIX, plain_socket.SOCK_STREAM)
+    try:
+        probe.connect(str(path))
+    except FileNotFoundError:
+        raise FerryError(Code.DAEMON_UNREACHABLE, f"no daemon has a socket at {path}") from None
+    except PermissionError as error:
+        raise FerryError(
+            Code.CONTROL_DENIED, f"uid {os.getuid()} may not connect to {path}"
+        ) from error
+    except ConnectionRefusedError as error:
+        raise FerryError(Code.DAEMON_UNREACHABLE, f"the daemon that made {path} is gone") from error
+    except OSError as error:
+        raise FerryError(Code.DAEMON_UNREACHABLE, f"cannot connect to {path}: {error}") from error
+    finally:
+        probe.close()
+
+
+def _exchange(
+    socket: zmq.Socket[bytes], path: Path, request: control.Request
+) -> control.Answer | FerryError:
+    """The answer; an error if the two do not understand each other."""
+    socket.send(control.REQUESTS.encode(request))
+    if not socket.poll(int(ANSWER_S * 1000)):
+        raise FerryError(
+            Code.DAEMON_UNREACHABLE, f"no daemon answers at {path} within {ANSWER_S:g} s"
+        )
+    try:
+        answer = control.ANSWERS.decode(socket.recv())
+    except FerryError as error:
+        return error
     if isinstance(answer, control.ControlFailure):
-        raise answer.error.raised()
+        error = answer.error.raised()
+        if error.code is Code.BAD_MESSAGE:
+            return error
+        raise error
     return answer
+
+
+def _other_version(
+    socket: zmq.Socket[bytes], path: Path, request: control.Request, seen: FerryError
+) -> str:
+    """What to say of a daemon that does not know the verb; it may still tell its version."""
+    ours = our_version()
+    status = _exchange(socket, path, control.GetStatus())
+    theirs = f"kvferry {status.version}" if isinstance(status, control.Status) else "unknown"
+    return (
+        f"the daemon is {theirs}, this command kvferry {ours}, and they do not share "
+        f"{request.kind}: {seen.message}"
+    )
 
 
 def status_for_people(answer: control.Status) -> str:
@@ -80,10 +134,10 @@ def status_for_people(answer: control.Status) -> str:
         (p.address, p.state, str(p.streams_open), p.transport, p.detail or p.why)
         for p in answer.peers
     )
-    return _page(
+    return page(
         words,
-        _table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
-        _table(("peer", "state", "streams", "transport", "detail"), peers),
+        table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
+        table(("peer", "state", "streams", "transport", "detail"), peers),
     )
 
 
@@ -124,13 +178,17 @@ def transfers_for_people(answer: control.Transfers) -> str:
         *("ranks", "behind", "idle"),
     )
     errors = [
-        f"{seen.transfer_id}: {seen.error.code} (fault: {seen.error.fault}): "
-        f"{seen.error.message}. Remedy: {seen.error.remedy}"
+        f"{seen.transfer_id}: {error_in_words(seen.error)}"
         for seen in (row.snapshot for row in answer.transfers)
         if seen.error is not None
     ]
     more = [f"{answer.more} more not shown"] if answer.more else []
-    return _page([], _table(names, rows, always=True), "\n".join(map(_plain, errors + more)))
+    return page([], table(names, rows, always=True), "\n".join(map(_plain, errors + more)))
+
+
+def error_in_words(error: ErrorInfo) -> str:
+    """Code, fault, message and remedy."""
+    return f"{error.code} (fault: {error.fault}): {error.message}. Remedy: {error.remedy}"
 
 
 def _why(seen: Snapshot) -> str:
@@ -139,7 +197,7 @@ def _why(seen: Snapshot) -> str:
     return "" if seen.error is None else seen.error.code
 
 
-def _table(
+def table(
     names: Iterable[str], rows: Iterable[Iterable[str]], *, always: bool = False
 ) -> Table | None:
     """A table; None if it would be empty. Piped on, it is plain columns with a "-" for nothing."""
@@ -152,7 +210,7 @@ def _table(
     return table if always or table.row_count else None
 
 
-def _page(words: Iterable[str], *parts: Table | str | None) -> str:
+def page(words: Iterable[str], *parts: Table | str | None) -> str:
     """All of it as text. Ids, reasons and addresses are nobody's markup."""
     terminal, page = sys.stdout.isatty(), io.StringIO()
     console = Console(

@@ -1,15 +1,33 @@
-"""Control socket: what operators read. Verbs that change something get a family of their own."""
+"""Control socket: what operators read (`Read`), and what they change (`Change`)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from kvferry_proto.codec import Codec
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.fields import BootId, Call, Count, ErrorInfo, Message, TransferId, WireRole
+from kvferry_proto.fields import (
+    Attempt,
+    BootId,
+    Call,
+    Count,
+    ErrorInfo,
+    Message,
+    Text,
+    Tokens,
+    TransferId,
+    WireRole,
+    WireStall,
+    WireState,
+)
 from kvferry_proto.worker import RANKS_MAX, Rank, Snapshot
 
 TRANSFERS_MAX = 1000
+EXPLAINED_MAX = 64  # attempts of one id
+NEAR_MAX = 5
+LogLevel = Literal["debug", "info", "warning", "error"]
+Sort = Literal["opened", "age", "idle", "sent", "blocks"]
+Seconds = Annotated[float, Field(ge=0)]
 
 
 class GetStatus(Message):
@@ -20,12 +38,57 @@ class GetStatus(Message):
 
 
 class GetTransfers(Message):
-    """Live and ended transfers, or every attempt of one id."""
+    """Live and ended transfers, or every attempt of one id; those only that fit all that is given.
+
+    The ``limit`` last ones of the order are told, with what is most of it at the end.
+    """
 
     kind: Literal["get_transfers"] = "get_transfers"
     call: Call = 0
     transfer_id: TransferId | None = None
     limit: Annotated[int, Field(ge=1, le=TRANSFERS_MAX)] = TRANSFERS_MAX
+    state: WireState | None = None
+    role: WireRole | None = None
+    stall: WireStall | None = None
+    worker: Annotated[str, Field(max_length=128)] | None = None
+    peer: Annotated[str, Field(max_length=256)] | None = None  # address of the source's daemon
+    age_s: Seconds | None = None  # at least so old
+    idle_s: Seconds | None = None  # at least so long without progress
+    sort: Sort = "opened"
+
+
+class Explain(Message):
+    """Everything that is known of every attempt of one id, or ids that are near it."""
+
+    kind: Literal["explain"] = "explain"
+    call: Call = 0
+    transfer_id: TransferId
+
+
+class SetDraining(Message):
+    """Take no new transfers, or take them again. Says nothing about those that there are."""
+
+    kind: Literal["set_draining"] = "set_draining"
+    call: Call = 0
+    draining: bool
+
+
+class AbortTransfer(Message):
+    """Give up every live attempt of an id, or one of them, on all sides that are here."""
+
+    kind: Literal["abort_transfer"] = "abort_transfer"
+    call: Call = 0
+    transfer_id: TransferId
+    attempt: Attempt | None = None
+    reason: Text = ""
+
+
+class SetLogLevel(Message):
+    """What the daemon writes to its log from now on, until it ends."""
+
+    kind: Literal["set_log_level"] = "set_log_level"
+    call: Call = 0
+    level: LogLevel
 
 
 class PoolStatus(Message):
@@ -118,6 +181,8 @@ class Status(Message):
     peers: list[PeerStatus]
     placement: PlacementStatus | None = None
     loop: LoopStatus | None = None
+    unsettled: Count = 0  # transfers that are live, or still hold blocks
+    log_level: str = ""
 
 
 class Transfers(Message):
@@ -129,6 +194,77 @@ class Transfers(Message):
     more: Count = 0  # how many the limit left out
 
 
+class Moment(Message):
+    """One line of a timeline: what the numbers were after a change, and what the change was."""
+
+    ago_s: float
+    what: Text
+    state: WireState
+    stall: WireStall | None = None
+    sent_tokens: Tokens = 0
+    available_tokens: Tokens = 0
+    base_tokens: Tokens = 0
+    allocated_tokens: Tokens = 0
+
+
+class Holder(Message):
+    """A transfer that has blocks which others wait for."""
+
+    transfer_id: TransferId
+    role: WireRole
+    attempt: Attempt
+    blocks: Count
+    stall: WireStall | None = None
+
+
+class Explained(Message):
+    """One side of one attempt. What it waits for is in ``seen.snapshot.stall``."""
+
+    seen: TransferStatus
+    moments: list[Moment]  # oldest first
+    moments_lost: Count = 0  # older ones that are not kept
+    stalled_s: float | None = None  # since when it waits for that
+    waits_for: Text = ""
+    helps: Text = ""
+    holding: Text = ""  # who may still touch its blocks
+    holders: list[Holder] = Field(default_factory=list)  # who has the blocks that it waits for
+
+
+class Explanation(Message):
+    """The answer to `explain`."""
+
+    kind: Literal["explanation"] = "explanation"
+    call: Call = 0
+    transfers: Annotated[list[Explained], Field(max_length=EXPLAINED_MAX)]
+    near: Annotated[list[TransferId], Field(max_length=NEAR_MAX)] = Field(default_factory=list)
+
+
+class Draining(Message):
+    """The answer to `set_draining`."""
+
+    kind: Literal["draining"] = "draining"
+    call: Call = 0
+    draining: bool
+    unsettled: Count
+
+
+class Aborted(Message):
+    """The answer to `abort_transfer`: what was live and is given up."""
+
+    kind: Literal["aborted"] = "aborted"
+    call: Call = 0
+    transfers: Annotated[list[TransferStatus], Field(max_length=TRANSFERS_MAX)]
+
+
+class LogLevelSet(Message):
+    """The answer to `set_log_level`."""
+
+    kind: Literal["log_level_set"] = "log_level_set"
+    call: Call = 0
+    level: LogLevel
+    before: str
+
+
 class ControlFailure(Message):
     """The request was refused."""
 
@@ -137,12 +273,17 @@ class ControlFailure(Message):
     error: ErrorInfo
 
 
-REQUESTS: Codec[GetStatus | GetTransfers] = Codec(
-    Annotated[GetStatus | GetTransfers, Field(discriminator="kind")]
+Read = GetStatus | GetTransfers | Explain
+Change = SetDraining | AbortTransfer | SetLogLevel
+Request = Read | Change
+Answer = Status | Transfers | Explanation | Draining | Aborted | LogLevelSet | ControlFailure
+CHANGES: tuple[type[Message], ...] = get_args(Change)
+REQUESTS: Codec[GetStatus | GetTransfers | Explain | SetDraining | AbortTransfer | SetLogLevel] = (
+    Codec(Annotated[Request, Field(discriminator="kind")])
 )
-ANSWERS: Codec[Status | Transfers | ControlFailure] = Codec(
-    Annotated[Status | Transfers | ControlFailure, Field(discriminator="kind")]
-)
+ANSWERS: Codec[
+    Status | Transfers | Explanation | Draining | Aborted | LogLevelSet | ControlFailure
+] = Codec(Annotated[Answer, Field(discriminator="kind")])
 
 
 def frame_of(answer: Transfers) -> bytes:
@@ -162,6 +303,8 @@ def frame_of(answer: Transfers) -> bytes:
 
 
 __all__ = [
-    "ANSWERS", "REQUESTS", "ControlFailure", "GetStatus", "GetTransfers", "LoopStatus",
-    "PeerStatus", "PlacementStatus", "PoolStatus", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
+    "ANSWERS", "CHANGES", "REQUESTS", "AbortTransfer", "Aborted", "Answer", "Change", "ControlFailure",
+    "Draining", "Explain", "Explained", "Explanation", "GetStatus", "GetTransfers", "Holder", "LogLevel",
+    "LogLevelSet", "LoopStatus", "Moment", "PeerStatus", "PlacementStatus", "PoolStatus", "Read", "Request",
+    "SetDraining", "SetLogLevel", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
 ]  # fmt: skip

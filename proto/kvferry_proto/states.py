@@ -28,6 +28,8 @@ class StallReason(StrEnum):
     WAITING_FOR_PEER = "waiting_for_peer"  # the other daemon does not answer
     DRAINING = "draining"  # ended, but someone may still touch its blocks
 
+    __hash__ = str.__hash__  # as above; it is looked up at every change of a transfer
+
 
 class Role(StrEnum):
     """Which end of a transfer this is."""

@@ -242,4 +242,6 @@ def test_the_runtime_directory_may_come_from_the_environment(daemon: LiveDaemon)
 
 def test_version_speaks_to_people_and_programs() -> None:
     assert kvferry("version").stdout.startswith("kvferry ")
-    assert set(json.loads(kvferry("version", "--json").stdout)) == {"version", "wire"}
+    facts = json.loads(kvferry("version", "--json").stdout)
+    assert set(facts) == {"schema", "version", "commit", "wire", "capabilities"}
+    assert facts["capabilities"]["tcp"] is True

@@ -99,7 +99,7 @@ def files() -> dict[str, list[dict[str, Any]]]:
 
 def _speaks(codec: Codec[Any], message: Any) -> bool:
     if codec is control.REQUESTS:
-        return isinstance(message, control.GetStatus | control.GetTransfers)
+        return isinstance(message, control.Request)
     return True
 
 

@@ -215,6 +215,15 @@ CONTROL: dict[str, Any] = {
     "get status": c.GetStatus(call=1),
     "get transfers": c.GetTransfers(),
     "get one transfer": c.GetTransfers(call=2, transfer_id="t", limit=1),
+    "get some transfers": c.GetTransfers(
+        state=State.TRANSFERRING, role=Role.SINK, stall=StallReason.WAITING_FOR_RESUME, worker="w",
+        peer="tcp://a:1", age_s=1.5, idle_s=0.5, sort="idle",
+    ),
+    "explain": c.Explain(call=4, transfer_id="t"),
+    "drain": c.SetDraining(call=5, draining=True),
+    "abort": c.AbortTransfer(call=6, transfer_id="t"),
+    "abort an attempt": c.AbortTransfer(transfer_id="t", attempt=2, reason="stuck"),
+    "set log level": c.SetLogLevel(call=7, level="debug"),
     "status": c.Status(
         call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
         draining=False, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
@@ -252,6 +261,41 @@ CONTROL: dict[str, Any] = {
             ),
         ],
     ),
+    "status with more": c.Status(
+        call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
+        draining=True, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
+        blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
+        unsettled=3, log_level="info",
+    ),
+    "explanation": c.Explanation(
+        call=4,
+        transfers=[
+            c.Explained(seen=c.TransferStatus(snapshot=SNAPSHOT, worker="w"), moments=[]),
+            c.Explained(
+                seen=c.TransferStatus(snapshot=SNAPSHOT, worker="w"),
+                moments=[
+                    c.Moment(ago_s=2.5, what="opened", state=State.BOOTSTRAPPING),
+                    c.Moment(
+                        ago_s=1.5, what="news", state=State.TRANSFERRING,
+                        stall=StallReason.WAITING_FOR_BLOCKS, sent_tokens=128, available_tokens=256,
+                        base_tokens=128, allocated_tokens=128,
+                    ),
+                ],
+                moments_lost=1, stalled_s=1.5, waits_for="blocks", helps="more of them",
+                holding="1 block", holders=[
+                    c.Holder(transfer_id="u", role=Role.SINK, attempt=0, blocks=8),
+                    c.Holder(
+                        transfer_id="v", role=Role.SINK, attempt=1, blocks=4,
+                        stall=StallReason.WAITING_FOR_RESUME,
+                    ),
+                ],
+            ),
+        ],
+    ),
+    "explanation of nothing": c.Explanation(call=4, transfers=[], near=["t-1", "t-2"]),
+    "draining": c.Draining(call=5, draining=True, unsettled=2),
+    "aborted": c.Aborted(call=6, transfers=[c.TransferStatus(snapshot=SNAPSHOT, worker="w")]),
+    "log level set": c.LogLevelSet(call=7, level="debug", before="info"),
     "control failure": c.ControlFailure(call=3, error=ERROR),
 }  # fmt: skip
 

@@ -109,11 +109,14 @@ class EffectDesk:
     # --- sink ---
 
     def _claim(self, transfer: SinkTransfer, effect: ev.Claim) -> None:
-        self._node.effects.append(
+        node = self._node
+        handle = node.sinks.handle_of(transfer.key) + effect.part
+        node.meters.claimed(effect.key, handle, effect.first_token, node.now_s)
+        node.effects.append(
             out.Expect(
                 effect.key,
                 transfer.opening.pool_id,
-                self._node.sinks.handle_of(transfer.key) + effect.part,
+                handle,
                 effect.first_token,
                 effect.tokens,
                 effect.place,

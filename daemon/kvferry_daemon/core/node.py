@@ -16,6 +16,7 @@ from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
+from kvferry_daemon.core.meters import Meters
 from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.polls import Polls
 from kvferry_daemon.core.records import HOST, SessionRecord
@@ -24,10 +25,11 @@ from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
-from kvferry_daemon.core.tombstones import Tombstones
+from kvferry_daemon.core.tombstones import Left, Tombstones
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
+from kvferry_proto.errors import Code
 from kvferry_proto.peer import Ways
 from kvferry_proto.states import Role
 
@@ -94,6 +96,7 @@ class Node:
         self.now_s = self.started_s = now_s
         self.draining = False
         self.counters: Counter[str] = Counter()
+        self.meters = Meters()
         self.books: dict[str, PoolBook] = {}
         self.sessions: dict[str, Session] = {}
         self.transfers: dict[ev.Key, AnyTransfer] = {}
@@ -137,6 +140,8 @@ class Node:
             out.ChunkSent: self.sources.on_sent,
             out.Restored: lambda event: restore(self, event.past),
             out.DrainBegun: self._on_drain_begun,
+            out.DrainEnded: self._on_drain_ended,
+            out.TransfersAborted: self._on_transfers_aborted,
             out.TimePassed: lambda _event: None,
         }
 
@@ -251,11 +256,14 @@ class Node:
                 return
         if isinstance(event, (ev.Granted, ev.TookOver)):  # a union would be built each time
             self._arrived(transfer, event)
-        version, ended = transfer.version, transfer.ended
+        version, ended, stall = transfer.version, transfer.ended, transfer.stall
         for effect in transfer.handle(event):
             self._effects_of.perform(transfer, effect)
         if transfer.ended and not ended:
             self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
+            self.meters.ended(transfer)
+        if transfer.version != version or transfer.stall is not stall:  # a group's shows later
+            self.meters.moved(transfer)
         if transfer.version != version:
             self._changed[key] = transfer.version
             if transfer.slots:
@@ -270,7 +278,8 @@ class Node:
         key = transfer.key
         sessions = transfer.ranks.sessions
         self.boards.forget(transfer)  # first: a tombstone has no slot
-        self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s)
+        left = Left(*transfer.history.kept(), transfer.opened_s, transfer.opening.block_size_tokens)
+        self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s, left)
         self.notes.forgotten(key)
         self.notes.stone(key)
         self._effects_of.forget(transfer)
@@ -342,3 +351,10 @@ class Node:
 
     def _on_drain_begun(self, _event: out.DrainBegun) -> None:
         self.draining = True
+
+    def _on_drain_ended(self, _event: out.DrainEnded) -> None:
+        self.draining = False
+
+    def _on_transfers_aborted(self, event: out.TransfersAborted) -> None:
+        for key in event.keys:  # before any of them tells its other side
+            self.post(key, ev.Fail(Code.ABORTED, f"by an operator: {event.reason}"))

@@ -180,7 +180,20 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class DrainBegun:
-    """No new transfers from now on; the daemon is about to stop."""
+    """No new transfers from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEnded:
+    """New transfers are welcome again."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransfersAborted:
+    """An operator gives transfers up."""
+
+    keys: tuple[Key, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +204,8 @@ class TimePassed:
 NodeEvent = (
     WorkerCalled | LockDropped | PoolMade | PoolNotMade | PoolBroken | Zeroed | SourceSaid | SinkSaid
     | Probed | SinkStreamUp | SinkStreamDown | SourceStreamUp | SourceStreamDown | ChunkReceived
-    | ChunkMissed | ChunkDrained | ChunkSent | Restored | DrainBegun
-    | TimePassed
+    | ChunkMissed | ChunkDrained | ChunkSent | Restored | DrainBegun | DrainEnded
+    | TransfersAborted | TimePassed
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,11 @@ def status(
     runtime_dir: str,
     placement: control.PlacementStatus,
     loop: control.LoopStatus,
+    log_level: str,
     now_s: float,
 ) -> control.Status:
     """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
+    unsettled = sum(not transfer.settled for transfer in node.transfers.values())
     states = Counter(t.state for t in node.transfers.values())
     states.update(s.state for s in node.tombstones.snapshots())
     stalls = Counter(t.stall for t in node.transfers.values())
@@ -51,6 +54,8 @@ def status(
         counters=dict(sorted(node.counters.items())),
         pools=[_pool(node, book) for book in node.books.values()],
         peers=[_peer(node, address) for address in sorted(node.sinks.peers)],
+        unsettled=unsettled,
+        log_level=log_level,
     )
 
 
@@ -87,27 +92,68 @@ def _peer(node: Node, address: str) -> control.PeerStatus:
 
 
 def transfers(node: Node, request: control.GetTransfers, now_s: float) -> control.Transfers:
-    """Transfers that are live or remembered, newest last."""
-    wanted = request.transfer_id
-    rows = [
-        _remembered(snapshot)
-        for snapshot in node.tombstones.snapshots()
-        if wanted in (None, snapshot.transfer_id)
-    ]
-    rows += [
-        _live(node, transfer, now_s)
-        for transfer in node.transfers.values()
-        if wanted in (None, transfer.key.transfer_id)
-    ]
-    shown = rows[-request.limit :]
-    return control.Transfers(call=request.call, transfers=shown, more=len(rows) - len(shown))
+    """Transfers that are live or remembered, in the order that is asked for.
+
+    Only those that are shown are made into rows: a row costs more than to look at a transfer.
+    """
+    stones = [s for s in node.tombstones.snapshots() if _fits_ended(s, request)]
+    live = [t for t in node.transfers.values() if _fits(node, t, request, now_s)]
+    if request.sort != "opened":
+        stones.sort(key=lambda snapshot: snapshot.sent_tokens if request.sort == "sent" else 0)
+        live.sort(key=ORDERS[request.sort])
+    shown = live[-request.limit :]
+    room = request.limit - len(shown)
+    rows = [remembered_row(snapshot) for snapshot in (stones[-room:] if room else [])]
+    rows += [live_row(node, transfer, now_s) for transfer in shown]
+    more = len(stones) + len(live) - len(rows)
+    return control.Transfers(call=request.call, transfers=rows, more=more)
 
 
-def _remembered(snapshot: Snapshot) -> control.TransferStatus:
+ORDERS: dict[control.Sort, Callable[[AnyTransfer], float]] = {
+    "age": lambda transfer: -transfer.opened_s,
+    "idle": lambda transfer: -transfer.progress_s,
+    "sent": lambda transfer: transfer.sent_tokens,
+    "blocks": lambda transfer: transfer.window.blocks * transfer.ranks.size,
+}
+
+
+def _fits_ended(seen: Snapshot, request: control.GetTransfers) -> bool:
+    """What a tombstone does not tell fits nothing that asks for it."""
+    if (request.stall, request.worker, request.peer, request.age_s, request.idle_s) != (None,) * 5:
+        return False
+    return (
+        request.transfer_id in (None, seen.transfer_id)
+        and request.state in (None, seen.state)
+        and request.role in (None, seen.role)
+    )
+
+
+def _fits(node: Node, transfer: AnyTransfer, request: control.GetTransfers, now_s: float) -> bool:
+    key = transfer.key
+    return (
+        request.transfer_id in (None, key.transfer_id)
+        and request.state in (None, transfer.state)
+        and request.role in (None, key.role)
+        and request.stall in (None, transfer.stall)
+        and request.peer in (None, transfer.opening.source)
+        and (request.age_s is None or now_s - transfer.opened_s >= request.age_s)
+        and (request.idle_s is None or now_s - transfer.progress_s >= request.idle_s)
+        and (request.worker is None or request.worker in _worker_names(node, transfer))
+    )
+
+
+def _worker_names(node: Node, transfer: AnyTransfer) -> list[str]:
+    sessions = [node.sessions.get(secret) for secret in transfer.ranks.sessions]
+    return [session.name if session else "" for session in sessions]
+
+
+def remembered_row(snapshot: Snapshot) -> control.TransferStatus:
+    """A transfer that has ended and of which a tombstone is left."""
     return control.TransferStatus(snapshot=snapshot, worker="", ended=True)
 
 
-def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferStatus:
+def live_row(node: Node, transfer: AnyTransfer, now_s: float) -> control.TransferStatus:
+    """One that still is in the books."""
     session = node.sessions.get(transfer.opening.session)
     source = transfer.opening.source
     return control.TransferStatus(
@@ -141,10 +187,7 @@ def _as_it_is(transfer: AnyTransfer) -> Snapshot:
 
 def _workers(node: Node, transfer: AnyTransfer) -> list[str]:
     """The names of a group's workers, by rank."""
-    if transfer.ranks.size == 1:
-        return []
-    sessions = [node.sessions.get(secret) for secret in transfer.ranks.sessions]
-    return [session.name if session else "" for session in sessions]
+    return [] if transfer.ranks.size == 1 else _worker_names(node, transfer)
 
 
 def _behind(transfer: AnyTransfer) -> list[int]:

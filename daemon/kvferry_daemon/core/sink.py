@@ -88,6 +88,11 @@ class SinkTransfer(Transfer):
         told = self.done_noted or gave_up or not self.peer_met
         return self.ended and told and not self.window.blocks and not self._claims
 
+    @property
+    def chunks_under_way(self) -> int:
+        """Claimed, and not in place yet: somebody may write into its blocks."""
+        return len(self._claims)
+
     # --- what must last ---
 
     def mark(self) -> tuple[object, ...]:

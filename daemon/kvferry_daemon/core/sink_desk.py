@@ -148,6 +148,7 @@ class SinkDesk:
     def on_stream_down(self, event: out.SinkStreamDown) -> None:
         """A data connection has ended; no thread writes through it any more."""
         self._node.counters["streams_closed"] += 1
+        self._node.meters.stream_down(event.key)
         self._tell_all(event.key.peer, ev.StreamDown(event.key))
         peer = self.peers.get(event.key.peer)
         if peer is not None:
@@ -159,11 +160,14 @@ class SinkDesk:
         self._node.counters[f"chunks_{how}"] += 1
         self._node.counters[f"bytes_{how}"] += event.payload_bytes
         key, part = self.named(event.handle)
+        claim = (event.key, event.handle, event.first_token)
+        self._node.meters.received(*claim, self._node.now_s, key.transfer_id)
         self._node.post(key, ev.Received(event.key, event.first_token, part))
 
     def on_missed(self, event: out.ChunkMissed) -> None:
         """A claim came to nothing."""
         self._node.counters["chunks_missed"] += 1
+        self._node.meters.missed(event.key, event.handle, event.first_token)
         key, part = self.named(event.handle)
         self._node.post(key, ev.Missed(event.key, event.first_token, part))
         if event.key.is_here:  # taken back only once it has ended, which absorbs this: it failed

@@ -79,6 +79,11 @@ class SourceTransfer(Transfer):
     def forgettable(self) -> bool:
         return self.ended and not self.window.blocks and not self._reading
 
+    @property
+    def chunks_under_way(self) -> int:
+        """Asked for, and not sent yet: somebody reads its blocks."""
+        return len(self._reading)
+
     # --- what must last ---
 
     def mark(self) -> tuple[object, ...]:

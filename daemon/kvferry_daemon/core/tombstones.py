@@ -12,6 +12,16 @@ from kvferry_proto.worker import Snapshot
 TOMBSTONES_MAX = 1 << 14  # about 1 KiB each; beyond it the oldest go early
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is kept of a transfer's history, for those who ask why it ended so."""
+
+    records: bytes
+    lost: int
+    opened_s: float
+    block_tokens: int
+
+
 @dataclass(slots=True)
 class Tombstone:
     """The last snapshot of a transfer, and each rank's session: empty for one that never came."""
@@ -19,6 +29,7 @@ class Tombstone:
     snapshot: Snapshot
     sessions: tuple[str, ...]
     until_s: float
+    left: Left | None = None  # of a transfer that ended in this life
 
     def owner(self, rank: int) -> str | None:
         """The session that a rank belongs to; empty if nobody ever came, None if there was none."""
@@ -51,10 +62,21 @@ class Tombstones:
         """What is remembered, oldest first."""
         return [stone.snapshot for stone in self._stones.values()]
 
-    def add(self, key: Key, snapshot: Snapshot, sessions: tuple[str, ...], now_s: float) -> None:
+    def of(self, transfer_id: str) -> list[Tombstone]:
+        """Those of one id, oldest first."""
+        return [stone for key, stone in self._stones.items() if key.transfer_id == transfer_id]
+
+    def add(
+        self,
+        key: Key,
+        snapshot: Snapshot,
+        sessions: tuple[str, ...],
+        now_s: float,
+        left: Left | None = None,
+    ) -> None:
         """Remember how a transfer ended."""
         self._stones.pop(key, None)
-        self._stones[key] = Tombstone(snapshot, sessions, now_s + self._keep_s)
+        self._stones[key] = Tombstone(snapshot, sessions, now_s + self._keep_s, left)
 
     def put(self, key: Key, stone: Tombstone) -> None:
         """Take up one of an earlier life, in the order of their expiry."""

@@ -20,6 +20,7 @@ from kvferry_daemon.core.events import (
     WantBlocks,
     WorkerLost,
 )
+from kvferry_daemon.core.history import History
 from kvferry_daemon.core.pool import Lease
 from kvferry_daemon.core.ranks import Ranks
 from kvferry_daemon.core.records import RankRecord, TransferRecord
@@ -76,6 +77,7 @@ class Transfer:
         self.stall: StallReason | None = None
         self.error: ErrorInfo | None = None
         self.version = 0  # the snapshot number
+        self.history = History(now_s)
         self.ranks = Ranks(opening.world_size, self._first_level)
         self.ranks.join(opening.rank, opening.session)
         self.window = Window(opening.start_tokens, opening.block_size_tokens, opening.world_size)

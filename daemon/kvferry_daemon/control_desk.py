@@ -1,0 +1,98 @@
+"""Answers operators: what they read comes from the node's books, what they change is an event."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.events import Key
+from kvferry_daemon.core.explain import explain, near_ids
+from kvferry_daemon.core.node import AnyTransfer, Node
+from kvferry_daemon.core.report import live_row, transfers
+from kvferry_proto import control
+from kvferry_proto.errors import Code, FerryError
+
+log = logging.getLogger(__name__)
+
+
+class ControlDesk:
+    """One a daemon; ``status`` is what only the daemon as a whole can tell."""
+
+    def __init__(
+        self,
+        node: Node,
+        feed: Callable[[out.NodeEvent], None],
+        status: Callable[[int], control.Status],
+    ) -> None:
+        self._node = node
+        self._feed = feed
+        self._status = status
+        self._loop = asyncio.get_running_loop()
+        self.stopping = False  # then nothing brings it back
+
+    def answer(self, request: control.Request) -> bytes:
+        """The frame of the answer; FerryError if it is refused."""
+        if isinstance(request, control.CHANGES):
+            log.info("an operator says %r", request)
+        return self._frame(request, self._loop.time())
+
+    def _frame(self, request: control.Request, now_s: float) -> bytes:
+        node = self._node
+        match request:
+            case control.GetTransfers():
+                return control.frame_of(transfers(node, request, now_s))
+            case control.GetStatus():
+                return control.ANSWERS.encode(self._status(request.call))
+            case control.Explain():
+                return control.ANSWERS.encode(explain(node, request, now_s))
+            case control.SetDraining():
+                return control.ANSWERS.encode(self._set_draining(request))
+            case control.AbortTransfer():
+                return control.ANSWERS.encode(self._abort(request, now_s))
+            case control.SetLogLevel():
+                return control.ANSWERS.encode(self._set_log_level(request))
+
+    def _set_draining(self, request: control.SetDraining) -> control.Draining:
+        node = self._node
+        if self.stopping and not request.draining:
+            raise FerryError(
+                Code.DRAINING, "the daemon was told to end and takes no more transfers"
+            )
+        self._feed(out.DrainBegun() if request.draining else out.DrainEnded())
+        unsettled = sum(not transfer.settled for transfer in node.transfers.values())
+        return control.Draining(call=request.call, draining=node.draining, unsettled=unsettled)
+
+    def _abort(self, request: control.AbortTransfer, now_s: float) -> control.Aborted:
+        named = self._named(request.transfer_id, request.attempt)
+        live = [transfer for transfer in named if not transfer.ended]
+        if not live:
+            raise FerryError(Code.UNKNOWN_TRANSFER, self._why_not(request, ended=bool(named)))
+        reason = " ".join(request.reason.split()) or "no reason given"
+        self._feed(out.TransfersAborted(tuple(transfer.key for transfer in live), reason))
+        rows = [live_row(self._node, transfer, now_s) for transfer in live]
+        return control.Aborted(call=request.call, transfers=rows[: control.TRANSFERS_MAX])
+
+    def _named(self, transfer_id: str, attempt: int | None) -> list[AnyTransfer]:
+        def is_meant(key: Key) -> bool:
+            return key.transfer_id == transfer_id and attempt in (None, key.attempt)
+
+        return [one for key, one in self._node.transfers.items() if is_meant(key)]
+
+    def _why_not(self, request: control.AbortTransfer, *, ended: bool) -> str:
+        which = request.transfer_id
+        if request.attempt is not None:
+            which += f", attempt {request.attempt},"
+        if ended or self._node.tombstones.of(request.transfer_id):
+            return f"{which} has ended already"
+        near = near_ids(self._node, request.transfer_id)
+        return f"no transfer {which}" + (f"; near it are {', '.join(near)}" if near else "")
+
+    def _set_log_level(self, request: control.SetLogLevel) -> control.LogLevelSet:
+        before = log_level()
+        logging.getLogger().setLevel(request.level.upper())
+        return control.LogLevelSet(call=request.call, level=request.level, before=before)
+
+
+def log_level() -> str:
+    """What is written to the log now, as the config names it."""
+    return logging.getLevelName(logging.getLogger().level).lower()
