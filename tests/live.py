@@ -54,7 +54,9 @@ class LiveDaemon:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.log()
-        self.address: str = json.loads(line)["peer_address"]
+        told = json.loads(line)
+        self.address: str = told["peer_address"]
+        self.http: str = told.get("http", "")  # if there is `http_port`
 
     def __enter__(self) -> Self:
         return self

@@ -81,6 +81,12 @@ class Config(Deadlines):
         None, min_length=1, description="what peers are told, if not peer_host"
     )
     insecure: bool = Field(False, description="allow clear text off loopback")
+    http_host: str = Field(
+        "127.0.0.1", min_length=1, description="address of metrics, probes and the status page"
+    )
+    http_port: int | None = Field(
+        None, ge=0, le=65535, description="their port; 0 takes a free one; not set: no HTTP"
+    )
     device: str = Field("host", description="where pools lie: host, or cuda:N, a GPU's own memory")
     budget_bytes: ByteSize = Field(
         ByteSize(1 << 30), description="memory for all pools, the host's or the GPU's"
@@ -121,6 +127,11 @@ class Config(Deadlines):
                 f"peer_host: {self.peer_host} is not loopback and traffic would be in clear text; "
                 "set insecure=true if the network is trusted"
             )
+        if _is_wildcard(self.http_host):
+            raise ValueError(
+                f"http_host: {self.http_host} stands for every address of a machine; name loopback, "
+                "or the pod's own"
+            )
         parse_cpus(self.copy_cpus)
         told = self.advertise_host or self.peer_host
         if _is_wildcard(told):
@@ -152,12 +163,9 @@ def load(flags: Mapping[str, Any], file: Path | None = None) -> Config:
 def _from_environment() -> dict[str, str]:
     """Settings by name. An empty variable is as good as none, as it is for a shell's ${X:-}."""
     known = {_variable(name): name for name in Config.model_fields}
-    given = [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]
-    _refuse_unknown(
-        "environment variable",
-        [name for name in given if not _is_service_link(name)],
-        [*known, ENV_FILE],
-    )
+    ours = [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]
+    given = [name for name in ours if not _is_service_link(name)]
+    _refuse_unknown("environment variable", given, [*known, ENV_FILE])
     return {known[name]: os.environ[name] for name in given if name in known and os.environ[name]}
 
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import zmq
 
@@ -19,6 +20,8 @@ from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.records import HOST, RECORDS
 from kvferry_daemon.core.report import status
 from kvferry_daemon.effects import Effects
+from kvferry_daemon.http.facts import Facts
+from kvferry_daemon.http.listen import listen, url_of
 from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
@@ -106,6 +109,7 @@ class Daemon:
         self._begin_ledger(port)
         self._io_threads = IoThreads()
         self._lag = LoopLag()
+        self.closed_first: Callable[[], Awaitable[None]] | None = None
         self._messages = self._turns = 0
         self._watch = loop.create_task(self._watch_all())
 
@@ -146,6 +150,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Take everything down; what workers still have is kept for the next life."""
+        if self.closed_first is not None:
+            await self.closed_first()
         self._watch.cancel()
         self._lag.close()
         self.effects.close()  # first: what it still does goes out by what is closed below
@@ -256,6 +262,17 @@ class Daemon:
         now_s = asyncio.get_running_loop().time()
         return status(self.node, call, str(self.directory.path), *facts, now_s)
 
+    def facts(self) -> Facts:
+        """The same for those who ask by HTTP."""
+        links = (self._workers, self._peers, self._control)
+        return Facts(
+            now_s=asyncio.get_running_loop().time,
+            status=self.status,
+            loop=self._lag.status,
+            not_sent=lambda: sum(link.dropped for link in links),
+            failed=lambda: self.failed.result() if self.failed.done() else None,
+        )
+
     # --- messages out (Links) ---
 
     def to_worker(self, route: bytes, reply: out.WorkerReply) -> None:
@@ -312,7 +329,16 @@ class Daemon:
 
 async def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT: the first drains, a second one stops at once."""
+    port = config.http_port
+    listener = None if port is None else listen(config.http_host, port)
     daemon = Daemon(config)
+    facts: dict[str, object] = {"peer_address": daemon.peer_address, "pid": os.getpid()}
+    if listener is not None:
+        from kvferry_daemon.http.server import HttpServer  # a daemon without it pays nothing
+
+        http = await HttpServer.start(listener, daemon.node, daemon.facts())
+        daemon.closed_first = http.close
+        facts["http"] = url_of(listener)
     gc.collect()
     gc.freeze()  # what there is now stays; a pass over it would hold the loop up for nothing
     gc.set_threshold(*GC_THRESHOLDS)
@@ -320,8 +346,7 @@ async def serve(config: Config) -> int:
     stop, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: now.set() if stop.is_set() else stop.set())
-    ready = f'{{"peer_address": "{daemon.peer_address}", "pid": {os.getpid()}}}'
-    print(ready, flush=True)
+    print(json.dumps(facts), flush=True)
     log.info("ready: %s, runtime directory %s", daemon.peer_address, config.runtime_dir)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((stopping, daemon.failed), return_when=asyncio.FIRST_COMPLETED)

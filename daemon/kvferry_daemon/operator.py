@@ -83,12 +83,12 @@ def _exchange(
         answer = control.ANSWERS.decode(socket.recv())
     except FerryError as error:
         return error
-    if isinstance(answer, control.ControlFailure):
-        error = answer.error.raised()
-        if error.code is Code.BAD_MESSAGE:
-            return error
-        raise error
-    return answer
+    if not isinstance(answer, control.ControlFailure):
+        return answer
+    refusal = answer.error.raised()
+    if refusal.code is Code.BAD_MESSAGE:
+        return refusal
+    raise refusal
 
 
 def _other_version(

@@ -128,6 +128,7 @@ def test_variables_that_kubernetes_adds_for_a_service_called_kvferry_do_no_harm(
         "KVFERRY_PORT_5000_TCP_ADDR": "10.0.0.1",
         "KVFERRY_METRICS_SERVICE_HOST": "10.0.0.2",
         "KVFERRY_METRICS_PORT": "tcp://10.0.0.2:9000",
+        "KVFERRY_HTTP_PORT": "tcp://10.0.0.3:9464",  # a setting's name, and a service's link
     }
     assert shown(env=links) == shown()
     assert "KVFERRY_PORT" in refused(env={"KVFERRY_PORT": "5000"}), "meant for us, and misspelt"

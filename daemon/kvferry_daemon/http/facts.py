@@ -1,0 +1,17 @@
+"""What the HTTP pages need of the daemon beside the node's books."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvferry_proto import control
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Questions to the daemon; each is asked anew for every answer."""
+
+    now_s: Callable[[], float]  # the books' clock, which they themselves read at events only
+    status: Callable[[], control.Status]
+    loop: Callable[[], control.LoopStatus]
+    not_sent: Callable[[], int]  # messages that no link could take
+    failed: Callable[[], str | None]  # why nothing can be kept any more
