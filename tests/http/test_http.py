@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import socket
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,6 +16,7 @@ from prometheus_client.openmetrics import parser as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from cli.processes import kvferry
+from http_daemon import get, metrics_of
 from kvferry_client import connect
 from kvferry_proto import worker
 from kvferry_proto.states import Role
@@ -34,20 +34,9 @@ def daemon(tmp_path: Path) -> Iterator[LiveDaemon]:
         assert "Traceback" not in live.log()
 
 
-def get(daemon: LiveDaemon, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """Status and body."""
-    request = urllib.request.Request(daemon.http + path, headers=headers or {})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
 def samples(daemon: LiveDaemon) -> dict[tuple[str, tuple[str, ...]], float]:
     """Values by name and the labels' values, which are in the order of the labels' names."""
-    families = read_text(get(daemon, "/metrics")[1])
+    families = read_text(metrics_of(daemon))
     return {(s.name, tuple(s.labels.values())): s.value for f in families for s in f.samples}
 
 

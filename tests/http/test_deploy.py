@@ -1,0 +1,97 @@
+"""What Prometheus and Grafana ask for is there: every metric and label of every query."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from http_daemon import metrics_of
+from live import LAYOUT, LiveDaemon, RawWorker
+
+TOP = Path(__file__).parent.parent.parent
+RULES = TOP / "deploy" / "prometheus" / "kvferry.rules.yaml"
+DASHBOARD = TOP / "deploy" / "grafana" / "kvferry.json"
+PAGE = (TOP / "docs" / "operations.md").read_text()
+NAME = re.compile(r"\bkvferry_\w+")
+SELECTOR = re.compile(r"\b(kvferry_\w+)\{([^}]*)\}")
+MATCH = re.compile(r'(\w+)(=~|!=|=)"([^"]*)"')
+OUTSIDE = {"instance"}  # labels that Prometheus adds
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    return list(group["rules"])
+
+
+def queries() -> list[str]:
+    """Of alerts and panels, and of the dashboard's variables."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [v["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    return asked + [rule["expr"] for rule in rules()]
+
+
+@pytest.fixture(scope="module")
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """The labels of every sample of a daemon with a pool, by its name."""
+    directory = tmp_path_factory.mktemp("deploy") / "a"
+    found: dict[str, list[dict[str, str]]] = {}
+    with LiveDaemon(directory, http_port=0) as daemon, RawWorker(daemon.directory, LAYOUT):
+        for family in text_string_to_metric_families(metrics_of(daemon)):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+@pytest.mark.parametrize("query", queries())
+def test_a_query_asks_for_what_there_is(
+    query: str, metrics: dict[str, list[dict[str, str]]]
+) -> None:
+    names = NAME.findall(query)
+    assert names
+    assert set(names) <= set(metrics)
+    for name, matchers in SELECTOR.findall(query):
+        for label, how, value in MATCH.findall(matchers):
+            if label not in OUTSIDE:
+                values = {labels[label] for labels in metrics[name]}
+                assert how == "=~" or value in values, (name, label, value)
+
+
+def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
+    alerts = [rule["alert"] for rule in rules()]
+    assert re.findall(r"^### (Kvferry\w+)$", PAGE, re.MULTILINE) == alerts
+    for rule in rules():
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+
+
+def test_every_metric_is_documented(metrics: dict[str, list[dict[str, str]]]) -> None:
+    told = set()
+    for line in PAGE.splitlines():
+        names = re.findall(r"`(\w+)`", line.split("|")[1]) if line.startswith("| `kvferry_") else []
+        stem = names[0].removesuffix("_opened_total") if names else ""
+        told |= {name if name.startswith("kvferry_") else stem + name for name in names}
+    histograms = {"_bucket", "_count", "_sum", "_created"}
+    there = {name for name in metrics if not any(name.endswith(end) for end in histograms)}
+    assert there <= told
+    assert {name for name in told if name not in metrics} == {
+        "kvferry_chunk_seconds",
+        "kvferry_transfer_seconds",
+    }
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_the_rules_good_and_sees_alerts_fire() -> None:
+    for command in (
+        ["check", "rules", str(RULES)],
+        ["test", "rules", str(RULES.with_name("kvferry.test.yaml"))],
+    ):
+        done = subprocess.run(
+            ["promtool", *command], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
