@@ -48,7 +48,7 @@ def _words(each: control.Explained) -> Iterator[str]:
         yield f"  waits for {each.waits_for}{since}"
     if row.behind:
         yield f"  behind: rank {', '.join(map(str, row.behind))}"
-    if each.helps and seen.error is None:
+    if each.waits_for and each.helps:
         yield f"  what usually helps: {each.helps}"
     if each.holding:
         yield f"  blocks: {each.holding}"

@@ -80,6 +80,7 @@ def test_filters_leave_what_fits_and_sorting_puts_most_at_the_end(daemon: LiveDa
         assert (
             ids(said(daemon, "transfers", "--idle-s", "0", "--sort", "sent"))[-2:] == ["moved"] * 2
         )
+        assert ids(said(daemon, "transfers", "--sort", "age"))[0] == "far", "the oldest is last"
         few = said(daemon, "transfers", "--sort", "blocks", "--limit", "1")
         assert (ids(few), few["more"]) == (["moved"], 3)
 

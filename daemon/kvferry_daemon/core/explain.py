@@ -225,7 +225,7 @@ def _holding(node: Node, transfer: AnyTransfer) -> str:
     held = f"{window.blocks} blocks from token {window.base_tokens}"
     if transfer.ranks.size > 1:
         held += f" of each of {transfer.ranks.size} ranks"
-    users = [f"worker {name or 'without a name'}" for name in _workers_in(node, transfer)]
+    users = _workers_in(node, transfer)
     if isinstance(transfer, SinkTransfer) and transfer.chunks_under_way:
         users.append(f"{transfer.chunks_under_way} chunks that are on their way into them")
     if isinstance(transfer, SourceTransfer) and transfer.chunks_under_way:
@@ -239,7 +239,7 @@ def _workers_in(node: Node, transfer: AnyTransfer) -> list[str]:
     ranks = transfer.ranks
     secrets = [ranks[number].session for number in range(ranks.size) if not ranks[number].released]
     sessions = [node.sessions.get(secret) for secret in secrets if secret]
-    return [f"{one.name} (pid {one.pid})" for one in sessions if one is not None]
+    return [f"worker {one.name or '?'} (pid {one.pid})" for one in sessions if one is not None]
 
 
 def _holders(node: Node, transfer: AnyTransfer) -> list[control.Holder]:

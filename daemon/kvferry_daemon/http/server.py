@@ -24,7 +24,7 @@ SHUT_S = 1.0
 PAGE = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",  # ids are strangers'
+    "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",  # ids are strangers'
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
