@@ -1,12 +1,20 @@
-# The daemon alone, for host pools: no torch, no compiler, no root.
-FROM python:3.11-slim AS build
+# The daemon alone: no compiler, no root.
+#   docker build --build-arg COMMIT=$(git rev-parse HEAD) -t kvferry .
+#   docker build --build-arg EXTRAS="nixl" --build-arg TORCH="torch" -t kvferry-cuda .
+# Without TORCH there is none: pools lie in host memory. COMMIT is what `kvferry version` shows.
+ARG PYTHON=python:3.11-slim
+FROM ${PYTHON} AS build
+ARG EXTRAS=""
+ARG TORCH=""
+ARG COMMIT=""
 WORKDIR /src
 COPY . .
-RUN python -m venv /opt/kvferry \
+RUN printf '%s' "${COMMIT}" > daemon/kvferry_daemon/COMMIT \
+    && python -m venv /opt/kvferry \
     && /opt/kvferry/bin/pip install --no-cache-dir -c constraints.txt \
-       . click rich uvloop xxhash
+       ".[http${EXTRAS:+,${EXTRAS}}]" click rich uvloop xxhash ${TORCH}
 
-FROM python:3.11-slim
+FROM ${PYTHON}
 COPY --from=build /opt/kvferry /opt/kvferry
 RUN useradd --uid 10001 --no-create-home kvferry \
     && install -d -o kvferry -m 0700 /run/kvferry
@@ -14,6 +22,7 @@ USER kvferry
 # A tmpfs that the workers' containers share is mounted at /run/kvferry. It belongs to root, as
 # mounts do, so the daemon makes a directory of its own inside it.
 ENV KVFERRY_RUNTIME_DIR=/run/kvferry/daemon
+ENV PATH=/opt/kvferry/bin:$PATH
 ENTRYPOINT ["/opt/kvferry/bin/kvferry"]
 CMD ["serve"]
 HEALTHCHECK --interval=10s --timeout=5s CMD ["/opt/kvferry/bin/kvferry", "status", "--json"]
