@@ -10,6 +10,7 @@ from bench.served import TICKS_A_S
 
 STAT = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 IDLE = ("idle", "iowait")
+CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 
 def cpu_model() -> str:
@@ -32,6 +33,7 @@ def about(name: str) -> dict[str, Any]:
         "cpu": cpu_model(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "kernel": platform.release(),
+        "tcp_congestion_control": CONGESTION.read_text().strip(),
         "python": platform.python_version(),
     }
 

@@ -1,26 +1,22 @@
-"""Raw TCP: sendmsg of about 1 MiB, recvmsg_into with MSG_WAITALL, and nothing else."""
+"""Raw TCP: sendmsg of about 1 MiB, recvmsg_into with MSG_WAITALL, and nothing else.
+
+Its sockets have the options that kvferry's have.
+"""
 
 import socket
 import time
 from typing import Any
 
 from bench.ways.end import STEP_BYTES, End, Mapped, groups, serve
-from kvferry_daemon.transports.tcp.listener import SOCKET_BUFFER_BYTES
-
-
-def tune(sock: socket.socket) -> socket.socket:
-    """The options that kvferry sets."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-    return sock
+from kvferry_daemon.transports.tcp.listener import tune
 
 
 class Connecting(End):
     """A source that connects to its sink."""
 
     def meet(self, offer: Any) -> None:
-        self.sock = tune(socket.create_connection(("127.0.0.1", offer)))
+        self.sock = socket.create_connection(("127.0.0.1", offer))
+        tune(self.sock)
 
 
 class Accepting(End):
@@ -34,7 +30,8 @@ class Accepting(End):
         return int(self.listener.getsockname()[1])
 
     def meet(self, offer: Any) -> None:
-        self.sock = tune(self.listener.accept()[0])
+        self.sock, _ = self.listener.accept()
+        tune(self.sock)
 
 
 def steps(view: memoryview, offsets: list[int], piece_bytes: int) -> list[list[memoryview]]:

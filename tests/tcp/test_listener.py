@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from kvferry_proto.chunk import (
 WAIT_S = 10.0
 SHORT_S = 0.4
 HOST = "127.0.0.1"
+HOSTS_OWN = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 TICKET, OTHER = b"t" * 32, b"o" * 32
 Events = queue.Queue[te.StreamEvent]
 
@@ -42,20 +44,23 @@ Events = queue.Queue[te.StreamEvent]
 class Door:
     """A listener, and the connections that came through it."""
 
-    def __init__(self, post: Callable[[te.StreamEvent], None] | None = None) -> None:
+    def __init__(
+        self, post: Callable[[te.StreamEvent], None] | None = None, host: str = HOST
+    ) -> None:
         self.events: Events = queue.Queue()
-        self.listener = Listener(HOST, 0, post or self.events.put)
+        self.host = host
+        self.listener = Listener(host, 0, post or self.events.put)
         self.clients: list[socket.socket] = []
 
     def dial(self) -> socket.socket:
         """A connection that has said nothing yet."""
-        client = socket.create_connection((HOST, self.listener.port), WAIT_S)
+        client = socket.create_connection((self.host, self.listener.port), WAIT_S)
         self.clients.append(client)
         return client
 
     def connect(self, ticket: bytes) -> socket.socket:
         """What a sink's daemon does."""
-        client = connect(HOST, self.listener.port, ticket, WAIT_S)
+        client = connect(self.host, self.listener.port, ticket, WAIT_S)
         self.clients.append(client)
         return client
 
@@ -106,6 +111,28 @@ def reset(sock: socket.socket) -> None:
     """Close without a good-bye: whoever sends to it gets an error."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def congestion_control(sock: socket.socket) -> str:
+    name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()
+
+
+# --- the options of a connection ---
+
+
+@pytest.mark.skipif(HOSTS_OWN == "reno", reason="the host's own choice cannot be told from ours")
+@pytest.mark.parametrize("host", [HOST, "127.0.0.2"])
+def test_only_within_one_address_the_hosts_congestion_control_is_not_used(host: str) -> None:
+    door = Door(host=host)
+    try:
+        door.listener.admit(TICKET, "key", WAIT_S)
+        ends = [door.connect(TICKET), door.opened().sock]
+        assert ends[0].getsockname()[0] == HOST  # the kernel's choice
+        wanted = "reno" if host == HOST else HOSTS_OWN
+        assert [congestion_control(end) for end in ends] == [wanted, wanted]
+    finally:
+        door.close()
 
 
 # --- tickets ---
