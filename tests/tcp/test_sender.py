@@ -12,7 +12,7 @@ import xxhash
 
 from kvferry_daemon.transports.tcp import events as te
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
-from kvferry_daemon.transports.tcp.sender import STEP_BYTES, SendJob, StreamSender
+from kvferry_daemon.transports.tcp.sender import PLAIN_STEP_BYTES, SendJob, StreamSender
 from kvferry_proto.chunk import HEADER_BYTES, ChunkHeader, pack_trailer, read_header
 
 WAIT_S = 10.0
@@ -188,12 +188,12 @@ def test_a_sender_leaves_no_descriptor_behind() -> None:
 def test_what_has_left_is_told_while_more_is_queued(checksum: bool) -> None:
     """With large chunks and checksums it was told when the queue had run dry."""
     line = Line(checksum=checksum)
-    payload = bytearray(STEP_BYTES)
+    payload = bytearray(PLAIN_STEP_BYTES)
     for number in range(64):
         line.put(payload, first_token=number)
     for _ in range(3):  # by then the first has left; the last are far from it
         line.chunk()
-    assert line.events.get(timeout=WAIT_S) == te.Sent("key", "owner", 0, STEP_BYTES)
+    assert line.events.get(timeout=WAIT_S) == te.Sent("key", "owner", 0, PLAIN_STEP_BYTES)
     line.sender.close()
     line.far.close()
     line.ended()

@@ -1,6 +1,6 @@
 """Where a chunk's bytes lie: in views, sent and received as they are, or where they are copied."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 
@@ -47,6 +47,13 @@ def payload_bytes_of(place: Place) -> int:
     if isinstance(place, list):
         return sum(len(view) for view in place)
     return place.payload_bytes
+
+
+def pieces(views: list[memoryview], step_bytes: int) -> Iterator[memoryview]:
+    """The same bytes in views of a step at most."""
+    for view in views:
+        for first in range(0, len(view), step_bytes):
+            yield view[first : first + step_bytes]
 
 
 class Staging:
