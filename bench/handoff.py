@@ -6,6 +6,7 @@ worker sees Success. Its blocks must be the source's own, in the same places, an
 
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bench.figures import rates, ratios, spread
 from bench.payload import Payload, llama, numbered
 from bench.served import ServedDaemon
 from bench.source_worker import has_succeeded, let_go, offer, wait_all
-from bench.wire import mapped
+from bench.wire import Words, mapped
 from kvferry_client import Client, Layout, Receiving, Role, connect
 from kvferry_client.arrays import empty_array
 from kvferry_proto import worker
@@ -92,7 +93,11 @@ def measure(
 def measure_reading(
     layout: Layout | None = None, tokens: int = READ_TOKENS, rounds: int = ROUNDS
 ) -> dict[str, Any]:
-    """`WindowView.gather` of every plane into the worker's own arrays, in turn with memcpy."""
+    """`WindowView.gather` of every plane into the worker's own arrays, in turn with memcpy.
+
+    In one copy or a block at a time, whichever was faster: above some size, which a machine's cache
+    decides, libc stores past the caches, which is faster on some machines and far slower on others.
+    """
     with ExitStack() as stack:
         scene = Scene(layout or llama(), tokens, stack)
         ready = scene.offer("bench")
@@ -102,24 +107,21 @@ def measure_reading(
         planes = scene.layout.planes
         words = mapped(scene.workers["sink"].pool.info)
         runs = receiving.snapshot.runs
+        singly = [(first + at, 1) for first, count in runs for at in range(count)]
         # The same pages are the target of both, or one of them would have the warmer ones.
         blocks = tokens // scene.layout.block_size_tokens
         flat = empty_array((blocks, words.shape[1]), np.dtype(np.uint64))
         outs = flat.view(np.uint16).reshape(len(planes), tokens, *planes[0].shape)
         seconds: dict[str, list[float]] = {"memcpy": [], "read": []}
         for number in range(rounds + 1):
+            copied_s = min(_copy(flat, words, runs), _copy(flat, words, singly))
             begun = time.monotonic()
-            row = 0
-            for first, count in runs:
-                flat[row : row + count] = words[first : first + count]
-                row += count
-            copied = time.monotonic()
             for plane, out in zip(planes, outs, strict=True):
                 window.gather(plane.name, out)
             read = time.monotonic()
             if number:
-                seconds["memcpy"].append(copied - begun)
-                seconds["read"].append(read - copied)
+                seconds["memcpy"].append(copied_s)
+                seconds["read"].append(read - begun)
         scene.payload.check_planes(outs, scene.layout)
         receiving.release()
         scene.over(ready)
@@ -131,3 +133,12 @@ def measure_reading(
         "read_gb_per_s": rates(scene.total_bytes, seconds["read"]),
         "read_to_memcpy": ratios(seconds["memcpy"], seconds["read"]),
     }
+
+
+def _copy(flat: Words, words: Words, runs: Iterable[tuple[int, int]]) -> float:
+    """Copy blocks, one copy a run; seconds."""
+    begun, row = time.monotonic(), 0
+    for first, count in runs:
+        flat[row : row + count] = words[first : first + count]
+        row += count
+    return time.monotonic() - begun
