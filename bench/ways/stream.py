@@ -19,7 +19,7 @@ class Source(Connecting):
     def __init__(self, pool: Mapped, checksum: str) -> None:
         super().__init__(pool)
         self.checksum = checksum == "checksum"
-        self.events: queue.Queue[StreamEvent] = queue.Queue()
+        self.events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
 
     def meet(self, offer: Any) -> None:
         super().meet(offer)
@@ -43,7 +43,7 @@ class Sink(Accepting):
 
     def __init__(self, pool: Mapped, _checksum: str) -> None:
         super().__init__(pool)
-        self.events: queue.Queue[StreamEvent] = queue.Queue()
+        self.events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
 
     def meet(self, offer: Any) -> None:
         super().meet(offer)

@@ -191,7 +191,7 @@ class StreamReceiver:
 
     def _fill(self, views: list[memoryview]) -> bool:
         """Receive until the views are full; False if the connection ended before the first byte."""
-        wanted = sum(len(view) for view in views)
+        wanted = sum(map(len, views))
         got = self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
         if got == 0:
             return False

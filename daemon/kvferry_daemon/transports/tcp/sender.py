@@ -167,7 +167,7 @@ class StreamSender:
         return True
 
     def _send_all(self, buffers: list[bytes | memoryview]) -> None:
-        left = sum(len(buffer) for buffer in buffers)
+        left = sum(map(len, buffers))
         while True:
             done = self._sock.sendmsg(buffers)
             left -= done

@@ -45,13 +45,16 @@ def plain_buffer(size_bytes: int) -> memoryview:
 def payload_bytes_of(place: Place) -> int:
     """How many bytes there are."""
     if isinstance(place, list):
-        return sum(len(view) for view in place)
+        return sum(map(len, place))
     return place.payload_bytes
 
 
 def pieces(views: list[memoryview], step_bytes: int) -> Iterator[memoryview]:
     """The same bytes in views of a step at most."""
     for view in views:
+        if 0 < len(view) <= step_bytes:
+            yield view
+            continue
         for first in range(0, len(view), step_bytes):
             yield view[first : first + step_bytes]
 
