@@ -30,13 +30,16 @@ def layout_of(
     heads_total: Mapping[str, int] | None = None,
     block_size_tokens: int = 128,
     identity: Sequence[str] = (),
+    aux: Sequence[str] = (),
 ) -> Layout:
     """The layout that carries the planes of an engine's caches, in their order.
 
     ``heads_total``: of planes whose first axis are heads, how many there are over all ranks.
     ``block_size_tokens``: of the daemon's pool; the engine's own block size may be any other.
     ``identity``: the names of what both sides tell of each transfer, and must tell alike.
+    ``aux``: names of values that a payload carries once, with its last tokens; not beside the other.
     """
+    assert not (identity and aux)
     totals = heads_total or {}
     planes = []
     for name, (tensor, order) in ((name, one) for group in groups for name, one in group.items()):
@@ -51,7 +54,7 @@ def layout_of(
                 order=order,
             )
         )
-    return Layout(planes=tuple(planes), block_size_tokens=block_size_tokens, aux=tuple(identity))
+    return Layout(planes=tuple(planes), block_size_tokens=block_size_tokens, aux=(*identity, *aux))
 
 
 class Ferry(FerryThread):
@@ -76,10 +79,16 @@ class Ferry(FerryThread):
         super().__init__(runtime_dir, layout, name, self._pages)
 
     def send(
-        self, transfer_id: str, *, total_tokens: int, attempt: int = 0, identity: Identity = NOTHING
+        self,
+        transfer_id: str,
+        *,
+        total_tokens: int | None,
+        attempt: int = 0,
+        identity: Identity = NOTHING,
     ) -> Outgoing:
         """Send a request's pages as they are computed: see ``Outgoing.computed``.
 
+        ``total_tokens``: None if it is told with the last of them.
         ``identity``: what the payload is of, such as the model; one text for each name of the layout.
         """
         side = Outgoing(self._pages, transfer_id, attempt, identity, total_tokens)
@@ -98,10 +107,13 @@ class Ferry(FerryThread):
         tables: Tables,
         first_token: int,
         end_token: int,
+        least_tokens: int | None = None,
         attempt: int = 0,
         identity: Identity = NOTHING,
     ) -> Incoming:
         """Fetch tokens [first_token, end_token) of a payload of ``end_token`` into an engine's pages.
+
+        ``least_tokens``: the payload may be as short as this, where an engine knows its pages only.
 
         No other token is written, so that pages may be shared below ``first_token``. None at all
         tells the source that nobody will fetch what it holds. Where the source tells another
@@ -109,5 +121,6 @@ class Ferry(FerryThread):
         """
         tokens = range(first_token, end_token)
         side = Incoming(self._pages, transfer_id, attempt, identity, source, tables, tokens)
+        side.least_tokens = end_token if least_tokens is None else least_tokens
         self.start(side)
         return side

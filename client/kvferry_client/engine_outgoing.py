@@ -69,7 +69,7 @@ class Outgoing(Side):
         transfer_id: str,
         attempt: int,
         identity: Identity,
-        total_tokens: int,
+        total_tokens: int | None,
     ) -> None:
         super().__init__(pages, transfer_id, attempt, identity)
         self.total_tokens = total_tokens
@@ -77,18 +77,37 @@ class Outgoing(Side):
         self.early_planes = 0  # how often one was copied before its pass was over
         self._pages = pages
         self._have: _Have | None = None
+        self._values: dict[str, Any] | None = None  # told with the last tokens
         self._piece: _Piece | None = None
         self._news = asyncio.Event()
         self._copying = threading.Lock()
 
-    def computed(self, tables: Tables, tokens: int) -> None:
+    def computed(
+        self,
+        tables: Tables,
+        tokens: int,
+        *,
+        are_all: bool = False,
+        aux: dict[str, Any] | None = None,
+        after: Any = None,
+    ) -> None:
         """Tokens below ``tokens`` lie in these pages, once the GPU has done what it was given.
 
         Entries of pages that are gone are ``NO_BLOCK``: those tokens travel as they are, unread.
+        ``are_all``: the payload ends with these, of which some are new. ``aux``: its values, no
+        later than then. ``after``: a CUDA event, if it is not this thread's stream that writes.
         """
-        tokens = min(tokens, self.total_tokens)
-        self._have = _Have(tables, tokens, self._pages.event(), tokens, None)
+        if aux is not None:
+            self._values = aux  # first: who sees the total takes these
+        if are_all:
+            self.total_tokens = tokens
+        tokens = self._within(tokens)
+        event = self._pages.event() if after is None else after
+        self._have = _Have(tables, tokens, event, tokens, None)
         self.tell(self._news.set)
+
+    def _within(self, tokens: int) -> int:
+        return tokens if self.total_tokens is None else min(tokens, self.total_tokens)
 
     def computing(
         self, tables: Tables, computed_tokens: int, tokens: int, under_way: ForwardPass
@@ -97,7 +116,7 @@ class Outgoing(Side):
 
         Those before lie in these pages already. ``computed`` is said all the same when it is over.
         """
-        computed_tokens, tokens = (min(n, self.total_tokens) for n in (computed_tokens, tokens))
+        computed_tokens, tokens = self._within(computed_tokens), self._within(tokens)
         under_way.serves(self._news)
         self._have = _Have(tables, computed_tokens, self._pages.event(), tokens, under_way)
         self.tell(self._news.set)
@@ -140,7 +159,8 @@ class Outgoing(Side):
                     self._news.clear()
                 else:
                     await asyncio.sleep(0)  # others of the same pass have planes to copy, too
-            await sending.ready(end)
+            total = self.total_tokens
+            await sending.ready(end, total, self._values if end == total else None)
             self.copied_tokens = end
 
     def _copy(self, window: WindowView, pool: Pool) -> int | None:

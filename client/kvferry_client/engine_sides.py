@@ -218,6 +218,8 @@ class Incoming(Fetching):
             is_wanted=bool(tokens),
         )
         self.taken_tokens = tokens.start
+        self.least_tokens = tokens.stop  # of the payload
+        self.aux: dict[str, Any] | None = None  # once it has ended
         self._pages = pages
         self._tables = tables
         self._tokens = tokens
@@ -227,9 +229,11 @@ class Incoming(Fetching):
         async for window in receiving.windows(PIECE_TOKENS):
             self._check_identity(receiving.aux)
             self._take(window, receiving.logic.pool)
-        if receiving.total_tokens != self._tokens.stop:
+        total = receiving.total_tokens
+        if total is None or not self.least_tokens <= total <= self._tokens.stop:
             self.taken_tokens = self._tokens.start  # of another prompt, then
-        self._check_total(receiving.total_tokens, self._tokens.stop)
+            self._check_total(total, self._tokens.stop)
+        self.aux = receiving.aux
 
     def _take(self, window: WindowView, pool: Pool) -> None:
         end = min(window.end_token, self._tokens.stop)

@@ -8,7 +8,7 @@ import pytest
 
 from engine.pages import Pages, two_engines
 from kvferry_client import FerryError
-from kvferry_client.engine import NO_BLOCK, Ferry
+from kvferry_client.engine import NO_BLOCK, Ferry, layout_of
 from kvferry_client.paged import PagedCache
 from live import BLOCK, WAIT_S, WINDOW, LiveDaemon
 
@@ -364,3 +364,53 @@ def test_closing_does_not_wait_for_a_daemon_that_is_gone(tmp_path: Path) -> None
         a.stop()
     assert outgoing.error is not None
     assert outgoing.error.code == "aborted"
+
+
+@pytest.mark.parametrize("least", [TOKENS - 7, TOKENS])
+def test_a_length_that_is_told_at_last_and_values_beside_it(
+    a: LiveDaemon, b: LiveDaemon, least: int
+) -> None:
+    """As where an engine counts pages: neither side knows the length, and decode its bounds."""
+    prefill, decode = Pages(), Pages()
+    layout = layout_of([prefill.layers], block_size_tokens=BLOCK, aux=["next"])
+    with (
+        Ferry(a.directory, layout, [PagedCache(prefill.layers)]) as source,
+        Ferry(b.directory, layout, [PagedCache(decode.layers)]) as sink,
+    ):
+        table, theirs = prefill.take(TOKENS), decode.take(TOKENS + 7)
+        incoming = sink.receive(
+            "t",
+            source=a.address,
+            tables=[theirs],
+            first_token=0,
+            end_token=TOKENS + 7,
+            least_tokens=least,
+        )
+        outgoing = source.send("t", total_tokens=None)
+        prefill.compute(table, 0, TOKENS)
+        outgoing.computed([table], WINDOW)
+        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens == WINDOW)
+        outgoing.computed([table], TOKENS, are_all=True, aux={"next": b"\1\2"})
+        assert outgoing.wait(WAIT_S)
+        assert incoming.wait(WAIT_S)
+        assert outgoing.error is incoming.error is None
+        assert incoming.aux == {"next": b"\1\2"}
+        assert incoming.taken_tokens == TOKENS
+        assert decode.wrong(theirs, 0, TOKENS) == []
+
+
+def test_a_payload_that_is_shorter_than_it_may_be_is_not_taken_for_this_one(
+    a: LiveDaemon, b: LiveDaemon
+) -> None:
+    prefill, decode = Pages(), Pages()
+    with two_engines(a, b, prefill, decode) as (source, sink):
+        table, theirs = prefill.take(100), decode.take(100)
+        prefill.compute(table, 0, 90)
+        outgoing = source.send("t", total_tokens=None)
+        outgoing.computed([table], 90, are_all=True)
+        incoming = sink.receive(
+            "t", source=a.address, tables=[theirs], first_token=0, end_token=100, least_tokens=91
+        )
+        assert incoming.wait(WAIT_S)
+        assert incoming.error is not None
+        assert incoming.error.code == "total_mismatch"
