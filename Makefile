@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model gpu test-vllm clean
+.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -66,6 +66,16 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# The same of SGLang.
+test-sglang: .venv-sglang/installed
+	.venv-sglang/bin/python -m pytest -rs tests/sglang_live tests/engine/test_sglang_versions.py $(ARGS)
+
+.venv-sglang/installed: tests/sglang_live/requirements.txt
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/sglang_live/requirements.txt
+	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 # Everything in one run, into bench/results: minutes. One part: make bench ARGS='--only pieces'
 bench: $(INSTALLED)
 	$(BIN)/python -m bench $(ARGS)
@@ -88,4 +98,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-vllm build *.egg-info
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-sglang build *.egg-info

@@ -1,0 +1,59 @@
+"""SGLang's transfer backend: ``--disaggregation-transfer-backend kvferry``.
+
+SGLang finds ``register`` through the entry-point group ``sglang.srt.plugins`` in each of its
+processes, and its hooks make the backend known; nothing of SGLang is edited. See docs/engines.md.
+"""
+
+import os
+from enum import Enum
+from typing import Any
+
+from kvferry_client.sglang_versions import ALLOW, check_version
+
+BACKEND = "kvferry"
+UTILS = "sglang.srt.disaggregation.utils"
+QUEUES = (
+    "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
+    "sglang.srt.disaggregation.decode.DecodePreallocQueue",
+)
+
+
+def register() -> None:
+    """Make the backend known to this process of SGLang."""
+    from sglang.srt.arg_groups.choices import add_disagg_transfer_backend_choices
+    from sglang.srt.disaggregation.utils import TransferBackend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    add_disagg_transfer_backend_choices([BACKEND])
+    members = [(one.name, one.value) for one in TransferBackend]
+    backends = Enum("TransferBackend", [*members, (BACKEND.upper(), BACKEND)], module=UTILS)  # type: ignore[misc]
+    HookRegistry.register(f"{UTILS}.TransferBackend", backends, HookType.REPLACE)
+    HookRegistry.register(f"{UTILS}.get_kv_class", _kv_class, HookType.AROUND)
+    for queue in QUEUES:
+        HookRegistry.register(f"{queue}._init_kv_manager", _attach, HookType.AFTER)
+
+
+def _kv_class(of_sglang: Any, transfer_backend: Any, class_type: Any) -> Any:
+    """Our classes for our backend. Here an SGLang that nobody tried is refused: at its start."""
+    if transfer_backend.value != BACKEND or class_type.value == "kvargs":
+        return of_sglang(transfer_backend, class_type)
+    import sglang
+
+    check_version(sglang.__version__, is_allowed=os.environ.get(ALLOW) == "1")
+    from kvferry_client.sglang_manager import KvferryBootstrapServer, KvferryManager
+    from kvferry_client.sglang_sides import KvferryReceiver, KvferrySender
+
+    return {
+        "manager": KvferryManager,
+        "sender": KvferrySender,
+        "receiver": KvferryReceiver,
+        "bootstrap_server": KvferryBootstrapServer,
+    }[class_type.value]
+
+
+def _attach(manager: Any, queue: Any) -> None:
+    """Give a manager of ours what its queue knows of the pools."""
+    from kvferry_client.sglang_manager import KvferryManager
+
+    if isinstance(manager, KvferryManager):
+        manager.attach(queue)

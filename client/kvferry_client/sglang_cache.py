@@ -1,0 +1,97 @@
+"""SGLang's KV pools as planes, and its metadata buffers as aux values.
+
+SGLang hands a backend addresses and lengths; the pools behind them say more: which dtype, how many
+heads, and in what order.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+from kvferry_client.engine import layout_of
+from kvferry_client.paged import CachePlane, PagedCache
+from kvferry_proto.layout import Layout
+
+AUX_VALUE_BYTES_MAX = 1 << 16
+
+
+class Cache(NamedTuple):
+    """One scheduler's share of an engine's cache."""
+
+    layout: Layout
+    groups: list[PagedCache]  # full attention, and then what looks back a window only, if any
+    page_tokens: int
+
+
+def cache_of(
+    pool: Any, aux: Mapping[str, torch.Tensor], heads_total: int, pool_block_tokens: int
+) -> Cache:
+    """The layers that travel; ValueError names what cannot be carried.
+
+    ``heads_total``: of keys and values over all ranks. ``aux``: see ``aux_of``.
+    """
+    if type(pool) is SWAKVPool:
+        groups = [_planes(pool.full_kv_pool, "full."), _planes(pool.swa_kv_pool, "swa.")]
+    else:
+        groups = [_planes(pool, "")]
+    totals = {
+        name: heads_total
+        for group in groups
+        for name, plane in group.items()
+        if plane.tensor.ndim == 4
+    }
+    layout = layout_of(groups, heads_total=totals, block_size_tokens=pool_block_tokens, aux=[*aux])
+    return Cache(layout, [PagedCache(planes) for planes in groups], pool.page_size)
+
+
+def aux_of(buffers: Any) -> dict[str, torch.Tensor]:
+    """The rows that go with a request, by name: (rows, values) each.
+
+    ``buffers``: SGLang's MetadataBuffers. ValueError names one whose rows are too long.
+    """
+    pointers = buffers.get_buf_infos()[0]
+    found = {one.data_ptr(): name for name, one in vars(buffers).items() if torch.is_tensor(one)}
+    aux = {found[pointer]: getattr(buffers, found[pointer]) for pointer in pointers}
+    for name, rows in aux.items():
+        if rows[0].nbytes > AUX_VALUE_BYTES_MAX:
+            raise ValueError(
+                f"metadata {name} has {rows[0].nbytes} bytes a request, over {AUX_VALUE_BYTES_MAX}"
+            )
+    return aux
+
+
+def aux_values(aux: Mapping[str, torch.Tensor], row: int) -> dict[str, bytes]:
+    """A request's row of each."""
+    return {name: rows[row].cpu().view(torch.uint8).numpy().tobytes() for name, rows in aux.items()}
+
+
+def take_aux(aux: Mapping[str, torch.Tensor], row: int, values: Mapping[str, bytes]) -> None:
+    """Write what came into a request's row of each."""
+    for name, rows in aux.items():
+        came = torch.frombuffer(bytearray(values[name]), dtype=torch.uint8)
+        rows[row].view(torch.uint8).copy_(came)
+
+
+def _planes(pool: Any, prefix: str) -> dict[str, CachePlane]:
+    """A pool's buffers, each (slots, ...), as pages."""
+    if type(pool) is MLATokenToKVPool:
+        named = {f"{prefix}{i}.latent": one[:, 0] for i, one in enumerate(pool.kv_buffer)}
+    elif type(pool) is MHATokenToKVPool and pool.kv_cache_layout == "nhd":
+        both = zip(pool.k_buffer, pool.v_buffer, strict=True)
+        named = {
+            f"{prefix}{i}.{kind}": one
+            for i, pair in enumerate(both)
+            for kind, one in zip("kv", pair, strict=True)
+        }
+    else:
+        order = getattr(pool, "kv_cache_layout", "")
+        raise ValueError(f"a KV pool of {type(pool).__name__} {order} is not carried")
+    pages = {}
+    for name, one in named.items():
+        blocks = one.shape[0] // pool.page_size
+        whole = one[: blocks * pool.page_size]
+        pages[name] = CachePlane(whole.unflatten(0, (blocks, pool.page_size)))
+    return pages

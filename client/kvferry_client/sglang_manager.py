@@ -1,0 +1,171 @@
+"""The manager of SGLang's backend: one scheduler's cache, its ferry, and who is asked for rooms."""
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from sglang.srt.disaggregation.base.conn import KVArgs, StateType
+from sglang.srt.disaggregation.common.conn import (
+    CommonKVBootstrapServer,
+    CommonKVManager,
+    PrefillServerInfo,
+)
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.environ import envs
+from sglang.srt.runtime_context import get_disagg
+
+from kvferry_client.engine import Ferry, Incoming, Tables
+from kvferry_client.sglang_cache import Cache, aux_of, cache_of
+from kvferry_client.sglang_rooms import RoomBook, Rooms, Ticket
+from kvferry_proto.runtime_dir import default_runtime_dir
+
+logger = logging.getLogger("sglang.kvferry")
+CONNECT_S = 30.0  # how long an engine's start waits for its daemon
+SAY_AGAIN_S = 5.0
+POOL_BLOCK_TOKENS = 128
+
+
+def runtime_dir() -> Path:
+    """Where the daemon is: what the environment says, or the daemon's default."""
+    told = os.environ.get("KVFERRY_RUNTIME_DIR")
+    return Path(told) if told else default_runtime_dir()
+
+
+class KvferryManager(CommonKVManager):  # type: ignore[misc]
+    """One scheduler's. ``attach`` gives it the pools, which SGLang's arguments do not name."""
+
+    ferry: Ferry
+    cache: Cache
+
+    def __init__(
+        self,
+        args: KVArgs,
+        disaggregation_mode: DisaggregationMode,
+        server_args: Any,
+        is_mla_backend: bool | None = False,
+    ) -> None:
+        super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        self._check_supported(args)
+        is_prefill = disaggregation_mode == DisaggregationMode.PREFILL
+        wait_s = envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get()
+        self.rooms = Rooms("open" if is_prefill else "take", wait_s, self.decline)
+
+    def attach(self, queue: Any) -> None:
+        """Look at the pools, begin to join the daemon, and wait a while for it.
+
+        ``queue``: SGLang's, which made this manager. ValueError names what cannot be carried.
+        """
+        scheduler = queue.scheduler
+        if queue.draft_token_to_kv_pool is not None:
+            raise ValueError("kvferry does not carry the cache of a draft model")
+        total = scheduler.model_config.get_total_num_kv_heads()
+        pool = queue.token_to_kv_pool
+        if not self.is_mla_backend:
+            pool_heads = getattr(pool, "full_kv_pool", pool).head_num
+            heads = (
+                min(self.attn_tp_size, total) if pool_heads == 1 else pool_heads * self.attn_tp_size
+            )
+        else:
+            heads = 1
+        self.aux = aux_of(queue.metadata_buffers)
+        block_tokens = int(os.environ.get("KVFERRY_BLOCK_SIZE_TOKENS", POOL_BLOCK_TOKENS))
+        self.cache = cache_of(pool, self.aux, heads, block_tokens)
+        self.window_tokens = scheduler.sliding_window_size or 0
+        self.ferry = Ferry(
+            runtime_dir(),
+            self.cache.layout,
+            self.cache.groups,
+            name=f"sglang {self.disaggregation_mode.value} rank {self.attn_tp_rank}",
+            rank=self.attn_tp_rank,
+            world_size=self.attn_tp_size,
+        )
+        self._wait_for_daemon(float(os.environ.get("KVFERRY_CONNECT_S", CONNECT_S)))
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """Nothing has to be known of prefill beforehand: its daemon knows how its pages lie.
+
+        Where the layouts differ, the request fails with the field that does, and not the engine.
+        """
+        self.prefill_info_table[bootstrap_addr] = PrefillServerInfo(
+            attn_tp_size=self.attn_tp_size,
+            attn_cp_size=1,
+            dp_size=1,
+            pp_size=1,
+            page_size=None,
+            kv_cache_dtype=None,
+            follow_bootstrap_room=True,
+        )
+        return True
+
+    def decline(self, ticket: Ticket) -> None:
+        """Tell prefill's daemon that nobody will fetch it. An opening of ours has sent nothing yet."""
+        if self.disaggregation_mode == DisaggregationMode.DECODE:
+            self.receive(ticket, [[] for _ in self.cache.groups], 0, 0)
+
+    def receive(self, ticket: Ticket, tables: Tables, first_token: int, end_token: int) -> Incoming:
+        """Fetch what a room means; ``end_token``: of the last page."""
+        assert ticket.transfer_id is not None
+        return self.ferry.receive(
+            ticket.transfer_id,
+            source=None if ticket.source == self.ferry.peer_address else ticket.source,
+            tables=tables,
+            first_token=first_token,
+            end_token=end_token,
+            least_tokens=max(0, end_token - self.cache.page_tokens + 1),
+        )
+
+    def teardown(self) -> None:
+        """Leave the daemon; no page is touched any more."""
+        self.ferry.close()
+
+    def _wait_for_daemon(self, wait_s: float) -> None:
+        until_s = time.monotonic() + wait_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            if self.ferry.wait_until_joined(min(SAY_AGAIN_S, left_s)):
+                return
+            why = self.ferry.refusal or "it has not answered yet"
+            logger.warning("waiting for kvferry's daemon in %s: %s", runtime_dir(), why)
+        logger.error("no daemon: transfers fail until there is one in %s", runtime_dir())
+
+    def _check_supported(self, args: KVArgs) -> None:
+        """ValueError names the first thing that is asked for and cannot be done."""
+        sizes = {
+            "pipeline": self.pp_size,
+            "attention context": self.attn_cp_size,
+            "decode context": self.dcp_size,
+            "attention data": self.attn_dp_size,
+            "data": self.system_dp_size,
+        }
+        for name, size in sizes.items():
+            if size > 1:
+                raise ValueError(f"kvferry does not support {name} parallelism above 1 in SGLang")
+        for state in args.state_types:
+            if state != StateType.SWA:
+                raise ValueError(f"kvferry does not carry {state.value} state of SGLang's")
+        if get_disagg().disaggregation_enable_kv_checksum:
+            raise ValueError(
+                "kvferry checks bytes itself: drop --disaggregation-enable-kv-checksum"
+            )
+
+
+class KvferryBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
+    """SGLang's, which routers and engines know, with a book of rooms beside it."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._book = RoomBook()
+        super().__init__(host, port)
+
+    def _setup_routes(self) -> None:
+        super()._setup_routes()
+        self.app.router.add_post("/kvferry/rooms", self._handle_rooms)
+
+    async def _handle_rooms(self, request: web.Request) -> web.Response:
+        try:
+            known = self._book.answer(await request.json(), asyncio.get_running_loop().time())
+        except (KeyError, TypeError, ValueError) as error:
+            return web.Response(text=f"not a question for rooms: {error!r}", status=400)
+        return web.json_response(known)
