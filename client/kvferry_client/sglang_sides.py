@@ -19,7 +19,8 @@ from sglang.srt.disaggregation.base.conn import (
 )
 from sglang.srt.disaggregation.common.conn import KVTransferError
 
-from kvferry_client.engine import JOIN_WAIT_S, NO_BLOCK, Incoming, Outgoing, Side
+from kvferry_client.engine import NO_BLOCK, Incoming, Outgoing, Side
+from kvferry_client.engine_thread import JOIN_WAIT_S
 from kvferry_client.sglang_cache import aux_values, take_aux
 from kvferry_client.sglang_manager import KvferryManager
 from kvferry_client.sglang_rooms import Ticket
@@ -185,19 +186,17 @@ class KvferrySender(_Transfer, BaseKVSender):  # type: ignore[misc]
         self._has_sent_all = self._pages == self._pages_total
         after, self._early_send_wait_event = self._early_send_wait_event, None
         tables = [np.concatenate(self._chunks)]
-        if self._has_sent_all:
+        tokens, aux, are_all = self._tokens, None, self._has_sent_all
+        if are_all:
             tables += _window_tables(state_indices, self._pages)
             aux = aux_values(self.kv_mgr.aux, self._aux_index)
-            told = {"are_all": True, "aux": aux}
-            tokens = self._tokens
-        else:
-            told = {}
-            tokens = self._tokens
-            if len(self.kv_mgr.cache.groups) > 1:
-                tables.append(np.full(self._pages, NO_BLOCK))
-                tokens = min(tokens, self._tokens_before_window())
+        elif len(self.kv_mgr.cache.groups) > 1:
+            tables.append(np.full(self._pages, NO_BLOCK))
+            tokens = min(tokens, self._tokens_before_window())
         if tokens > 0:
-            self._told = lambda side: side.computed(tables, tokens, after=after, **told)
+            self._told = lambda side: side.computed(
+                tables, tokens, are_all=are_all, aux=aux, after=after
+            )
             self._go_on()
 
     def _tokens_before_window(self) -> int:
