@@ -39,6 +39,8 @@ BOOT_ID = "ab" * 16  # of a peer that we play
 class LiveDaemon:
     """A `kvferry serve` process. Leaves no process behind, whatever happens."""
 
+    program: tuple[str, ...] = ("-m", "kvferry_daemon")
+
     def __init__(self, directory: Path, **flags: object) -> None:
         self.directory = directory
         self.flags = {
@@ -48,7 +50,7 @@ class LiveDaemon:
             **flags,
         }
         args = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
-        command = [sys.executable, "-m", "kvferry_daemon", "serve", "--runtime-dir", str(directory)]
+        command = [sys.executable, *self.program, "serve", "--runtime-dir", str(directory)]
         with (directory.parent / f"{directory.name}.log").open("ab") as log:
             self.process = subprocess.Popen([*command, *args], stdout=subprocess.PIPE, stderr=log)
         assert self.process.stdout is not None
@@ -89,7 +91,7 @@ class LiveDaemon:
         """Wait for its end, and start it again in the same directory with the same flags."""
         self.process.wait()
         self.stop()
-        return LiveDaemon(self.directory, **self.flags)
+        return type(self)(self.directory, **self.flags)
 
     def stop_and_forget(self) -> None:
         """End it, and take away what a next life would go on with."""

@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import zmq
 
@@ -28,6 +29,7 @@ from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
+from kvferry_daemon.links.zap import Doorkeeper, LocalDoor, guard
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.memory.device import Device
 from kvferry_daemon.memory.huge_pages import huge_pages
@@ -47,6 +49,7 @@ DRAIN_LOOK_S = 0.05
 EXIT_LEDGER = 7
 SOCKETS_MAX = 4096
 GC_THRESHOLDS = (10_000, 50, 100)  # a full pass over thousands of transfers takes 20 ms
+WORKER, CONTROL = "worker", "control"  # doors
 CROWD = 3  # messages a turn, on average: then they wait for us, not we for them
 
 
@@ -70,6 +73,9 @@ class Daemon:
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)  # before the first one
+        ours = LocalDoor(frozenset((os.getuid(),)))
+        doors = {WORKER: ours, CONTROL: ours}
+        self._doorkeeper = Doorkeeper(self._context, doors, self._on_refused)
         self._peer_socket = make_socket(self._context, zmq.ROUTER)
         if ":" in config.peer_host:
             self._peer_socket.setsockopt(zmq.IPV6, 1)
@@ -102,8 +108,12 @@ class Daemon:
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)
         self._peers = ZmqLink(self._peer_socket, self._on_peer)
-        self._workers = ZmqLink(self._bound(str(self.directory.worker_socket)), self._on_worker)
-        self._control = ZmqLink(self._bound(str(self.directory.control_socket)), self._on_control)
+        self._workers = ZmqLink(
+            self._bound(self.directory.worker_socket, WORKER), self._on_worker, names_users=True
+        )
+        self._control = ZmqLink(
+            self._bound(self.directory.control_socket, CONTROL), self._on_control, names_users=True
+        )
         self.operators = ControlDesk(self.node, self.effects.feed, self.status)
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
@@ -143,10 +153,15 @@ class Daemon:
         if not self.failed.done():
             self.failed.set_result(why)
 
-    def _bound(self, path: str) -> zmq.Socket[bytes]:
+    def _bound(self, path: Path, domain: str) -> zmq.Socket[bytes]:
         socket = make_socket(self._context, zmq.ROUTER)
+        guard(socket, domain)
         socket.bind(f"ipc://{path}")
         return socket
+
+    def _on_refused(self, why: str) -> None:
+        self.node.counters["connections_refused"] += 1
+        log.warning("refused a connection: %s", why)
 
     async def close(self) -> None:
         """Take everything down; what workers still have is kept for the next life."""
@@ -155,7 +170,7 @@ class Daemon:
         self._watch.cancel()
         self._lag.close()
         self.effects.close()  # first: what it still does goes out by what is closed below
-        for link in (self._workers, self._control, self._peers):
+        for link in (self._workers, self._control, self._peers, self._doorkeeper):
             link.close()
         for dealer in self._dealers.values():
             dealer.close()
@@ -204,7 +219,7 @@ class Daemon:
     # --- messages in ---
 
     def _on_worker(self, frames: list[bytes]) -> None:
-        route = frames[0]
+        route, user = frames[0], self._workers.user
         try:
             call = worker.CALLS.decode(_single(frames))
         except FerryError as error:
@@ -218,7 +233,7 @@ class Daemon:
                 said = FerryError(Code.RESOURCE_EXHAUSTED, f"cannot look at {call.lock}: {error}")
                 self._refuse_worker(route, said, call.call)
                 return
-        self.effects.feed(out.WorkerCalled(route, call, held))
+        self.effects.feed(out.WorkerCalled(route, call, held, user))
 
     def _refuse_worker(self, route: bytes, error: FerryError, call: int = 0) -> None:
         self.node.counters["bad_messages_worker"] += 1

@@ -17,7 +17,7 @@ from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
 DAEMON = "daemon"  # the name of the row that says so
-FORMAT = 3  # of the ledger; another one is not read
+FORMAT = 4  # of the ledger; another one is not read
 MACHINE_BOOT = Path("/proc/sys/kernel/random/boot_id")
 log = logging.getLogger(__name__)
 

@@ -134,10 +134,14 @@ def status_for_people(answer: control.Status) -> str:
         (p.address, p.state, str(p.streams_open), p.transport, p.detail or p.why)
         for p in answer.peers
     )
+    workers = (
+        (s.name, s.user, str(s.transfers), "lost" if s.lost else "") for s in answer.sessions or ()
+    )
     return page(
         words,
         table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
         table(("peer", "state", "streams", "transport", "detail"), peers),
+        table(("worker", "uid:gid:pid", "transfers", "state"), workers),
     )
 
 

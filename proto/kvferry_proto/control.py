@@ -28,6 +28,7 @@ NEAR_MAX = 5
 LogLevel = Literal["debug", "info", "warning", "error"]
 Sort = Literal["opened", "age", "idle", "sent", "blocks"]
 Seconds = Annotated[float, Field(ge=0)]
+SESSIONS_SHOWN_MAX = 256
 
 
 class GetStatus(Message):
@@ -139,6 +140,16 @@ class PeerStatus(Message):
     detail: str = ""
 
 
+class WorkerStatus(Message):
+    """A worker's session: its name is its own word, its user the kernel's."""
+
+    name: str
+    user: str  # uid:gid:pid of who opened it
+    pool: str
+    transfers: Count = 0
+    lost: bool = False  # silent for longer than it may be
+
+
 class TransferStatus(Message):
     """A snapshot, and what only an operator asks for.
 
@@ -148,6 +159,7 @@ class TransferStatus(Message):
 
     snapshot: Snapshot
     worker: str
+    user: str | None = None  # uid:gid:pid of `worker`
     source: str | None = None
     transport: str = ""
     age_s: float = 0.0
@@ -183,6 +195,7 @@ class Status(Message):
     loop: LoopStatus | None = None
     unsettled: Count = 0  # transfers that are live, or still hold blocks
     log_level: str = ""
+    sessions: Annotated[list[WorkerStatus], Field(max_length=SESSIONS_SHOWN_MAX)] | None = None
 
 
 class Transfers(Message):
@@ -306,5 +319,5 @@ __all__ = [
     "ANSWERS", "CHANGES", "REQUESTS", "AbortTransfer", "Aborted", "Answer", "Change", "ControlFailure",
     "Draining", "Explain", "Explained", "Explanation", "GetStatus", "GetTransfers", "Holder", "LogLevel",
     "LogLevelSet", "LoopStatus", "Moment", "PeerStatus", "PlacementStatus", "PoolStatus", "Read", "Request",
-    "SetDraining", "SetLogLevel", "Status", "TransferStatus", "Transfers", "WireRole", "frame_of",
+    "SetDraining", "SetLogLevel", "Status", "TransferStatus", "Transfers", "WireRole", "WorkerStatus", "frame_of",
 ]  # fmt: skip

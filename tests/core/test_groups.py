@@ -262,7 +262,7 @@ def test_a_dead_rank_fails_all_and_frees_nobody_elses_blocks() -> None:
     group.open_all()
     group.produce(0)
     node = group.world.machines["a"].node
-    session = node.workers.session_at(group.route(Role.SOURCE, 1))
+    session = node.workers.session_at(group.route(Role.SOURCE, 1), "")
     assert session is not None
     group.world.feed("a", out.LockDropped(session.secret))
     seen = group.now(Role.SOURCE, 0)

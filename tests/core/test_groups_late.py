@@ -50,7 +50,7 @@ def test_a_rank_that_comes_as_the_others_give_up_is_not_kept() -> None:
     assert (late.state, late.error.code) == (State.FAILED, "rank_missing")
     node = group.world.machines["a"].node
     assert not node.transfers
-    session = node.workers.session_at(group.route(Role.SOURCE, 1))
+    session = node.workers.session_at(group.route(Role.SOURCE, 1), "")
     assert session is not None
     assert not session.keys
     group.world.feed("a", out.LockDropped(session.secret))

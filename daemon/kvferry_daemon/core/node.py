@@ -75,9 +75,14 @@ class Session:
     lock: str
     pool_id: str
     heard_s: float
+    user: str = ""  # uid:gid:pid of who opened it
     lost: bool = False
     routes: dict[bytes, None] = field(default_factory=dict)
     keys: set[ev.Key] = field(default_factory=set)
+
+    def belongs_to(self, user: str) -> bool:
+        """Whether this user may take it up: a worker's children and its next life are its own."""
+        return user.partition(":")[0] == self.user.partition(":")[0]
 
 
 AnyTransfer = SinkTransfer | SourceTransfer
@@ -208,14 +213,20 @@ class Node:
         self.counters[f"{key.role.value}_opened"] += 1
         self.run_now(key, self._tick(transfer))
 
-    def make_session(self, secret: str, hello: worker.Hello, pool_id: str) -> Session:
+    def make_session(self, secret: str, hello: worker.Hello, pool_id: str, user: str) -> Session:
         """A new worker."""
-        return Session(secret, hello.worker, hello.pid, hello.lock, pool_id, self.now_s)
+        return Session(secret, hello.worker, hello.pid, hello.lock, pool_id, self.now_s, user)
 
     def take_up_session(self, record: SessionRecord) -> Session:
         """A worker that an earlier life of ours knew; it has a while to say so itself."""
         return Session(
-            record.secret, record.name, record.pid, record.lock, record.pool_id, self.now_s
+            record.secret,
+            record.name,
+            record.pid,
+            record.lock,
+            record.pool_id,
+            self.now_s,
+            record.user,
         )
 
     def _book(self, transfer: AnyTransfer) -> PoolBook:

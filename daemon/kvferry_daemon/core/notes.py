@@ -109,6 +109,7 @@ class Notes:
             pid=session.pid,
             lock=session.lock,
             pool_id=session.pool_id,
+            user=session.user,
         )
         self._put(f"session:{session.secret}", record)
 

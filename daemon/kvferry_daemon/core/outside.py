@@ -26,11 +26,15 @@ WorkerReply = worker.Welcome | worker.Snapshots | worker.Failure | worker.BatchR
 
 @dataclass(frozen=True, slots=True)
 class WorkerCalled:
-    """A worker's call; ``lock_held`` (hello only): its lock file is locked, so it lives."""
+    """A worker's call; ``lock_held`` (hello only): its lock file is locked, so it lives.
+
+    ``user``: what the kernel says of who connected, as ``uid:gid:pid``.
+    """
 
     route: bytes
     call: WorkerCall
     lock_held: bool = False
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class SessionRecord(Message):
     pid: Count
     lock: FileName
     pool_id: FileName
+    user: Annotated[str, Field(max_length=64)]  # uid:gid:pid
 
 
 class PoolRecord(Message):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import control
+from kvferry_proto.control import SESSIONS_SHOWN_MAX
 from kvferry_proto.states import Role, StallReason
 from kvferry_proto.versions import OURS
 from kvferry_proto.worker import Snapshot
 
 if TYPE_CHECKING:
     from kvferry_daemon.core.blocks import PoolBook
-    from kvferry_daemon.core.node import AnyTransfer, Node
+    from kvferry_daemon.core.node import AnyTransfer, Node, Session
 
 
 def status(
@@ -56,6 +57,17 @@ def status(
         peers=[_peer(node, address) for address in sorted(node.sinks.peers)],
         unsettled=unsettled,
         log_level=log_level,
+        sessions=[_worker(one) for one in list(node.sessions.values())[-SESSIONS_SHOWN_MAX:]],
+    )
+
+
+def _worker(session: Session) -> control.WorkerStatus:
+    return control.WorkerStatus(
+        name=session.name,
+        user=session.user,
+        pool=session.pool_id,
+        transfers=len(session.keys),
+        lost=session.lost,
     )
 
 
@@ -159,6 +171,7 @@ def live_row(node: Node, transfer: AnyTransfer, now_s: float) -> control.Transfe
     return control.TransferStatus(
         snapshot=_as_it_is(transfer),
         worker=session.name if session else "",
+        user=session.user if session else None,
         source=source,
         transport=_transport(node, transfer),
         age_s=round(now_s - transfer.opened_s, 3),

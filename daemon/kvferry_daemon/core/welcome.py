@@ -24,49 +24,50 @@ class Welcomer:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.lost_pools = LostPools(node)
-        self._being_made: dict[str, tuple[Layout, int, dict[bytes, worker.Hello]]] = {}
+        self._being_made: dict[str, tuple[Layout, int, dict[bytes, out.WorkerCalled]]] = {}
 
-    def on_hello(self, route: bytes, hello: worker.Hello, lock_held: bool) -> None:
+    def on_hello(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         """Refuse, welcome, or wait for the pool."""
+        route = event.route
         agree(hello.versions)
-        if not lock_held:
+        if not event.lock_held:
             raise FerryError(Code.WORKER_NOT_LOCKED, f"nobody holds a flock on {hello.lock!r}")
-        self._check_session(route, hello)
+        self._check_session(event, hello)
         pool_id = hello.layout.digest.hex()
         book = self._node.books.get(pool_id)
         if book is not None and (not book.lost or hello.session is not None):
-            self._welcome(route, hello)
+            self._welcome(event, hello)
         elif pool_id in self._being_made:
             waiting = self._being_made[pool_id][2]
             if route not in waiting and len(waiting) >= self._node.settings.workers_max:
                 raise FerryError(Code.RESOURCE_EXHAUSTED, "too many workers wait for this pool")
-            waiting[route] = hello
+            waiting[route] = event
         else:
             self.lost_pools.check_device()
             if book is not None:
                 self.lost_pools.clear(book)
             blocks = self._blocks_for(hello.layout)
-            self._being_made[pool_id] = (hello.layout, blocks, {route: hello})
+            self._being_made[pool_id] = (hello.layout, blocks, {route: event})
             self._node.effects.append(out.MakePool(pool_id, hello.layout, blocks))
 
-    def _check_lock(self, route: bytes, hello: worker.Hello) -> None:
+    def _check_lock(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         """One lock, one worker: if it came back under the old name, nobody could see it was dead."""
-        known = self._repeated(route, hello)
+        known = self._repeated(event, hello)
         if known is None and any(s.lock == hello.lock for s in self._node.sessions.values()):
             raise FerryError(
                 Code.WORKER_NOT_LOCKED, f"{hello.lock!r} belongs to another session; take a new one"
             )
 
-    def _check_session(self, route: bytes, hello: worker.Hello) -> None:
+    def _check_session(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         sessions = self._node.sessions
         if hello.session is None:
-            self._check_lock(route, hello)
+            self._check_lock(event, hello)
             if len(sessions) >= self._node.settings.workers_max:
                 raise FerryError(Code.RESOURCE_EXHAUSTED, f"{len(sessions)} workers are here")
             return
         session = sessions.get(hello.session)
-        if session is None:
-            raise FerryError(Code.UNKNOWN_SESSION, "this daemon knows no such session")
+        if session is None or not session.belongs_to(event.user):
+            raise FerryError(Code.UNKNOWN_SESSION, "this daemon knows no such session of yours")
         if session.pool_id != hello.layout.digest.hex() or session.lock != hello.lock:
             raise FerryError(
                 Code.PARAMETERS_DIFFER, "a session keeps the layout and lock of its first hello"
@@ -132,22 +133,22 @@ class Welcomer:
         book = PoolBook(event.pool_id, event.path, device, layout, pool, source, sink, event.memory)
         self._node.books[event.pool_id] = book
         self._node.notes.pool(book)
-        for route, hello in waiting.items():
-            self._node.workers.on_call(out.WorkerCalled(route, hello, lock_held=True))
+        for hello in waiting.values():
+            self._node.workers.on_call(hello)
 
     def on_pool_not_made(self, event: out.PoolNotMade) -> None:
         """Tell all who waited why there is no pool."""
         _, _, waiting = self._being_made.pop(event.pool_id)
         for route, hello in waiting.items():
-            self._node.workers.refuse(route, hello.call, FerryError(event.code, event.message))
+            self._node.workers.refuse(route, hello.call.call, FerryError(event.code, event.message))
 
-    def _welcome(self, route: bytes, hello: worker.Hello) -> None:
-        node = self._node
+    def _welcome(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
+        node, route = self._node, event.route
         book = node.books[hello.layout.digest.hex()]
-        session = node.sessions.get(hello.session or "") or self._repeated(route, hello)
-        session = session or self._new_session(hello, book)
+        session = node.sessions.get(hello.session or "") or self._repeated(event, hello)
+        session = session or self._new_session(event, hello, book)
         session.heard_s, session.lost = node.now_s, False
-        node.workers.bind(route, session)
+        node.workers.bind(route, event.user, session)
         node.effects.append(
             out.ToWorker(
                 route,
@@ -170,17 +171,17 @@ class Welcomer:
             )
         )
 
-    def _repeated(self, route: bytes, hello: worker.Hello) -> Session | None:
+    def _repeated(self, event: out.WorkerCalled, hello: worker.Hello) -> Session | None:
         """A first hello that was said again, on the same connection, is the same session."""
-        session = self._node.workers.session_at(route)
+        session = self._node.workers.session_at(event.route, event.user)
         if session is None or session.lock != hello.lock:
             return None
         return session if session.pool_id == hello.layout.digest.hex() else None
 
-    def _new_session(self, hello: worker.Hello, book: PoolBook) -> Session:
+    def _new_session(self, event: out.WorkerCalled, hello: worker.Hello, book: PoolBook) -> Session:
         node = self._node
         secret = node.new_secret().hex()
-        session = node.make_session(secret, hello, book.pool_id)
+        session = node.make_session(secret, hello, book.pool_id, event.user)
         node.sessions[secret] = session
         node.notes.session(session)
         node.effects.append(out.WatchWorker(secret, hello.lock))

@@ -31,7 +31,7 @@ class WorkerDesk:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._welcomer = Welcomer(node)
-        self._routes: dict[bytes, str] = {}
+        self._routes: dict[bytes, tuple[str, str]] = {}  # route -> session's secret, user
         self.openings = Openings(node)
         self.on_pool_made = self._welcomer.on_pool_made
         self.on_pool_not_made = self._welcomer.on_pool_not_made
@@ -46,9 +46,9 @@ class WorkerDesk:
         reply: out.WorkerReply | None
         try:
             if isinstance(call, worker.Hello):
-                self._welcomer.on_hello(event.route, call, event.lock_held)
+                self._welcomer.on_hello(event, call)
                 return
-            session = self._session_of(event.route)
+            session = self._session_of(event.route, event.user)
             session.heard_s, session.lost = self._node.now_s, False
             if isinstance(call, worker.Batch):
                 replies = [self._one_of_batch(session, event.route, one) for one in call.calls]
@@ -64,10 +64,10 @@ class WorkerDesk:
         """Answer a call that waited with an error."""
         self._say(route, self._failure(call, error))
 
-    def bind(self, route: bytes, session: Session) -> None:
+    def bind(self, route: bytes, user: str, session: Session) -> None:
         """Calls from this connection are the session's from now on; old connections go."""
         session.routes[route] = None
-        self._routes[route] = session.secret
+        self._routes[route] = session.secret, user
         while len(session.routes) > ROUTES_MAX:
             oldest = next(iter(session.routes))
             del session.routes[oldest]
@@ -80,13 +80,13 @@ class WorkerDesk:
         self._node.counters[f"refused_{error.code.value}"] += 1
         return worker.Failure(call=call, error=ErrorInfo.of(error.code, error.message))
 
-    def session_at(self, route: bytes) -> Session | None:
-        """The session that this connection belongs to."""
-        secret = self._routes.get(route)
-        return None if secret is None else self._node.sessions.get(secret)
+    def session_at(self, route: bytes, user: str) -> Session | None:
+        """The session of this connection. Who took the route of another one over has none."""
+        secret, bound_user = self._routes.get(route, ("", ""))
+        return self._node.sessions.get(secret) if user == bound_user else None
 
-    def _session_of(self, route: bytes) -> Session:
-        session = self.session_at(route)
+    def _session_of(self, route: bytes, user: str) -> Session:
+        session = self.session_at(route, user)
         if session is None:
             raise FerryError(Code.HELLO_FIRST, "this connection belongs to no session")
         return session

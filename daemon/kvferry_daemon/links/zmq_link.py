@@ -7,6 +7,7 @@ or the socket falls silent. (Measured faster than zmq.asyncio: fewer tasks a mes
 import asyncio
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import zmq
 
@@ -17,15 +18,24 @@ SILENT_S = 1  # then the kernel asks the other one's kernel
 UNHEARD_MS = 3000  # bytes that it has not confirmed for so long end the connection
 NOW = int(zmq.NOBLOCK)  # numbers: to combine two of libzmq's enums costs more than to send
 NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+# The property of a message that the doorkeeper's answer set; as bytes, or it is encoded each time.
+USER: Any = b"User-Id"
 
 
 class ZmqLink:
     """Hands whole messages to ``on_message(frames)``; never blocks."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]
+        self,
+        socket: zmq.Socket[bytes],
+        on_message: Callable[[list[bytes]], None],
+        *,
+        names_users: bool = False,
     ) -> None:
+        """``names_users``: the socket is guarded; see ``user``."""
         self._socket = socket
+        self._names_users = names_users
+        self.user = ""  # who sent the message that is being handed over, as the doorkeeper knows it
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(socket.getsockopt(zmq.FD))
@@ -94,6 +104,10 @@ class ZmqLink:
         while frame.more:
             frame = self._socket.recv(NOW, copy=False)
             frames.append(frame.bytes)
+        if (
+            self._names_users
+        ):  # of the connection it came by: a route says less, it may be taken over
+            self.user = frame.get(USER)
         return frames
 
 

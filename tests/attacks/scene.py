@@ -1,0 +1,43 @@
+"""What the attacks need: daemons with a defence switched off, and another user to attack as."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from live import LiveDaemon
+
+HERE = Path(__file__).parent
+NOBODY = 65534
+OTHER = 65533
+WAIT_S = 30
+
+
+def without(defence: str | None) -> type[LiveDaemon]:
+    """Daemons that lack one defence of attacks/weak.py; None: whole ones."""
+    if defence is None:
+        return LiveDaemon
+
+    return type("Weak", (LiveDaemon,), {"program": (str(HERE / "weak.py"), defence)})
+
+
+def open_to_all(daemon: LiveDaemon) -> None:
+    """Take the modes of its files away, which would keep other users out before all else."""
+    for path in (daemon.directory.parent, daemon.directory, daemon.directory / "workers"):
+        path.chmod(0o777)
+    for path in daemon.directory.glob("*.sock"):
+        path.chmod(0o777)
+
+
+def stranger(uid: int, act: str, directory: Path, *more: str) -> str:
+    """What a process of that user is told; see attacks/stranger.py."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "stranger.py"), str(uid), act, str(directory), *more],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), *sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
