@@ -18,7 +18,9 @@ from typing import Any, Self
 import msgpack
 import zmq
 
+from kvferry_daemon.links.curve import prove_peer
 from kvferry_daemon.operator import ask
+from kvferry_daemon.probe import endpoint_of, key_of
 from kvferry_proto import control, peer, worker
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import TERMINAL, Role
@@ -291,11 +293,14 @@ class RawWorker:
 class RawPeer:
     """A sink's daemon that builds every frame itself."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, secret: bytes = b"") -> None:
+        """``secret``: the key that it shows, if the address bears one."""
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(address)
+        if secret:
+            prove_peer(self.socket, key_of(address), secret)
+        self.socket.connect(endpoint_of(address))
         self.source = ""
 
     def close(self) -> None:

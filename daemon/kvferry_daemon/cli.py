@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvferry_daemon import verbs
+from kvferry_daemon.key_verbs import keys
 from kvferry_daemon.output import Exit, as_json, stop, write
 
 if TYPE_CHECKING:
@@ -64,13 +65,14 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
         write(config.model_dump_json(indent=2))
         return
     from kvferry_daemon.daemon import run
+    from kvferry_daemon.keys import KeysRefused
     from kvferry_daemon.memory.placement import PlacementRefused
     from kvferry_daemon.runtime_dir import DirectoryTaken
     from kvferry_daemon.transports.nixl.agent import NixlFailed
 
     try:
         sys.exit(run(config))
-    except PlacementRefused as error:
+    except (KeysRefused, PlacementRefused) as error:
         stop(Exit.USAGE, f"config: {error}")
     except (DirectoryTaken, NixlFailed, OSError, zmq.ZMQError) as error:
         stop(Exit.SERVE, f"cannot start: {error}")
@@ -155,5 +157,5 @@ def _loaded(path: Path | None, flags: Mapping[str, Any]) -> "Config":
         stop(Exit.USAGE, f"config: {error}")
 
 
-for verb in verbs.ALL:
+for verb in (*verbs.ALL, keys):
     main.add_command(verb)

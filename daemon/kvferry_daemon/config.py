@@ -80,6 +80,9 @@ class Config(Deadlines):
     advertise_host: str | None = Field(
         None, min_length=1, description="what peers are told, if not peer_host"
     )
+    keys_dir: Path | None = Field(
+        None, description="this daemon's key and those of trusted peers; see `kvferry keys`"
+    )
     insecure: bool = Field(False, description="allow clear text off loopback")
     http_host: str = Field(
         "127.0.0.1", min_length=1, description="address of metrics, probes and the status page"
@@ -115,6 +118,11 @@ class Config(Deadlines):
         """The delays and deadlines alone."""
         return Deadlines(**{name: getattr(self, name) for name in Deadlines.model_fields})
 
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether others than this machine's processes reach our sockets, and need no key."""
+        return self.keys_dir is None and not _is_loopback(self.peer_host)
+
     @model_validator(mode="after")
     def _check(self) -> "Config":
         path = str(self.runtime_dir / "control.sock")
@@ -122,10 +130,11 @@ class Config(Deadlines):
             raise ValueError(f"runtime_dir: {path} is over {SOCKET_PATH_MAX} bytes long")
         if not DEVICE.fullmatch(self.device):
             raise ValueError(f"device: {self.device!r} is neither host nor cuda:N, such as cuda:0")
-        if not self.insecure and not _is_loopback(self.peer_host):
+        if self.is_open_to_all and not self.insecure:
             raise ValueError(
-                f"peer_host: {self.peer_host} is not loopback and traffic would be in clear text; "
-                "set insecure=true if the network is trusted"
+                f"peer_host: {self.peer_host} is not loopback: traffic would be in clear text, and "
+                "whoever reaches it could pull every payload; make keys (`kvferry keys new`) and set keys_dir, or set "
+                "insecure=true if everybody on the network is trusted"
             )
         if _is_wildcard(self.http_host):
             raise ValueError(

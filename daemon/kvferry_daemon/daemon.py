@@ -23,17 +23,20 @@ from kvferry_daemon.core.report import status
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.http.facts import Facts
 from kvferry_daemon.http.listen import listen, url_of
+from kvferry_daemon.keys import Keys
 from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
+from kvferry_daemon.links.curve import prove_ourselves
 from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
-from kvferry_daemon.links.zap import Doorkeeper, LocalDoor, guard
+from kvferry_daemon.links.zap import Door, Doorkeeper, LocalDoor, PeerDoor, guard
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.memory.device import Device
 from kvferry_daemon.memory.huge_pages import huge_pages
 from kvferry_daemon.memory.placement import Placement, cpu_list
+from kvferry_daemon.probe import key_of
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
 from kvferry_daemon.transports.nixl.agent import has_loaded_nixl
@@ -49,7 +52,7 @@ DRAIN_LOOK_S = 0.05
 EXIT_LEDGER = 7
 SOCKETS_MAX = 4096
 GC_THRESHOLDS = (10_000, 50, 100)  # a full pass over thousands of transfers takes 20 ms
-WORKER, CONTROL = "worker", "control"  # doors
+WORKER, CONTROL, PEER = "worker", "control", "peer"  # doors
 CROWD = 3  # messages a turn, on average: then they wait for us, not we for them
 
 
@@ -59,9 +62,11 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Bind everything.
 
-        Raises PlacementRefused, NixlFailed, DirectoryTaken, OSError (DeviceError too), ZMQError.
+        Raises PlacementRefused, KeysRefused, NixlFailed, DirectoryTaken, OSError (DeviceError too),
+        ZMQError.
         """
         self.config = config
+        self._keys = None if config.keys_dir is None else Keys(config.keys_dir)
         device = None if config.device == HOST else Device(config.device)  # first: it may be none
         placement = Placement.settle(config.numa_node, config.copy_cpus)
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
@@ -74,9 +79,14 @@ class Daemon:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)  # before the first one
         ours = LocalDoor(frozenset((os.getuid(),)))
-        doors = {WORKER: ours, CONTROL: ours}
+        doors: dict[str, Door] = {WORKER: ours, CONTROL: ours}
+        if self._keys is not None:
+            doors[PEER] = PeerDoor(self._keys.name_of)
         self._doorkeeper = Doorkeeper(self._context, doors, self._on_refused)
         self._peer_socket = make_socket(self._context, zmq.ROUTER)
+        if self._keys is not None:
+            guard(self._peer_socket, PEER)
+            prove_ourselves(self._peer_socket, self._keys.secret)
         if ":" in config.peer_host:
             self._peer_socket.setsockopt(zmq.IPV6, 1)
         loop = asyncio.get_running_loop()
@@ -84,6 +94,8 @@ class Daemon:
         port = self._bind_peers()
         host = _bracketed(config.advertise_host or config.peer_host)
         self.peer_address = f"tcp://{host}:{port}"
+        if self._keys is not None:
+            self.peer_address += f"?key={self._keys.public}"
         self._liveness = Liveness(self.directory.workers)
         self._dealers: dict[str, PeerLink] = {}
         self.node = Node(
@@ -107,7 +119,7 @@ class Daemon:
         )
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)
-        self._peers = ZmqLink(self._peer_socket, self._on_peer)
+        self._peers = ZmqLink(self._peer_socket, self._on_peer, names_users=self._keys is not None)
         self._workers = ZmqLink(
             self._bound(self.directory.worker_socket, WORKER), self._on_worker, names_users=True
         )
@@ -195,6 +207,7 @@ class Daemon:
             await asyncio.sleep(self.config.deadlines.heartbeat_s)
             try:
                 self._watch_workers()
+                self._watch_keys()
                 self._watch_load()
                 self.effects.pools.beat()
             except Exception:  # a fault of ours must not end the watch of dead workers
@@ -207,6 +220,14 @@ class Daemon:
             self._liveness.sweep()
         except OSError as error:
             log.error("cannot look at the workers' locks: %s", error)
+
+    def _watch_keys(self) -> None:
+        """Trusted keys may have come, or gone: with those we talk no more."""
+        if self._keys is not None and self._keys.reload():
+            for address in list(self._dealers):
+                if self._keys.name_of(key_of(address)) is None:
+                    log.warning("%s is not trusted any more", address)
+                    self.close_peer(address)
 
     def _watch_load(self) -> None:
         """While messages wait for the loop, no send may cost it the core."""
@@ -241,6 +262,10 @@ class Daemon:
         self.to_worker(route, worker.Failure(call=call, error=info))
 
     def _on_peer(self, frames: list[bytes]) -> None:
+        name = "" if self._keys is None else self._keys.name_of(self._peers.user)
+        if name is None:  # any more: it was when it connected
+            self.to_sink(out.ToSink(frames[0], self._distrust("your key is not trusted here")))
+            return
         try:
             message = peer.MESSAGES.decode(_single(frames))
         except FerryError as error:
@@ -249,7 +274,12 @@ class Daemon:
             refusal = peer.PeerRefused(boot_id=self.node.settings.boot_id, error=info)
             self.to_sink(out.ToSink(frames[0], refusal))
             return
-        self.effects.feed(out.SinkSaid(frames[0], message))
+        self.effects.feed(out.SinkSaid(frames[0], message, name))
+
+    def _distrust(self, why: str) -> peer.PeerRefused:
+        self.node.counters["peers_not_trusted"] += 1
+        info = ErrorInfo.of(Code.NOT_TRUSTED, why)
+        return peer.PeerRefused(boot_id=self.node.settings.boot_id, error=info)
 
     def _on_source(self, address: str, frames: list[bytes]) -> None:
         try:
@@ -275,7 +305,8 @@ class Daemon:
         self.node.counters["nixl_reads"] = self.streams.nixl_reads
         facts = self._placed, self._lag.status(), log_level()
         now_s = asyncio.get_running_loop().time()
-        return status(self.node, call, str(self.directory.path), *facts, now_s)
+        answer = status(self.node, call, str(self.directory.path), *facts, now_s)
+        return answer.model_copy(update={"security": self._security()})
 
     def facts(self) -> Facts:
         """The same for those who ask by HTTP."""
@@ -286,6 +317,13 @@ class Daemon:
             loop=self._lag.status,
             not_sent=lambda: sum(link.dropped for link in links),
             failed=lambda: self.failed.result() if self.failed.done() else None,
+        )
+
+    def _security(self) -> control.SecurityStatus:
+        return control.SecurityStatus(
+            messages="clear" if self._keys is None else "curve",
+            insecure=self.config.is_open_to_all,
+            trusted_keys=0 if self._keys is None else len(self._keys.trusted),
         )
 
     # --- messages out (Links) ---
@@ -306,6 +344,8 @@ class Daemon:
 
     def to_source(self, effect: Say) -> None:
         """Ask a daemon that we pull from."""
+        if self._keys is not None and effect.address not in self._dealers:
+            self.open_peer(effect.address)  # it may be trusted by now
         link = self._dealers.get(effect.address)
         if link is not None:
             for frame in self._frames_of(effect.message):
@@ -322,8 +362,15 @@ class Daemon:
     def open_peer(self, address: str) -> None:
         """Connect; ZeroMQ goes on trying until close_peer."""
         on_message: Callable[[list[bytes]], None] = lambda frames: self._on_source(address, frames)
+        secret = b""
+        if self._keys is not None:
+            secret = self._keys.secret
+            if self._keys.name_of(key_of(address)) is None:
+                refusal = self._distrust(f"the key of {address} is not trusted here")
+                self.effects.feed(out.SourceSaid(address, refusal))
+                return
         try:
-            self._dealers[address] = PeerLink(self._context, address, on_message)
+            self._dealers[address] = PeerLink(self._context, address, on_message, secret)
         except zmq.ZMQError as error:  # the node's own probe tells those who wait for it
             log.error("no link to %s: %s", address, error)
 
@@ -362,6 +409,8 @@ async def serve(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: now.set() if stop.is_set() else stop.set())
     print(json.dumps(facts), flush=True)
+    if config.is_open_to_all:
+        log.warning("INSECURE: whoever reaches %s may pull every payload", daemon.peer_address)
     log.info("ready: %s, runtime directory %s", daemon.peer_address, config.runtime_dir)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((stopping, daemon.failed), return_when=asyncio.FIRST_COMPLETED)

@@ -114,6 +114,8 @@ def status_for_people(answer: control.Status) -> str:
         f"peers connect to {answer.peer_address}; {answer.workers} workers",
         f"transfers: {states}; waiting: {stalls}",
     ]
+    if answer.security is not None:
+        words.append(_secured(answer.security))
     if answer.placement is not None:
         words.insert(2, _placed(answer.placement))
     if answer.loop is not None:
@@ -149,6 +151,14 @@ def _placed(placement: control.PlacementStatus) -> str:
     node = "" if placement.numa_node is None else f" on NUMA node {placement.numa_node}"
     cpus = placement.copy_cpus or "any"
     return f"pools{node}; huge pages: {placement.huge_pages}; copied on CPUs: {cpus}"
+
+
+def _secured(security: control.SecurityStatus) -> str:
+    if security.insecure:
+        return "INSECURE: whoever reaches the peer socket may pull, and nothing is encrypted"
+    if security.messages == "clear":
+        return "peers: in clear, on this machine only"
+    return f"peers: messages by CURVE, {security.trusted_keys} keys trusted; payload in clear"
 
 
 def _late(loop: control.LoopStatus) -> str:

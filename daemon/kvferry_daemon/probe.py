@@ -8,8 +8,18 @@ ZMTP_SIGNATURE = b"\xff"  # first byte of every ZMTP 3 greeting
 
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of a tcp://host:port address that was checked before."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    host, _, port = endpoint_of(address).removeprefix("tcp://").rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def endpoint_of(address: str) -> str:
+    """An address without the key that it may bear."""
+    return address.partition("?")[0]
+
+
+def key_of(address: str) -> str:
+    """The key of the daemon at an address; empty where it talks in clear."""
+    return address.partition("?key=")[2]
 
 
 async def probe(address: str) -> str:
@@ -33,4 +43,7 @@ async def probe(address: str) -> str:
         writer.close()
     if greeting != ZMTP_SIGNATURE:
         return "something listens there, but it is no kvferry (it does not speak ZeroMQ)"
-    return "something speaks ZeroMQ there but gives no kvferry answer"
+    words = "something speaks ZeroMQ there but gives no kvferry answer"
+    if key_of(address):
+        words += "; does it have that key, and trust ours?"
+    return words

@@ -128,6 +128,14 @@ class LoopStatus(Message):
     late_max_ms: float
 
 
+class SecurityStatus(Message):
+    """How daemons talk to this one."""
+
+    messages: Literal["curve", "clear"]
+    insecure: bool = False  # in clear, to whoever reaches the peer socket from elsewhere
+    trusted_keys: Count = 0
+
+
 class PeerStatus(Message):
     """A daemon that this one pulls from."""
 
@@ -195,6 +203,7 @@ class Status(Message):
     loop: LoopStatus | None = None
     unsettled: Count = 0  # transfers that are live, or still hold blocks
     log_level: str = ""
+    security: SecurityStatus | None = None
     sessions: Annotated[list[WorkerStatus], Field(max_length=SESSIONS_SHOWN_MAX)] | None = None
 
 
@@ -316,8 +325,37 @@ def frame_of(answer: Transfers) -> bytes:
 
 
 __all__ = [
-    "ANSWERS", "CHANGES", "REQUESTS", "AbortTransfer", "Aborted", "Answer", "Change", "ControlFailure",
-    "Draining", "Explain", "Explained", "Explanation", "GetStatus", "GetTransfers", "Holder", "LogLevel",
-    "LogLevelSet", "LoopStatus", "Moment", "PeerStatus", "PlacementStatus", "PoolStatus", "Read", "Request",
-    "SetDraining", "SetLogLevel", "Status", "TransferStatus", "Transfers", "WireRole", "WorkerStatus", "frame_of",
+    "ANSWERS",
+    "CHANGES",
+    "REQUESTS",
+    "AbortTransfer",
+    "Aborted",
+    "Answer",
+    "Change",
+    "ControlFailure",
+    "Draining",
+    "Explain",
+    "Explained",
+    "Explanation",
+    "GetStatus",
+    "GetTransfers",
+    "Holder",
+    "LogLevel",
+    "LogLevelSet",
+    "LoopStatus",
+    "Moment",
+    "PeerStatus",
+    "PlacementStatus",
+    "PoolStatus",
+    "Read",
+    "Request",
+    "SecurityStatus",
+    "SetDraining",
+    "SetLogLevel",
+    "Status",
+    "TransferStatus",
+    "Transfers",
+    "WireRole",
+    "WorkerStatus",
+    "frame_of",
 ]  # fmt: skip

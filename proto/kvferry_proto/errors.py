@@ -58,6 +58,7 @@ class Code(StrEnum):
     DRAINING = "draining"
     PEER_UNREACHABLE = "peer_unreachable"
     PEER_PROTOCOL = "peer_protocol"
+    NOT_TRUSTED = "not_trusted"
     TRANSPORT_UNAVAILABLE = "transport_unavailable"
     SOURCE_LOST = "source_lost"
     SOURCE_FAILED = "source_failed"
@@ -120,7 +121,9 @@ ADVICE: dict[Code, Advice] = {
     Code.TOTAL_MISMATCH: Advice(_C, "all ranks of a group must have the same number of tokens"),
     Code.START_UNALIGNED: Advice(_C, "start_tokens must be a multiple of block_size_tokens"),
     Code.START_MISMATCH: Advice(_C, "let both sides start where the sink's prefix ends"),
-    Code.BAD_ADDRESS: Advice(_C, "give the source as tcp://host:port of its peer socket"),
+    Code.BAD_ADDRESS: Advice(
+        _C, "give the source as its daemon announces it: tcp://host:port, or with ?key="
+    ),
     Code.WINDOW_TOO_LARGE: Advice(_C, "ask for a smaller window, or give the pool more memory"),
     Code.MAX_TOKENS_EXCEEDED: Advice(_C, "name a larger max_tokens, or use consume mode"),
     Code.LAYOUT_MISMATCH: Advice(
@@ -150,6 +153,7 @@ ADVICE: dict[Code, Advice] = {
     Code.RESOURCE_EXHAUSTED: Advice(_C, "end transfers or sessions, then try again"),
     Code.DRAINING: Advice(_O, "the daemon is stopping; use another node"),
     Code.PEER_UNREACHABLE: Advice(_O, "check the source's address, its daemon and the network"),
+    Code.NOT_TRUSTED: Advice(_O, "let both daemons trust each other's keys: kvferry keys trust"),
     Code.PEER_PROTOCOL: Advice(_P, "the other daemon broke the protocol; compare the versions"),
     Code.TRANSPORT_UNAVAILABLE: Advice(
         _O, "install the same NIXL on both ends, or set transport to auto on both"

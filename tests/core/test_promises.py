@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from core.stories import SINK, SOURCE
+from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import worker
@@ -62,7 +63,7 @@ def test_a_source_is_not_bound_to_a_sink_that_is_forgotten() -> None:
     """Its daemon was started anew; another one's sink would be refused with sink_taken."""
     world, _ = waiting(here=False)
     life = PeerHello(boot_id="c" * 16, daemon_id="b" * 16, life=2)
-    world.machines["a"].node.sources._on_hello(b"b", life)
+    world.machines["a"].node.sources.on_message(out.SinkSaid(b"b", life))
     world.call("a", SOURCE, worker.Send(transfer_id="t", total_tokens=4))
     source = world.machines["a"].node.transfers[Key(Role.SOURCE, "t", 0)]
     assert isinstance(source, SourceTransfer)

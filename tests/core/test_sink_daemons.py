@@ -26,49 +26,49 @@ def hello(boot_id: str, life: int, daemon_id: str = DAEMON) -> PeerHello:
 
 def test_a_later_life_ends_the_one_before() -> None:
     daemons = SinkDaemons()
-    assert daemons.hello(b"one", hello(FIRST, 1), 0.0) == []
-    assert daemons.hello(b"two", hello(SECOND, 2), 0.0) == [FIRST]
+    assert daemons.hello(b"one", "", hello(FIRST, 1), 0.0) == []
+    assert daemons.hello(b"two", "", hello(SECOND, 2), 0.0) == [FIRST]
     assert route_of(daemons, SECOND) == b"two"
     with pytest.raises(FerryError) as caught:
-        daemons.seen(FIRST, b"one", 0.0)  # what it said before it died, late
+        daemons.seen(FIRST, b"one", "", 0.0)  # what it said before it died, late
     assert caught.value.code is Code.HELLO_FIRST
 
 
 def test_a_late_hello_of_an_earlier_life_changes_nothing() -> None:
     daemons = SinkDaemons()
-    daemons.hello(b"two", hello(SECOND, 2), 0.0)
+    daemons.hello(b"two", "", hello(SECOND, 2), 0.0)
     with pytest.raises(FerryError) as caught:
-        daemons.hello(b"one", hello(FIRST, 1), 0.0)
+        daemons.hello(b"one", "", hello(FIRST, 1), 0.0)
     assert caught.value.code is Code.DAEMON_RESTARTED
-    assert daemons.seen(SECOND, b"two", 0.0).daemon_id == DAEMON
+    assert daemons.seen(SECOND, b"two", "", 0.0).daemon_id == DAEMON
 
 
 def test_the_same_hello_from_a_new_connection_moves_the_route() -> None:
     daemons = SinkDaemons()
-    daemons.hello(b"one", hello(FIRST, 1), 0.0)
-    assert daemons.hello(b"other", hello(FIRST, 1), 0.0) == []
+    daemons.hello(b"one", "", hello(FIRST, 1), 0.0)
+    assert daemons.hello(b"other", "", hello(FIRST, 1), 0.0) == []
     assert route_of(daemons, FIRST) == b"other"
 
 
 def test_a_boot_id_stays_with_its_daemon() -> None:
     """Else a hello under another name would take its link over, and leave both half known."""
     daemons = SinkDaemons()
-    daemons.hello(b"one", hello(FIRST, 1), 0.0)
+    daemons.hello(b"one", "", hello(FIRST, 1), 0.0)
     with pytest.raises(FerryError) as caught:
-        daemons.hello(b"thief", hello(FIRST, 1, "e" * 16), 0.0)
+        daemons.hello(b"thief", "", hello(FIRST, 1, "e" * 16), 0.0)
     assert caught.value.code is Code.PEER_PROTOCOL
     assert route_of(daemons, FIRST) == b"one"
-    assert daemons.hello(b"two", hello(SECOND, 2), 0.0) == [FIRST]
+    assert daemons.hello(b"two", "", hello(SECOND, 2), 0.0) == [FIRST]
 
 
 def test_the_silent_ones_are_forgotten_first() -> None:
     daemons = SinkDaemons()
     for number in range(SINKS_MAX):
-        assert daemons.hello(b"r", hello(f"{number:016x}", 1, f"{number:016x}"), 0.0) == []
-    daemons.seen(f"{0:016x}", b"r", 0.0)
-    assert daemons.hello(b"r", hello(FIRST, 1), 0.0) == [f"{1:016x}"]
+        assert daemons.hello(b"r", "", hello(f"{number:016x}", 1, f"{number:016x}"), 0.0) == []
+    daemons.seen(f"{0:016x}", b"r", "", 0.0)
+    assert daemons.hello(b"r", "", hello(FIRST, 1), 0.0) == [f"{1:016x}"]
     assert f"{0:016x}" in daemons
-    assert daemons.hello(b"r", hello(f"{1:016x}", 1, f"{1:016x}"), 0.0) == [
+    assert daemons.hello(b"r", "", hello(f"{1:016x}", 1, f"{1:016x}"), 0.0) == [
         f"{2:016x}"
     ]  # may return
 

@@ -305,7 +305,7 @@ def test_a_sink_that_its_source_had_to_forget_asks_for_what_it_was_not_told() ->
     story.open()
     story.world.wait(0.1)
     for number in range(SINKS_MAX):
-        other = PeerHello(boot_id=f"{number:032x}", daemon_id=f"{number:032x}", life=1)
+        other = PeerHello(boot_id=f"f{number:031x}", daemon_id=f"{number:032x}", life=1)
         story.world.feed("a", out.SinkSaid(b"b", other))
     story.world.wire.clear()
     story.produce()

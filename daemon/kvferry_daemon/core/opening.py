@@ -21,6 +21,7 @@ _LABEL = r"[A-Za-z0-9]([A-Za-z0-9\-]{0,61}[A-Za-z0-9])?"
 _SCOPE = r"(%[A-Za-z0-9]+)?"
 ADDRESS = re.compile(
     rf"tcp://(\[[0-9A-Fa-f:.]+{_SCOPE}\]|{_LABEL}(\.{_LABEL})*\.?):(?P<port>[0-9]{{1,5}})"
+    r"(?P<key>\?key=[0-9a-f]{64})?"
 )
 
 
@@ -46,6 +47,7 @@ def opening_of(
     needed_blocks, what = window_blocks, f"a window of {window_blocks * size} tokens"
     if isinstance(call, worker.Receive):
         source = checked_address(call.source)
+        check_key(source, settings.peer_address)
         max_tokens = _checked_max(call)
         if source == settings.peer_address:
             source = None
@@ -108,6 +110,17 @@ def checked_address(address: str | None) -> str | None:
     if match is None or not 0 < int(match["port"]) < 65536:
         raise FerryError(Code.BAD_ADDRESS, f"{address!r} is not tcp://host:port")
     return address
+
+
+def check_key(source: str | None, ours: str) -> None:
+    """Raise FerryError(bad_address) unless both ends have keys, or neither."""
+    if source is not None and ("?key=" in source) != ("?key=" in ours):
+        has, lacks = ("the source's", "ours") if "?key=" in source else ("ours", "the source's")
+        raise FerryError(
+            Code.BAD_ADDRESS,
+            f"{has} is an address with a key, and {lacks} is not: daemons talk either with keys on "
+            "both sides or in clear",
+        )
 
 
 def _checked_max(call: worker.Receive) -> int | None:

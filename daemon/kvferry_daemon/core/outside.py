@@ -94,10 +94,14 @@ class SourceSaid:
 
 @dataclass(frozen=True, slots=True)
 class SinkSaid:
-    """A message of a daemon that pulls from us; answers go to ``route``."""
+    """A message of a daemon that pulls from us; answers go to ``route``.
+
+    ``peer``: the name under which its key is trusted; empty where daemons talk in clear.
+    """
 
     route: bytes
     message: peer.PeerMessage
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

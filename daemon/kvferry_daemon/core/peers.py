@@ -10,7 +10,11 @@ from kvferry_proto.versions import Versions, agree
 
 NEVER_S = float("inf")
 ONLY_TCP = wire.Ways()
-FATAL = (Code.NO_COMMON_VERSION, Code.TRANSPORT_UNAVAILABLE)  # asking again does not help
+FATAL = (
+    Code.NO_COMMON_VERSION,
+    Code.TRANSPORT_UNAVAILABLE,
+    Code.NOT_TRUSTED,
+)  # asking again does not help
 
 
 # --- effects ---

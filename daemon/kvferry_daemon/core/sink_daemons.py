@@ -1,5 +1,6 @@
 """The daemons that pull from us: which life of which daemon a message comes from."""
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -7,6 +8,11 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import PeerHello
 
 SINKS_MAX = 4096
+
+
+def known_as(daemon_id: str, peer: str) -> str:
+    """The id under which we keep a daemon: another peer that says it is this one has another id."""
+    return hashlib.sha256(f"{peer} {daemon_id}".encode()).hexdigest()[:32] if peer else daemon_id
 
 
 @dataclass(slots=True)
@@ -18,6 +24,7 @@ class SinkDaemon:
     life: int
     route: bytes
     heard_s: float
+    peer: str = ""  # the name under which its key is trusted
     news: int = 0  # that it was told
 
 
@@ -31,16 +38,17 @@ class SinkDaemons:
     def __contains__(self, boot_id: str) -> bool:
         return boot_id in self._by_boot
 
-    def hello(self, route: bytes, hello: PeerHello, now_s: float) -> list[str]:
+    def hello(self, route: bytes, peer: str, hello: PeerHello, now_s: float) -> list[str]:
         """Note a daemon's life; return the boot ids that are over by that.
 
         Raises FerryError: daemon_restarted for a hello of an earlier life that came late,
         peer_protocol for one with the boot id of another daemon.
         """
+        daemon_id = known_as(hello.daemon_id, peer)
         known = self._by_boot.get(hello.boot_id)
-        if known is not None and known.daemon_id != hello.daemon_id:
+        if known is not None and known.daemon_id != daemon_id:
             raise FerryError(Code.PEER_PROTOCOL, "this boot id is another daemon's")
-        links = self._links.get(hello.daemon_id, set())
+        links = self._links.get(daemon_id, set())
         life = self._by_boot[next(iter(links))].life if links else 0
         if hello.life < life:
             raise FerryError(Code.DAEMON_RESTARTED, "a later life of yours has said hello")
@@ -48,10 +56,10 @@ class SinkDaemons:
         # Said again, the count goes on: who does not hear the answer would take news for old ones.
         news = 0 if known is None else known.news
         self._by_boot[hello.boot_id] = SinkDaemon(
-            hello.daemon_id, hello.boot_id, hello.life, route, now_s, news
+            daemon_id, hello.boot_id, hello.life, route, now_s, peer, news
         )
         self._by_boot.move_to_end(hello.boot_id)
-        self._links.setdefault(hello.daemon_id, set()).add(hello.boot_id)
+        self._links.setdefault(daemon_id, set()).add(hello.boot_id)
         if len(self._by_boot) - len(over) > SINKS_MAX:
             over.append(next(iter(self._by_boot)))
         for boot_id in over:
@@ -65,10 +73,10 @@ class SinkDaemons:
         if not links:
             del self._links[daemon_id]
 
-    def seen(self, boot_id: str, route: bytes, now_s: float) -> SinkDaemon:
+    def seen(self, boot_id: str, route: bytes, peer: str, now_s: float) -> SinkDaemon:
         """A message has come from this life; FerryError(hello_first) if we do not know it."""
         daemon = self._by_boot.get(boot_id)
-        if daemon is None:
+        if daemon is None or daemon.peer != peer:
             raise FerryError(Code.HELLO_FIRST, "this life of a daemon has not said hello")
         daemon.route = route
         daemon.heard_s = now_s

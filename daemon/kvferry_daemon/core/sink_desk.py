@@ -32,7 +32,6 @@ class SinkDesk:
         self._handles: dict[ev.Key, int] = {}
         self._keys: dict[int, ev.Key] = {}
         self._next_handle = 0
-        self._links = 0
         self._pulls: dict[str, list[wire.Pull]] = {}
 
     # --- transfers ---
@@ -238,9 +237,10 @@ class SinkDesk:
     def _open(self, address: str) -> pr.Peer:
         node = self._node
         settings = node.settings
-        self._links += 1  # a link's id: one source may be reached by two addresses, or again later
+        # A link's id: one source may be reached by two addresses, or again later. Nobody but that
+        # source may know it: others that it trusts could take the name first.
         hello = wire.PeerHello(
-            boot_id=f"{settings.boot_id[:16]}{self._links:016x}",
+            boot_id=node.new_secret()[-16:].hex(),
             daemon_id=settings.daemon_id,
             life=settings.life,
         )

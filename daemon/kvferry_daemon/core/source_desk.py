@@ -48,9 +48,9 @@ class SourceDesk:
         message, route = event.message, event.route
         try:
             if isinstance(message, wire.PeerHello):
-                self._on_hello(route, message)
+                self._on_hello(event, message)
                 return
-            daemon = self._checked(route, message)
+            daemon = self._checked(event)
             sink = daemon.boot_id
             match message:
                 case wire.Ping():
@@ -78,21 +78,21 @@ class SourceDesk:
         refusal = wire.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
         self._node.effects.append(out.ToSink(route, refusal))
 
-    def _checked(self, route: bytes, message: wire.PeerMessage) -> SinkDaemon:
-        ours = self._node.settings.boot_id
+    def _checked(self, event: out.SinkSaid) -> SinkDaemon:
+        ours, message = self._node.settings.boot_id, event.message
         if getattr(message, "source_boot_id", None) != ours:
             raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
         boot_id = str(getattr(message, "sink_boot_id", ""))
-        return self._daemons.seen(boot_id, route, self._node.now_s)
+        return self._daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
 
-    def _on_hello(self, route: bytes, hello: wire.PeerHello) -> None:
+    def _on_hello(self, event: out.SinkSaid, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
-        for boot_id in self._daemons.hello(route, hello, self._node.now_s):
+        for boot_id in self._daemons.hello(event.route, event.peer, hello, self._node.now_s):
             self._forget_sink(boot_id)
         welcome = wire.PeerWelcome(
             version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
         )
-        self._node.effects.append(out.ToSink(route, welcome))
+        self._node.effects.append(out.ToSink(event.route, welcome))
 
     def _forget_sink(self, boot_id: str) -> None:
         self.transports.pop(boot_id, None)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import zmq
 
+from kvferry_daemon.links.curve import prove_peer
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
-from kvferry_daemon.probe import split_address
+from kvferry_daemon.probe import endpoint_of, key_of, split_address
 
 LOOK_UP_S = 10.0  # of one look-up, and between two while a name has none
 LOOK_AGAIN_S = 30.0  # a name may move to another host
@@ -30,17 +31,23 @@ class PeerLink:
         context: zmq.Context[zmq.Socket[bytes]],
         address: str,
         on_message: Callable[[list[bytes]], None],
+        secret: bytes = b"",
     ) -> None:
-        """Raises zmq.ZMQError if there is no socket to be had."""
+        """``secret``: our own key, for an address that bears one.
+
+        Raises zmq.ZMQError if there is no socket to be had.
+        """
         self._socket = make_socket(context, zmq.DEALER)
         self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.setsockopt(zmq.SNDHWM, SENT_MAX)
+        if key := key_of(address):
+            prove_peer(self._socket, key, secret)
         self._link = ZmqLink(self._socket, on_message)
         self._host, self._port = split_address(address)
         self._endpoint: str | None = None
         self._task: asyncio.Task[None] | None = None
         if _is_number(self._host):
-            self._connect(address)  # at once: the first hello need not be lost
+            self._connect(endpoint_of(address))  # at once: the first hello need not be lost
         else:
             self._task = asyncio.get_running_loop().create_task(self._follow())
 

@@ -59,6 +59,22 @@ class LocalDoor:
         return f"{uid}:{gid}:{pid}"
 
 
+@dataclass(frozen=True, slots=True)
+class PeerDoor:
+    """Lets daemons in whose key is trusted. Others may try again: a key can come to be trusted."""
+
+    name_of: Callable[[str], str | None]
+
+    def __call__(self, request: Request) -> str:
+        """The client's key, proven by the handshake; who that is may change later."""
+        if request.mechanism != b"CURVE" or len(request.credentials) != 1:
+            raise Refused(f"{request.address} shows no key", for_good=True)
+        key = request.credentials[0].hex()
+        if self.name_of(key) is None:
+            raise Refused(f"the key {key} of {request.address} is not trusted", for_good=False)
+        return key
+
+
 class Doorkeeper:
     """The ZAP handler of a context. Make it before any socket of the context listens."""
 
