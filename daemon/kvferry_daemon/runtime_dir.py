@@ -10,6 +10,7 @@ from pathlib import Path
 LOCK = "daemon.lock"
 WORKERS = "workers"
 POOLS = "pools"
+WORKER_SOCKET, CONTROL_SOCKET = "worker.sock", "control.sock"
 LEDGER, ASIDE = "ledger.db", "ledger.bad.db"
 # A layout's digest is the name of its pool's file; the board beside it has an ending.
 POOL_NAME = re.compile(r"[0-9a-f]{32}(\.board)?")
@@ -72,12 +73,12 @@ class RuntimeDir:
     @property
     def worker_socket(self) -> Path:
         """The workers' socket."""
-        return self.path / "worker.sock"
+        return self.path / WORKER_SOCKET
 
     @property
     def control_socket(self) -> Path:
         """The operators' socket."""
-        return self.path / "control.sock"
+        return self.path / CONTROL_SOCKET
 
     @property
     def ledger(self) -> Path:
@@ -112,7 +113,8 @@ class RuntimeDir:
     def _sweep(self) -> None:
         """Remove sockets of a daemon that is gone."""
         for socket in (self.worker_socket, self.control_socket):
-            socket.unlink(missing_ok=True)
+            if socket.is_socket():
+                socket.unlink()
 
     def _sweep_workers(self) -> None:
         """Remove the lock files of workers that died while no daemon was there to see it.
@@ -139,6 +141,9 @@ def _refuse_others(path: Path) -> None:
     # First the listing, then the lock: a daemon that starts beside us makes its lock first.
     if any(path.iterdir()) and not _is_our_file(path / LOCK):
         raise DirectoryRefused(f"{path} holds files that are not kvferry's; {instead}")
+    for socket in (path / WORKER_SOCKET, path / CONTROL_SOCKET):  # libzmq would replace it
+        if socket.is_symlink() or (socket.exists() and not socket.is_socket()):
+            raise DirectoryRefused(f"{socket} is not a socket; move it away")
 
 
 def _is_our_file(path: Path) -> bool:

@@ -3,10 +3,12 @@
 import fcntl
 import os
 import re
+import socket
 import stat
 from pathlib import Path
 
 import pytest
+import zmq
 
 from cli.processes import kvferry
 from kvferry_client import connect
@@ -107,9 +109,32 @@ def test_what_is_deployed_names_a_directory_inside_of_the_mount() -> None:
     assert f"`{named}`" in guide
 
 
+def leave_a_socket(path: Path) -> None:
+    """As a daemon that was killed does."""
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+
+
+@pytest.mark.parametrize("name", ["worker.sock", "control.sock"])
+def test_what_is_no_socket_is_not_replaced_by_one(tmp_path: Path, name: str) -> None:
+    """libzmq's own bind would: see it do so."""
+    RuntimeDir(tmp_path).close(keep=False)
+    (tmp_path / name).write_text("dear")
+    started = kvferry("serve", "--runtime-dir", tmp_path)
+    assert started.returncode == EXIT_SERVE
+    assert f"{tmp_path / name} is not a socket" in started.stderr
+    assert (tmp_path / name).read_text() == "dear"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as plain:
+        plain.bind(f"ipc://{tmp_path / name}")
+        assert (tmp_path / name).is_socket()
+
+
 def test_only_what_bears_our_names_is_swept(tmp_path: Path) -> None:
     RuntimeDir(tmp_path).close(keep=False)
-    stale = [tmp_path / "pools" / POOL, tmp_path / "worker.sock", tmp_path / "control.sock"]
+    sockets = [tmp_path / "worker.sock", tmp_path / "control.sock"]
+    for path in sockets:
+        leave_a_socket(path)
+    stale = [tmp_path / "pools" / POOL]
     kept = [tmp_path / "notes", tmp_path / "pools" / "notes", tmp_path / "pools" / f"{POOL}.bak"]
     for path in (*stale, *kept):
         path.write_text("x")
@@ -118,7 +143,7 @@ def test_only_what_bears_our_names_is_swept(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "notes")
     directory = RuntimeDir(tmp_path)
     directory.sweep_pools(keep=set())
-    assert [path for path in stale if path.exists()] == []
+    assert [path for path in (*stale, *sockets) if path.exists()] == []
     assert [path for path in (*kept, folder, link) if not path.exists()] == []
     (tmp_path / "pools" / POOL).write_text("x")
     directory.close(keep=False)
@@ -152,7 +177,7 @@ def test_lock_files_of_dead_workers_go_and_those_of_living_ones_stay(tmp_path: P
 
 def test_a_taken_directory_names_the_holder_and_is_left_alone(tmp_path: Path) -> None:
     first = RuntimeDir(tmp_path)
-    (tmp_path / "worker.sock").touch()
+    leave_a_socket(tmp_path / "worker.sock")
     with pytest.raises(DirectoryTaken, match=f"pid {os.getpid()}"):
         RuntimeDir(tmp_path)
     assert (tmp_path / "worker.sock").exists()
