@@ -153,8 +153,8 @@ ADVICE: dict[Code, Advice] = {
     Code.RESOURCE_EXHAUSTED: Advice(_C, "end transfers or sessions, then try again"),
     Code.DRAINING: Advice(_O, "the daemon is stopping; use another node"),
     Code.PEER_UNREACHABLE: Advice(_O, "check the source's address, its daemon and the network"),
-    Code.NOT_TRUSTED: Advice(_O, "let both daemons trust each other's keys: kvferry keys trust"),
     Code.PEER_PROTOCOL: Advice(_P, "the other daemon broke the protocol; compare the versions"),
+    Code.NOT_TRUSTED: Advice(_O, "let both daemons trust each other's keys: kvferry keys trust"),
     Code.TRANSPORT_UNAVAILABLE: Advice(
         _O, "install the same NIXL on both ends, or set transport to auto on both"
     ),

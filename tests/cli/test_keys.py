@@ -20,7 +20,7 @@ def test_the_commands_make_show_and_trust(tmp_path: Path) -> None:
     assert kvferry("keys", "trust", "node-7", TWO, env=env).returncode == 0  # its next key
     shown = json.loads(kvferry("keys", "show", "--json", env=env).stdout)
     trusted = [{"name": "node-7", "key": ONE}, {"name": "node-7", "key": TWO}]
-    assert shown == {"key": own, "trusted": trusted}
+    assert shown == {"schema": "kvferry/keys/1", "key": own, "trusted": trusted}
     assert kvferry("keys", "show", env=env).stdout.splitlines() == [
         f"own key: {own}",
         f"node-7 {ONE}",
