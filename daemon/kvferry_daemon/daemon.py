@@ -171,9 +171,8 @@ class Daemon:
         socket.bind(f"ipc://{path}")
         return socket
 
-    def _on_refused(self, why: str) -> None:
+    def _on_refused(self) -> None:
         self.node.counters["connections_refused"] += 1
-        log.warning("refused a connection: %s", why)
 
     async def close(self) -> None:
         """Take everything down; what workers still have is kept for the next life."""

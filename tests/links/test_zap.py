@@ -55,6 +55,10 @@ class House:
         return True
 
 
+def ignore() -> None:
+    """Whoever is refused."""
+
+
 def run(act: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(act())  # type: ignore[arg-type]
 
@@ -63,7 +67,7 @@ def test_an_exception_in_a_door_ends_one_handshake_only(
     context: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults: list[Exception] = [ZeroDivisionError(), Refused("not you", for_good=True)]
-    refused: list[str] = []
+    refused: list[bool] = []
 
     def door(_request: Request) -> str:
         if faults:
@@ -71,7 +75,7 @@ def test_an_exception_in_a_door_ends_one_handshake_only(
         return "somebody"
 
     async def act() -> None:
-        keeper = Doorkeeper(context, {"house": door}, refused.append)
+        keeper = Doorkeeper(context, {"house": door}, lambda: refused.append(True))
         house = House(context, tmp_path / "s")
         assert not await house.hears(context, b"1")
         assert not await house.hears(context, b"2")
@@ -81,8 +85,39 @@ def test_an_exception_in_a_door_ends_one_handshake_only(
         keeper.close()
 
     run(act)
-    assert refused == ["not you"]
+    assert refused == [True]
+    assert "not you" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_who_is_refused_again_and_again_does_not_fill_the_log(
+    context: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[bool] = []
+    knocks = 30
+
+    async def act() -> None:
+        enough = asyncio.Event()
+
+        def on_refused() -> None:
+            refused.append(True)
+            if len(refused) == knocks:
+                enough.set()
+
+        keeper = Doorkeeper(context, {}, on_refused)
+        house = House(context, tmp_path / "s")
+        clients = [make_socket(context, zmq.DEALER) for _ in range(knocks)]
+        for client in clients:
+            client.connect(f"ipc://{tmp_path / 's'}")
+        async with asyncio.timeout(10):
+            await enough.wait()
+        for client in clients:
+            client.close()
+        house.link.close()
+        keeper.close()
+
+    run(act)
+    assert 1 <= caplog.text.count("refused a connection") < knocks / 3
 
 
 def test_without_a_doorkeeper_nobody_comes_in(context: Context, tmp_path: Path) -> None:
@@ -96,9 +131,9 @@ def test_without_a_doorkeeper_nobody_comes_in(context: Context, tmp_path: Path) 
 
 def test_a_context_has_one_doorkeeper_or_no_daemon(context: Context) -> None:
     async def act() -> None:
-        keeper = Doorkeeper(context, {}, print)
+        keeper = Doorkeeper(context, {}, ignore)
         with pytest.raises(zmq.ZMQError, match="in use"):
-            Doorkeeper(context, {}, print)
+            Doorkeeper(context, {}, ignore)
         keeper.close()
 
     run(act)
@@ -110,7 +145,7 @@ def test_a_client_of_an_old_protocol_that_cannot_say_who_it_is_is_cut_off(
     """ZMTP 1 and 2 know no mechanisms: whoever speaks them would pass by every door."""
 
     async def act() -> None:
-        keeper = Doorkeeper(context, {"house": LocalDoor(frozenset())}, print)
+        keeper = Doorkeeper(context, {"house": LocalDoor(frozenset())}, ignore)
         house = House(context, tmp_path / "s")
         signature = b"\xff" + bytes(8) + b"\x7f"
         for greeting in (

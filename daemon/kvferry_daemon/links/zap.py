@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import NamedTuple
 
 import zmq
@@ -19,6 +20,7 @@ ENDPOINT = "inproc://zeromq.zap.01"
 VERSION = b"1.0"
 LOCAL = re.compile(r"localhost:(\d+):(\d+):(-?\d+)")  # uid, gid, pid: as the kernel has them
 ROOT = 0
+TELL_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -82,11 +84,13 @@ class Doorkeeper:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         doors: Mapping[str, Door],
-        on_refused: Callable[[str], None],
+        on_refused: Callable[[], None],
     ) -> None:
         """``doors`` by domain. Raises zmq.ZMQError if the context has a handler already."""
         self._doors = doors
         self._on_refused = on_refused
+        self._refused = 0  # that the log has not been told of
+        self._told_at_s = -TELL_S
         socket = context.socket(zmq.ROUTER)
         try:
             socket.setsockopt(zmq.LINGER, 0)
@@ -108,11 +112,20 @@ class Doorkeeper:
         except Refused as refusal:
             status = b"400" if refusal.for_good else b"300"
             words = b"refused"  # why is the log's: strangers need no help
-            self._on_refused(str(refusal))
+            self._on_refused()
+            self._tell(str(refusal))
         except Exception:  # a fault of ours lets nobody in, and must not end the handler
             status, words = b"500", b"internal"
             log.exception("could not decide who may connect")
         self._link.send(route, b"", VERSION, request_id, status, words, user.encode(), b"")
+
+    def _tell(self, why: str) -> None:
+        """Now and then only: strangers must not fill the log."""
+        self._refused += 1
+        if monotonic() - self._told_at_s >= TELL_S:
+            others = f" (and {self._refused - 1} before it)" if self._refused > 1 else ""
+            log.warning("refused a connection: %s%s", why, others)
+            self._told_at_s, self._refused = monotonic(), 0
 
     def _admitted(self, frames: list[bytes]) -> str:
         version, _, domain, address, _, mechanism, *credentials = frames
