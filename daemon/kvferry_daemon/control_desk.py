@@ -30,10 +30,10 @@ class ControlDesk:
         self._loop = asyncio.get_running_loop()
         self.stopping = False  # then nothing brings it back
 
-    def answer(self, request: control.Request) -> bytes:
-        """The frame of the answer; FerryError if it is refused."""
+    def answer(self, request: control.Request, user: str) -> bytes:
+        """The frame of the answer to ``user`` (uid:gid:pid); FerryError if it is refused."""
         if isinstance(request, control.CHANGES):
-            log.info("an operator says %r", request)
+            log.info("an operator, %s, says %r", user, request)
         return self._frame(request, self._loop.time())
 
     def _frame(self, request: control.Request, now_s: float) -> bytes:

@@ -291,7 +291,9 @@ class Daemon:
 
     def _on_control(self, frames: list[bytes]) -> None:
         try:
-            frame = self.operators.answer(control.REQUESTS.decode(_single(frames)))
+            frame = self.operators.answer(
+                control.REQUESTS.decode(_single(frames)), self._control.user
+            )
         except FerryError as error:
             self.node.counters["bad_messages_control"] += 1
             failure = control.ControlFailure(error=ErrorInfo.of(error.code, error.message))
