@@ -1,4 +1,4 @@
-"""Engines whose pages differ, layers that look back a window only, and what is refused at the start."""
+"""Engines whose pages differ, another model, and what is refused when an engine starts."""
 
 from pathlib import Path
 
@@ -14,9 +14,7 @@ PAGES = [("llama", 1, 16), ("llama", 16, 1), ("gemma3", 1, 1)]
 
 
 @pytest.mark.parametrize(("kind", "prefill_page", "decode_page"), PAGES)
-def test_pages_and_windows_hand_over(
-    tmp_path: Path, kind: str, prefill_page: int, decode_page: int
-) -> None:
+def test_engines_hand_over(tmp_path: Path, kind: str, prefill_page: int, decode_page: int) -> None:
     model = make_model(tmp_path / "model", kind)
     with (
         LiveDaemon(tmp_path / "a", **FLAGS) as a,
