@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,10 @@ class Meters:
 
     def __init__(self) -> None:
         self.stalls: Counter[Stall] = Counter()  # how often one began
-        self.stalled_s: defaultdict[Stall, float] = defaultdict(float)  # of those that are over
+        # Of those that are over. All are there from the first: what grows would be taken for a leak.
+        self.stalled_s: dict[Stall, float] = {
+            (role, why): 0.0 for role in Role for why in StallReason
+        }
         self.tokens: Counter[Role] = Counter()  # of transfers that have ended
         self.chunk_s = Times(CHUNK_EDGES_S)
         self.transfer_s = {role: Times(TRANSFER_EDGES_S) for role in Role}
