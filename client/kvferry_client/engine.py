@@ -37,9 +37,11 @@ def layout_of(
     ``heads_total``: of planes whose first axis are heads, how many there are over all ranks.
     ``block_size_tokens``: of the daemon's pool; the engine's own block size may be any other.
     ``identity``: the names of what both sides tell of each transfer, and must tell alike.
-    ``aux``: names of values that a payload carries once, with its last tokens; not beside the other.
+    ``aux``: names of values that a payload carries once, with its last tokens. ValueError for both:
+    one is told with the first tokens and the other with the last, and all are told at once.
     """
-    assert not (identity and aux)
+    if identity and aux:
+        raise ValueError("a layout has an identity or aux values, not both")
     totals = heads_total or {}
     planes = []
     for name, (tensor, order) in ((name, one) for group in groups for name, one in group.items()):

@@ -12,8 +12,6 @@ class State(IntEnum):
     TRANSFERRING = 3
     SUCCESS = 4
 
-    __hash__ = int.__hash__  # Enum's own is a Python function: every look-up would call it
-
 
 TERMINAL = frozenset({State.FAILED, State.SUCCESS})
 
@@ -36,8 +34,6 @@ class Role(StrEnum):
 
     SOURCE = "source"
     SINK = "sink"
-
-    __hash__ = str.__hash__  # as above; it is a part of every transfer's key
 
 
 class Mode(StrEnum):

@@ -61,8 +61,7 @@ class NodeCollector(Collector):
         yield from self._loop()
         yield from self._drops()
 
-    def _transfers(self, live: Iterable[AnyTransfer]) -> Iterator[Metric]:
-        live = list(live)
+    def _transfers(self, live: list[AnyTransfer]) -> Iterator[Metric]:
         now = GaugeMetricFamily(
             "kvferry_transfers", "Transfers that are in the books now", labels=("role", "state")
         )
@@ -107,7 +106,7 @@ class NodeCollector(Collector):
         for stall in _waits():
             labels = tuple(part.value for part in stall)
             began.add_metric(labels, meters.stalls[stall])
-            spent.add_metric(labels, meters.stalled_s.get(stall, 0.0) + lasting[stall])
+            spent.add_metric(labels, meters.stalled_s[stall] + lasting[stall])
         yield began
         yield spent
 
