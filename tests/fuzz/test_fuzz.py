@@ -62,6 +62,12 @@ def test_a_lease_of_no_block_is_no_good_ledger() -> None:
         restored(rows_with("transfer", with_an_empty_lease))
 
 
+def test_a_resume_beyond_any_token_is_no_good_ledger() -> None:
+    """The transfer's history has no room for such a number, and the daemon's start ended there."""
+    with pytest.raises(LedgerWrong, match="last_resume_at"):
+        restored(rows_with("transfer", lambda fields: fields.update(last_resume_at=(1 << 64) - 1)))
+
+
 def test_a_welcome_of_a_version_that_cannot_be_is_refused() -> None:
     """It raised on the event loop of whoever was welcomed."""
     welcome = peer.PeerWelcome(version=1, boot_id="a" * 32, sink_boot_id="b" * 32)

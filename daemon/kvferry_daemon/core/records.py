@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kvferry_proto.codec import Codec
 from kvferry_proto.fields import (
+    TOKENS_MAX,
     Attempt,
     Aux,
     BootId,
@@ -111,7 +112,7 @@ class TransferRecord(Message):
     error: ErrorInfo | None = None
     sent_tokens: Tokens
     partial_sent_tokens: Tokens
-    last_resume_at: Annotated[int, Field(ge=-1)]
+    last_resume_at: Annotated[int, Field(ge=-1, le=TOKENS_MAX)]
     total_tokens: Tokens | None = None
     available_tokens: Tokens
     base_tokens: Tokens
