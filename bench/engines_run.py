@@ -1,7 +1,8 @@
 """Measures `bench.engines`: pairs of vLLM engines on this machine, one pair a connector.
 
-Every round hands one prompt over by each connector in turn, and looks whether decode's tokens are
-those that prefill's engine goes on with. One JSON object on stdout.
+One pair after the other, because NIXL's threads spin while its engines live. Every round hands one
+prompt over, and looks whether decode's tokens are those that prefill's engine goes on with. One
+JSON object on stdout.
 """
 
 import argparse
@@ -35,7 +36,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 1024,
 }
 POOLS = {"window_tokens": 8192, "pool_tokens": 32_768, "budget_bytes": "2GiB", "heartbeat_s": 1}
-ENGINE_FAILED = (AssertionError, KeyError)
+ENGINE_FAILED = (AssertionError, ImportError, KeyError)
 
 
 class Way(NamedTuple):
@@ -136,39 +137,43 @@ def run(*, is_short: bool) -> dict[str, Any]:
     """All figures."""
     tokens, rounds = (SHORT_TOKENS, SHORT_ROUNDS) if is_short else (TOKENS, ROUNDS)
     measured = {name: Measured() for name in WAYS}
-    alone_ms = []
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, ExitStack() as stack:
-        path = Path(directory)
-        model = make_model(path / "model", **SHAPE)
-        ways = {}
+    alone_ms: list[float] = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        model = make_model(Path(directory) / "model", **SHAPE)
         for name, make in WAYS.items():
-            (path / name).mkdir()
+            path = Path(directory) / name
+            path.mkdir()
             try:
-                ways[name] = make(path / name, model, stack)
-            except (AssertionError, ImportError) as error:
-                measured[name].why = _reason(path / name, error)
-        assert "kvferry" in ways, measured["kvferry"].why
-        for number in range(-1, rounds):
-            if number == 0:  # the one before was to connect
-                for one in measured.values():
-                    one.first_token_ms.clear()
-                    one.prefill_ms.clear()
-            for name, way in ways.items():
-                if measured[name].why is None:
-                    asked = prompt(tokens, seed=number)
-                    try:
-                        hand_over(way, asked, f"{name}-{number}", measured[name])
-                    except ENGINE_FAILED as error:
-                        measured[name].why = _reason(path / name, error)
-            asked_s = time.monotonic()
-            alone = ways["kvferry"].decode.generate(prompt(tokens, seed=1000 + number), 1)
-            alone_ms.append(1000 * (alone.result()["first_s"] - asked_s))
-        for number in range(1 if is_short else PINNED_ROUNDS):
-            for name, way in ways.items():
-                if measured[name].why is None:
-                    asked = prompt(tokens, seed=2000 + number)
-                    measured[name].pinned_s.append(pinned_s(way, asked, f"{name}-dead-{number}"))
+                with ExitStack() as stack:
+                    way = make(path, model, stack)
+                    measure(way, name, prompts(tokens, rounds), measured[name])
+                    if name == "kvferry":
+                        alone_ms = [alone(way.decode, one) for one in prompts(tokens, rounds, 1000)]
+                    for number in range(1 if is_short else PINNED_ROUNDS):
+                        asked = prompt(tokens, seed=2000 + number)
+                        held_s = pinned_s(way, asked, f"{name}-dead-{number}")
+                        measured[name].pinned_s.append(held_s)
+            except ENGINE_FAILED as error:
+                measured[name].why = _reason(path, error)
     return figures(measured, alone_ms, tokens)
+
+
+def prompts(tokens: int, rounds: int, first: int = 0) -> list[list[int]]:
+    """The same for every connector."""
+    return [prompt(tokens, seed=first + number) for number in range(rounds)]
+
+
+def measure(way: Way, name: str, asked: list[list[int]], into: Measured) -> None:
+    """Every prompt, behind one that connects."""
+    hand_over(way, prompt(len(asked[0]), seed=-1), f"{name}-first", Measured())
+    for number, tokens in enumerate(asked):
+        hand_over(way, tokens, f"{name}-{number}", into)
+
+
+def alone(engine: Engine, tokens: list[int]) -> float:
+    """Milliseconds to the first token of one engine that does all of it."""
+    asked_s = time.monotonic()
+    return 1000 * (float(engine.generate(tokens, 1).result()["first_s"]) - asked_s)
 
 
 def figures(measured: dict[str, Measured], alone_ms: list[float], tokens: int) -> dict[str, Any]:

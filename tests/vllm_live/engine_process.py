@@ -8,6 +8,7 @@ says whether no block of the cache is in use, ``{"id", "preempt": true}`` preemp
 
 import asyncio
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -23,7 +24,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 def say(**fields: Any) -> None:
     """One line."""
-    print(json.dumps(fields), file=sys.__stdout__, flush=True)
+    print(json.dumps(fields), file=sys.stdout, flush=True)
+
+
+def keep_stdout() -> None:
+    """Ours alone: libraries of this process and of its children print to stderr from here on."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 async def generate(engine: AsyncLLM, told: dict[str, Any]) -> None:
@@ -101,4 +108,5 @@ async def main(model: str, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    keep_stdout()
     asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))

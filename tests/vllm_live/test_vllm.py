@@ -73,13 +73,13 @@ def params(scene: Scene, tokens: list[int], prefill: Answer) -> dict[str, Any]:
 
 def test_tokens_are_those_of_a_single_engine(scene: Scene) -> None:
     prompts = [prompt(length) for length in LENGTHS]
-    alone = [scene.alone.generate(one) for one in prompts]
+    alone = [answer.tokens for answer in [scene.alone.generate(one) for one in prompts]]
     prefills = [scene.prefill.generate(one, 1, sending(f"all-{len(one)}")) for one in prompts]
     decodes = [
         scene.decode.generate(one, params=params(scene, one, prefill))
         for one, prefill in zip(prompts, prefills, strict=True)
     ]
-    assert [one.tokens for one in decodes] == [one.tokens for one in alone]
+    assert [one.tokens for one in decodes] == alone
     scene.check_nothing_is_left()
 
 
