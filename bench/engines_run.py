@@ -33,7 +33,7 @@ SHAPE: dict[str, Any] = {
 OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 256 << 20,
     "max_model_len": 4096,
-    "max_num_batched_tokens": 1024,
+    "max_num_batched_tokens": 4096,  # vLLM's example cannot do with a prompt in chunks
 }
 POOLS = {"window_tokens": 8192, "pool_tokens": 32_768, "budget_bytes": "2GiB", "heartbeat_s": 1}
 ENGINE_FAILED = (AssertionError, ImportError, KeyError)
@@ -196,11 +196,10 @@ def figures(measured: dict[str, Measured], alone_ms: list[float], tokens: int) -
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a connector gives no figure: its engine's last error, or ours."""
+    """Why a connector gives no figure: its engines' first error, or ours."""
     logs = [log.read_text(errors="replace") for log in sorted(path.glob("*.log"))]
     lines = [line for log in logs for line in log.splitlines() if "Error: " in line]
-    last = lines[-1] if lines else f"{type(error).__name__}: {error}"
-    return last[-300:]
+    return (lines[0] if lines else f"{type(error).__name__}: {error}")[-300:]
 
 
 def main() -> None:

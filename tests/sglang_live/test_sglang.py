@@ -93,9 +93,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 def test_tokens_are_those_of_a_single_engine(scene: Scene) -> None:
     prompts = [prompt(length) for length in LENGTHS]
-    alone = [scene.alone.generate(one) for one in prompts]
+    alone = [answer.tokens for answer in [scene.alone.generate(one) for one in prompts]]
     both = [scene.ask(one) for one in prompts]
-    assert [decode.tokens for _, decode in both] == [one.tokens for one in alone]
+    assert [decode.tokens for _, decode in both] == alone
     scene.check_nothing_is_left()
 
 
