@@ -36,16 +36,16 @@ class EndProcess:
         try:
             print(json.dumps(words), file=self.process.stdin, flush=True)
         except BrokenPipeError as error:
-            raise EndGone(self._last_words()) from error
+            raise EndGone(self.last_words()) from error
 
     def told(self) -> Any:
         """What came of it."""
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], WAIT_S)[0]:
-            raise EndGone(f"silent for {WAIT_S:g} s: {self._last_words()}")
+            raise EndGone(f"silent for {WAIT_S:g} s: {self.last_words()}")
         line = self.process.stdout.readline()
         if not line:
-            raise EndGone(self._last_words())
+            raise EndGone(self.last_words())
         return json.loads(line)
 
     def close(self) -> None:
@@ -53,7 +53,8 @@ class EndProcess:
         self.process.kill()
         self.process.communicate()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The last line that it wrote."""
         lines = self.log.read_text(errors="replace").split("\n")
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no word")
 
@@ -81,11 +82,17 @@ class Pair:
             raise
 
     def move(self, piece_bytes: int) -> float:
-        """Move the whole pool in pieces of this size; seconds from the first to the last byte."""
-        for step in (piece_bytes, "go"):
-            for end in reversed(self._ends):  # the sink first: it waits for the source
-                end.tell(step)
-            answers = [end.told() for end in self._ends]
+        """Move the whole pool in pieces of this size; seconds from the first to the last byte.
+
+        EndGone has what both ends wrote last: one may have failed because of the other.
+        """
+        try:
+            for step in (piece_bytes, "go"):
+                for end in reversed(self._ends):  # the sink first: it waits for the source
+                    end.tell(step)
+                answers = [end.told() for end in self._ends]
+        except EndGone as error:
+            raise EndGone("; ".join(end.last_words() for end in self._ends)) from error
         times = {name: at for answer in answers for name, at in answer.items()}
         return float(times["done"] - times["begun"])
 
