@@ -32,6 +32,7 @@ class Lock:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(self._path, flags, 0o600)
+            os.fchmod(self._descriptor, 0o640)  # the daemon may be another user, of its group
         except OSError as error:
             raise FerryError(
                 Code.DAEMON_UNREACHABLE, f"no daemon's runtime directory at {runtime_dir}: {error}"

@@ -14,8 +14,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from kvferry_daemon.access import Access, gid_of
 from kvferry_daemon.memory.placement import NODE_MAX, parse_cpus
 from kvferry_proto.runtime_dir import default_runtime_dir
 
@@ -74,6 +83,12 @@ class Config(Deadlines):
         default_factory=default_runtime_dir,
         description="private directory for sockets, pools and worker locks; on tmpfs",
     )
+    worker_group: str | None = Field(
+        None, description="group, by name or number, whose processes may be workers, too"
+    )
+    operator_group: str | None = Field(
+        None, description="group whose processes may drain and abort, too"
+    )
     peer_host: str = Field("127.0.0.1", min_length=1, description="address that peers connect to")
     peer_port: int = Field(0, ge=0, le=65535, description="0 takes a free one")
     data_port: int = Field(0, ge=0, le=65535, description="0 takes a free one")
@@ -122,6 +137,24 @@ class Config(Deadlines):
     def is_open_to_all(self) -> bool:
         """Whether others than this machine's processes reach our sockets, and need no key."""
         return self.keys_dir is None and not _is_loopback(self.peer_host)
+
+    @property
+    def access(self) -> Access:
+        """Which users of this machine may do what."""
+        groups = (self.worker_group, self.operator_group)
+        return Access(*(None if group is None else gid_of(group) for group in groups))
+
+    @field_validator("worker_group", "operator_group")
+    @classmethod
+    def _there_is(cls, group: str | None) -> str | None:
+        try:
+            if group is not None:
+                gid_of(group)
+        except KeyError:
+            raise ValueError(
+                f"there is no group {group!r} here; make it, or give a number"
+            ) from None
+        return group
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from kvferry_daemon.access import Users
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key
 from kvferry_daemon.core.explain import explain, near_ids
@@ -23,16 +24,23 @@ class ControlDesk:
         node: Node,
         feed: Callable[[out.NodeEvent], None],
         status: Callable[[int], control.Status],
+        operators: Users,
     ) -> None:
+        """``operators``: who may change something; to read is open to whoever may connect."""
         self._node = node
         self._feed = feed
         self._status = status
+        self._operators = operators
         self._loop = asyncio.get_running_loop()
         self.stopping = False  # then nothing brings it back
 
     def answer(self, request: control.Request, user: str) -> bytes:
         """The frame of the answer to ``user`` (uid:gid:pid); FerryError if it is refused."""
         if isinstance(request, control.CHANGES):
+            if not self._operators.has(user):
+                self._node.counters["operators_refused"] += 1
+                log.warning("%s is no operator and may not say %r", user, request)
+                raise FerryError(Code.CONTROL_DENIED, f"{request.kind}: {user} is no operator here")
             log.info("an operator, %s, says %r", user, request)
         return self._frame(request, self._loop.time())
 

@@ -70,7 +70,8 @@ class Daemon:
         device = None if config.device == HOST else Device(config.device)  # first: it may be none
         placement = Placement.settle(config.numa_node, config.copy_cpus)
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
-        self.directory = RuntimeDir(config.runtime_dir)
+        access = config.access
+        self.directory = RuntimeDir(config.runtime_dir, access)
         self._placed = control.PlacementStatus(
             huge_pages=huge_pages(self.directory.pools),
             numa_node=placement.node,
@@ -78,8 +79,10 @@ class Daemon:
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)  # before the first one
-        ours = LocalDoor(frozenset((os.getuid(),)))
-        doors: dict[str, Door] = {WORKER: ours, CONTROL: ours}
+        doors: dict[str, Door] = {
+            WORKER: LocalDoor(access.workers),
+            CONTROL: LocalDoor(access.readers),
+        }
         if self._keys is not None:
             doors[PEER] = PeerDoor(self._keys.name_of)
         self._doorkeeper = Doorkeeper(self._context, doors, self._on_refused)
@@ -126,7 +129,7 @@ class Daemon:
         self._control = ZmqLink(
             self._bound(self.directory.control_socket, CONTROL), self._on_control, names_users=True
         )
-        self.operators = ControlDesk(self.node, self.effects.feed, self.status)
+        self.operators = ControlDesk(self.node, self.effects.feed, self.status, access.operators)
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
         self._io_threads = IoThreads()
@@ -169,6 +172,7 @@ class Daemon:
         socket = make_socket(self._context, zmq.ROUTER)
         guard(socket, domain)
         socket.bind(f"ipc://{path}")
+        self.directory.share_socket(path)
         return socket
 
     def _on_refused(self) -> None:

@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvferry_daemon.access import PRIVATE, Access
+
 LOCK = "daemon.lock"
 WORKERS = "workers"
 POOLS = "pools"
@@ -30,16 +32,16 @@ class RuntimeDir:
     steal a live daemon's socket, so the lock comes first.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Create or take the directory.
+    def __init__(self, path: Path, access: Access = PRIVATE) -> None:
+        """Create or take the directory, and open it to the groups that are to have access.
 
         DirectoryTaken names the holder's pid, DirectoryRefused a directory of our own to use
-        instead, OSError the rest.
+        instead, or a group that we cannot give it to, OSError the rest.
         """
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_others(path)
-        path.chmod(0o700)
         self.path = path
+        self._access = access
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._lock = os.open(path / LOCK, flags, 0o600)
         try:
@@ -48,12 +50,31 @@ class RuntimeDir:
             holder = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
             os.close(self._lock)
             raise DirectoryTaken(f"{path} is held by the daemon with pid {holder}") from None
+        path.chmod(0o700)  # not before we have it: it may be open to another daemon's workers
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f"{os.getpid()}\n".encode())
         for name in (WORKERS, POOLS):
             (path / name).mkdir(mode=0o700, exist_ok=True)
         self._sweep()
         self._sweep_workers()
+        self._share()
+
+    def share_socket(self, path: Path) -> None:
+        """Let those connect to a socket of ours, bound by now, who are to reach it."""
+        access = self._access
+        gid = access.worker_gid if path == self.worker_socket else access.directory_gid
+        _give(path, gid, 0o660)
+
+    def _share(self) -> None:
+        """Workers map pools, and make lock files that they cannot list. The rest is our own.
+
+        Files in the two folders are the group's too (setgid), whoever makes them.
+        """
+        _give(self.pools, self._access.worker_gid, 0o2750)
+        _give(self.workers, self._access.worker_gid, 0o3730)
+        for path in _files(self.pools):  # of an earlier life
+            _give(path, self._access.worker_gid, 0o640 if path.suffix else 0o660)
+        _give(self.path, self._access.directory_gid, 0o750)
 
     @property
     def number(self) -> int:
@@ -121,8 +142,12 @@ class RuntimeDir:
 
         A file that is held is a living worker's, who will say hello to us.
         """
-        for path in _files(self.workers):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        for path in _files(self.workers, of_all=True):
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                descriptor = os.open(path, flags)
+            except (PermissionError, FileNotFoundError):
+                continue  # another user's that we cannot look at, or gone with its worker
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
@@ -130,6 +155,20 @@ class RuntimeDir:
                 continue
             finally:
                 os.close(descriptor)
+
+
+def _give(path: Path, gid: int | None, mode: int) -> None:
+    """Open a file to a group; without one it is its owner's alone. DirectoryRefused, OSError."""
+    if gid is None:
+        path.chmod(mode & 0o700)
+        return
+    try:
+        os.chown(path, -1, gid, follow_symlinks=False)
+    except PermissionError as error:
+        raise DirectoryRefused(
+            f"cannot give {path} to group {gid}: run the daemon as a member of it"
+        ) from error
+    path.chmod(mode)
 
 
 def _refuse_others(path: Path) -> None:
@@ -154,6 +193,11 @@ def _is_our_file(path: Path) -> bool:
     return stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid()
 
 
-def _files(directory: Path) -> Iterator[Path]:
+def _files(directory: Path, *, of_all: bool = False) -> Iterator[Path]:
     """The regular files of a directory; a link or a folder there is none of our making."""
-    return (path for path in directory.iterdir() if _is_our_file(path))
+    is_one = _is_file if of_all else _is_our_file
+    return (path for path in directory.iterdir() if is_one(path))
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

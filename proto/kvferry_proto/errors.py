@@ -169,7 +169,9 @@ ADVICE: dict[Code, Advice] = {
     Code.WORKER_LOST: Advice(_C, "start the worker again and use attempt + 1"),
     Code.DAEMON_RESTARTED: Advice(_O, "open the transfer again with attempt + 1 on both sides"),
     Code.DAEMON_UNREACHABLE: Advice(_O, "start the daemon, or check the runtime directory"),
-    Code.CONTROL_DENIED: Advice(_O, "run the command as the daemon's own user, or as root"),
+    Code.CONTROL_DENIED: Advice(
+        _O, "run the command as the daemon's user, as root, or with its operator_group (sg GROUP)"
+    ),
     Code.BAD_ARRAY: Advice(_C, "give each plane's dtype and shape, the same tokens of every plane"),
     Code.BAD_BLOCK_TABLE: Advice(
         _C, "name a block of the cache for every token up to the last one copied"

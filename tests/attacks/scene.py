@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from live import LiveDaemon
@@ -29,15 +31,25 @@ def open_to_all(daemon: LiveDaemon) -> None:
         path.chmod(0o777)
 
 
-def stranger(uid: int, act: str, directory: Path, *more: str) -> str:
-    """What a process of that user is told; see attacks/stranger.py."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "stranger.py"), str(uid), act, str(directory), *more],
+def stranger(uid: int, act: str, directory: Path, *more: str, gid: int | None = None) -> str:
+    """What a process of that user is told; see attacks/stranger.py. His group has his number."""
+    with started(f"{uid}:{uid if gid is None else gid}", act, directory, *more) as one:
+        told, errors = one.communicate(timeout=WAIT_S)
+    assert one.returncode == 0, errors
+    return told.strip()
+
+
+@contextmanager
+def started(user: str, act: str, directory: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """Such a process; it is ended with the block."""
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "stranger.py"), user, act, str(directory), *more],
         env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), *sys.path))},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    ) as one:
+        try:
+            yield one
+        finally:
+            one.kill()

@@ -1,14 +1,18 @@
-"""A process of another user: `python stranger.py UID ACT DIRECTORY ...`; prints what it was told.
+"""A process of another user: `python stranger.py UID:GID ACT DIRECTORY ...`; prints what it was told.
 
 It becomes that user only after its imports, which lie where that user may not read.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import zmq
 
+from kvferry_client import connect
+from kvferry_client.session import Lock
 from kvferry_proto import control, worker
 from live import LAYOUT, RawWorker
 
@@ -33,6 +37,20 @@ def hello(directory: Path) -> str:
         )
 
 
+def hold(directory: Path) -> str:
+    """Make a lock file as the client does, and hold it until we are ended."""
+    print(Lock(directory).name, flush=True)
+    signal.pause()
+    return NOTHING
+
+
+def map_all(directory: Path) -> str:
+    """Be a worker as the client makes one, with its pool and board mapped."""
+    with connect(directory, LAYOUT, "stranger") as client:
+        assert client.board_trouble is None, client.board_trouble
+        return f"{client.welcome.pool.blocks} blocks"
+
+
 def take_up(directory: Path, secret: str, lock: str) -> str:
     """Say hello with another worker's secret, and under its lock."""
     with RawWorker(directory, hello=False) as raw:
@@ -51,16 +69,43 @@ def squat(directory: Path, route: str) -> str:
 
 def status(directory: Path) -> str:
     """Ask what operators ask."""
+    return asked(directory, control.GetStatus())
+
+
+def drain(directory: Path) -> str:
+    """Change something, as operators do."""
+    return asked(directory, control.SetDraining(draining=True))
+
+
+def files(directory: Path) -> str:
+    """Try to open, for reading, what there is, and to list what the directories have."""
+    found = []
+    for path in (*directory.glob("*"), *directory.glob("pools/*"), *directory.glob("workers/*")):
+        if path.is_file():
+            with contextlib.suppress(PermissionError), path.open("rb"):
+                found.append(path.name if len(path.stem) < 32 else f"pool{path.suffix}")
+    return " ".join(sorted(found))
+
+
+def asked(directory: Path, request: control.Request) -> str:
+    """The kind of the answer, or the code of a failure."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"ipc://{directory / 'control.sock'}")
-        socket.send(control.REQUESTS.encode(control.GetStatus()))
-        return control.ANSWERS.decode(socket.recv()).kind if socket.poll(PATIENCE_MS) else NOTHING
+        socket.send(control.REQUESTS.encode(request))
+        if not socket.poll(PATIENCE_MS):
+            return NOTHING
+        answer = control.ANSWERS.decode(socket.recv())
+        return str(answer.error.code) if hasattr(answer, "error") else answer.kind
 
 
 if __name__ == "__main__":
-    uid, act, directory, *more = sys.argv[1:]
-    os.setgid(int(uid))
+    user, act, directory, *more = sys.argv[1:]
+    uid, gid = user.split(":")
+    os.setgroups([])
+    os.setgid(int(gid))
     os.setuid(int(uid))
-    acts = {one.__name__: one for one in (hello, take_up, squat, status)}
+    acts = {
+        one.__name__: one for one in (hello, hold, map_all, take_up, squat, status, drain, files)
+    }
     print(acts[act](Path(directory), *more))

@@ -1,9 +1,6 @@
 """Other users of the machine, against the worker and control sockets. Needs root, to be them."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +13,7 @@ from live import LAYOUT, LiveDaemon, RawWorker
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as other users")
 
 
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """Where another user can come to: pytest's own folders are private."""
-    path = Path(tempfile.mkdtemp())
-    yield path
-    shutil.rmtree(path)
-
-
 def test_the_directory_keeps_other_users_out(place: Path) -> None:
-    place.chmod(0o755)
     with LiveDaemon(place / "a") as daemon:
         assert stranger(NOBODY, "status", daemon.directory) == "nothing"
         assert daemon.status().counters.get("connections_refused", 0) == 0  # none got so far

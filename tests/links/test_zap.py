@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from kvferry_daemon.access import Users
 from kvferry_daemon.links.zap import Doorkeeper, LocalDoor, Refused, Request, guard
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 
@@ -145,7 +146,7 @@ def test_a_client_of_an_old_protocol_that_cannot_say_who_it_is_is_cut_off(
     """ZMTP 1 and 2 know no mechanisms: whoever speaks them would pass by every door."""
 
     async def act() -> None:
-        keeper = Doorkeeper(context, {"house": LocalDoor(frozenset())}, ignore)
+        keeper = Doorkeeper(context, {"house": LocalDoor(Users(frozenset()))}, ignore)
         house = House(context, tmp_path / "s")
         signature = b"\xff" + bytes(8) + b"\x7f"
         for greeting in (
@@ -169,7 +170,7 @@ def test_a_client_of_an_old_protocol_that_cannot_say_who_it_is_is_cut_off(
 
 
 def test_a_local_door_reads_only_what_the_kernel_says() -> None:
-    door = LocalDoor(frozenset((1000,)), frozenset((50,)))
+    door = LocalDoor(Users(frozenset((1000,)), frozenset((50,))))
     assert door(Request("localhost:1000:7:42", b"NULL", [])) == "1000:7:42"
     assert door(Request("localhost:7:50:42", b"NULL", [])) == "7:50:42"
     assert door(Request("localhost:0:0:42", b"NULL", [])) == "0:0:42"

@@ -28,7 +28,7 @@ class Liveness:
         descriptor = self._open.get(name)
         if descriptor is None:
             try:
-                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
                 descriptor = os.open(self._directory / name, flags)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ELOOP):
@@ -72,7 +72,8 @@ class Liveness:
         with os.scandir(self._directory) as found:
             entries = list(found)
         for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # its worker was the quicker one
+            # Its worker was the quicker one, or it is one of another user that we may not look at.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 if entry.name not in ours and entry.is_file(follow_symlinks=False):
                     made_s = entry.stat(follow_symlinks=False).st_mtime
                     if time.time() - made_s > UNSEEN_S and not self.is_held(entry.name):

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import zmq
 
+from kvferry_daemon.access import Users
 from kvferry_daemon.links.zmq_link import ZmqLink
 
 ENDPOINT = "inproc://zeromq.zap.01"
 VERSION = b"1.0"
 LOCAL = re.compile(r"localhost:(\d+):(\d+):(-?\d+)")  # uid, gid, pid: as the kernel has them
-ROOT = 0
 TELL_S = 1.0
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,7 @@ Door = Callable[[Request], str]  # returns who it is, which every message then b
 class LocalDoor:
     """Lets processes of this machine in, by what the kernel says of them."""
 
-    uids: frozenset[int]
-    gids: frozenset[int] = frozenset()
+    users: Users
 
     def __call__(self, request: Request) -> str:
         """The client as ``uid:gid:pid``."""
@@ -56,7 +55,7 @@ class LocalDoor:
         if found is None or request.mechanism != b"NULL":
             raise Refused(f"{request.address} is no process of this machine", for_good=True)
         uid, gid, pid = map(int, found.groups())
-        if uid != ROOT and uid not in self.uids and gid not in self.gids:
+        if not self.users.include(uid, gid):
             raise Refused(f"uid {uid}, gid {gid} (pid {pid}) is not allowed here", for_good=True)
         return f"{uid}:{gid}:{pid}"
 

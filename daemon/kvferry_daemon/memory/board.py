@@ -6,6 +6,7 @@ from pathlib import Path
 from time import monotonic_ns
 from typing import Self
 
+from kvferry_daemon.memory.opened import open_as_directory
 from kvferry_proto.board import (
     BEAT_WORD,
     HEADER_BYTES,
@@ -33,11 +34,12 @@ class Board:
 
     @classmethod
     def create(cls, path: Path, slots: int, boot_id: str, stale_s: float) -> Self:
-        """Make the file anew (mode 0600), all its space allocated, and beat once; or OSError."""
+        """Make the file anew (mode 0600, or 0640), all its space allocated, and beat once; or OSError."""
         give_up(path)
         size = board_bytes(slots)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            open_as_directory(descriptor, path.parent, 0o640)
             os.posix_fallocate(descriptor, 0, size)
             mapping = mmap.mmap(descriptor, size)
         except BaseException:  # a signal's, too

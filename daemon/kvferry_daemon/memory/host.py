@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from kvferry_daemon.memory.huge_pages import advise, huge_pages
+from kvferry_daemon.memory.opened import open_as_directory
 from kvferry_daemon.memory.placement import node_bytes_left, prefer_node
 
 Where = Literal["tmpfs", "container memory limit", "NUMA node"]
@@ -48,7 +49,7 @@ class HostPool:
         cgroup: Path = CGROUP,
         node: int | None = None,
     ) -> Self:
-        """Make the file (mode 0600) and allocate all its space now, so that nobody meets SIGBUS.
+        """Make the file (mode 0600, or 0660) and allocate all its space now, so that nobody meets SIGBUS.
 
         ``node``: the NUMA node that it is to lie on. Raises MemoryRefused with the numbers, or
         OSError; leaves no file behind then.
@@ -64,6 +65,7 @@ class HostPool:
             _check(path, size, on_node, "NUMA node")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            open_as_directory(descriptor, path.parent, 0o660)
             os.ftruncate(descriptor, size)
             mapping = mmap.mmap(descriptor, size)
             pool = cls(path, mapping, block_bytes, blocks)

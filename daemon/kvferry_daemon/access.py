@@ -1,0 +1,64 @@
+"""Which users of this machine may do what. Who somebody is, the kernel says."""
+
+import grp
+import os
+from dataclasses import dataclass
+
+ROOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Users:
+    """Root, some users, and the processes that run with some groups as their own."""
+
+    uids: frozenset[int]
+    gids: frozenset[int] = frozenset()
+
+    def include(self, uid: int, gid: int) -> bool:
+        """Whether a process of this user, with this group, is one of them."""
+        return uid == ROOT or uid in self.uids or gid in self.gids
+
+    def has(self, user: str) -> bool:
+        """The same of a ``uid:gid:pid``."""
+        uid, gid, _ = map(int, user.split(":"))
+        return self.include(uid, gid)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The daemon's own user and root may do all; a group each may be let in beside them."""
+
+    worker_gid: int | None = None
+    operator_gid: int | None = None
+
+    @property
+    def directory_gid(self) -> int | None:
+        """Whose processes reach the sockets at all."""
+        return self.operator_gid if self.worker_gid is None else self.worker_gid
+
+    @property
+    def workers(self) -> Users:
+        """Who may open transfers, and map pools."""
+        return _ours_and(self.worker_gid)
+
+    @property
+    def operators(self) -> Users:
+        """Who may drain, abort and set the log level."""
+        return _ours_and(self.operator_gid)
+
+    @property
+    def readers(self) -> Users:
+        """Who may read what operators read."""
+        return _ours_and(self.worker_gid, self.operator_gid)
+
+
+def _ours_and(*gids: int | None) -> Users:
+    return Users(frozenset((os.getuid(),)), frozenset(gid for gid in gids if gid is not None))
+
+
+def gid_of(group: str) -> int:
+    """The number of a group, which may be named by it; KeyError if there is none of that name."""
+    return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+
+
+PRIVATE = Access()
