@@ -1,0 +1,63 @@
+"""Who may have how many connections to a socket that listens, and how fast."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from kvferry_daemon.core.allowance import Allowances
+
+ANYBODY = ""
+
+
+class Bounds(NamedTuple):
+    """Of one socket: of all who connect, and of one of them."""
+
+    at_once: int
+    of_one: int
+    a_s: float
+    of_one_a_s: float
+
+
+class Crowd:
+    """Connections of one socket, by number. Those that are over a bound are never taken in."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._of: dict[int, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._all = Allowances(bounds.a_s)
+        self._each = Allowances(bounds.of_one_a_s)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The connections that there are."""
+        return list(self._of)
+
+    def arrived(self, number: int, source: str, now_s: float) -> str:
+        """Take a connection in, or say which bound it is over.
+
+        ``source``: who opened it, as far as that is known; nobody knows of one that is empty.
+        """
+        self.left(number)  # its number was given out again, so it has ended
+        bounds, is_known = self.bounds, source != ANYBODY
+        if is_known and self._each.wait_s(source, now_s):
+            return f"{source}: over {bounds.of_one_a_s:g} connections a second"
+        if self._all.wait_s(ANYBODY, now_s):
+            return f"over {bounds.a_s:g} connections a second"
+        if is_known and self._counts[source] >= bounds.of_one:
+            return f"{source}: over {bounds.of_one} connections at once"
+        if len(self._of) >= bounds.at_once:
+            return f"over {bounds.at_once} connections at once"
+        self._of[number] = source
+        self._counts[source] += 1
+        return ""
+
+    def left(self, number: int) -> None:
+        """A connection has ended, or was never taken in."""
+        source = self._of.pop(number, None)
+        if source is not None:
+            self._counts[source] -= 1
+            if not self._counts[source]:
+                del self._counts[source]

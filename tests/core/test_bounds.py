@@ -1,0 +1,69 @@
+"""Rates and crowds: what is over a bound is refused, and nothing grows."""
+
+import pytest
+
+from kvferry_daemon.core.allowance import NAMES_MAX, Allowances
+from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+
+
+def test_a_second_of_them_may_come_at_once_and_then_no_faster_than_they_grow_back() -> None:
+    rates = Allowances(10)
+    assert [rates.wait_s("a", 5.0) for _ in range(10)] == [0.0] * 10
+    assert rates.wait_s("a", 5.0) == pytest.approx(0.1)
+    assert rates.wait_s("b", 5.0) == 0.0  # each has its own
+    assert rates.wait_s("a", 5.05) == pytest.approx(0.05)  # to ask does not cost
+    assert rates.wait_s("a", 5.11) == 0.0
+    assert rates.wait_s("a", 5.11) > 0
+    assert [rates.wait_s("a", 99.0) for _ in range(11)].count(0.0) == 10  # not saved up
+
+
+def test_names_are_bounded() -> None:
+    rates = Allowances(1)
+    for name in range(3 * NAMES_MAX):
+        rates.wait_s(name, 0.0)
+    assert len(rates._left) <= NAMES_MAX
+
+
+def a_crowd(**bounds: float) -> Crowd:
+    wide = {"at_once": 100, "of_one": 100, "a_s": 1000.0, "of_one_a_s": 1000.0}
+    return Crowd(Bounds(**{**wide, **bounds}))  # type: ignore[arg-type]
+
+
+def test_connections_of_one_and_of_all_are_bounded() -> None:
+    crowd = a_crowd(at_once=3, of_one=2)
+    assert [crowd.arrived(n, "a", 0.0) for n in (1, 2)] == ["", ""]
+    assert crowd.arrived(3, "a", 0.0) == "a: over 2 connections at once"
+    assert crowd.arrived(4, "b", 0.0) == ""
+    assert crowd.arrived(5, "c", 0.0) == "over 3 connections at once"
+    assert sorted(crowd.numbers) == [1, 2, 4]
+    crowd.left(1)
+    crowd.left(3)  # was never in
+    assert crowd.arrived(6, "a", 0.0) == ""
+    assert len(crowd) == 3
+
+
+def test_a_number_that_is_given_out_again_was_left_before() -> None:
+    crowd = a_crowd(of_one=1)
+    assert crowd.arrived(1, "a", 0.0) == ""
+    assert crowd.arrived(1, "a", 0.0) == ""
+    crowd.left(1)
+    assert len(crowd) == 0
+    assert not crowd._counts
+
+
+def test_connections_a_second_are_bounded() -> None:
+    crowd = a_crowd(a_s=3, of_one_a_s=2)
+    told = [crowd.arrived(n, source, 0.0) for n, source in enumerate("aaabb")]
+    assert told == [
+        "",
+        "",
+        "a: over 2 connections a second",
+        "",
+        "over 3 connections a second",
+    ]
+    assert crowd.arrived(9, "a", 1.0) == ""
+
+
+def test_who_is_not_known_has_only_the_bounds_of_all() -> None:
+    crowd = a_crowd(of_one=1, of_one_a_s=1)
+    assert [crowd.arrived(n, ANYBODY, 0.0) for n in range(5)] == [""] * 5
