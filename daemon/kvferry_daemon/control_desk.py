@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from kvferry_daemon.access import Users
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.events import Key
 from kvferry_daemon.core.explain import explain, near_ids
 from kvferry_daemon.core.node import AnyTransfer, Node
 from kvferry_daemon.core.report import live_row, transfers
 from kvferry_proto import control
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import Code, FerryError, exhausted
 
+ASKS_A_S = 100  # of one process: an answer may be a walk over all transfers
 log = logging.getLogger(__name__)
 
 
@@ -32,10 +34,15 @@ class ControlDesk:
         self._status = status
         self._operators = operators
         self._loop = asyncio.get_running_loop()
+        self._allowed = Allowances(ASKS_A_S)
         self.stopping = False  # then nothing brings it back
 
     def answer(self, request: control.Request, user: str) -> bytes:
         """The frame of the answer to ``user`` (uid:gid:pid); FerryError if it is refused."""
+        wait_s = self._allowed.wait_s(user, self._loop.time())
+        if wait_s:
+            self._node.counters["messages_over_rate_control"] += 1
+            raise exhausted(f"more than {ASKS_A_S} requests a second from one process", wait_s)
         if isinstance(request, control.CHANGES):
             if not self._operators.has(user):
                 self._node.counters["operators_refused"] += 1

@@ -16,6 +16,7 @@ import zmq
 from kvferry_daemon.config import Config
 from kvferry_daemon.control_desk import ControlDesk, log_level
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.records import HOST, RECORDS
@@ -23,15 +24,26 @@ from kvferry_daemon.core.report import status
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.http.facts import Facts
 from kvferry_daemon.http.listen import listen, url_of
+from kvferry_daemon.inbound import Inbound, single
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.curve import prove_ourselves
+from kvferry_daemon.links.gate import Gate, bounds_of
 from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
-from kvferry_daemon.links.zap import Door, Doorkeeper, LocalDoor, PeerDoor, guard
+from kvferry_daemon.links.zap import (
+    CONTROL,
+    PEER,
+    WORKER,
+    Door,
+    Doorkeeper,
+    LocalDoor,
+    PeerDoor,
+    guard,
+)
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.memory.device import Device
 from kvferry_daemon.memory.huge_pages import huge_pages
@@ -44,7 +56,7 @@ from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_daemon.transports.tcp.events import Enter
 from kvferry_daemon.transports.tcp.staging import plain_buffer
 from kvferry_proto import control, peer, worker
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import FerryError
 from kvferry_proto.fields import ErrorInfo
 
 log = logging.getLogger(__name__)
@@ -52,7 +64,6 @@ DRAIN_LOOK_S = 0.05
 EXIT_LEDGER = 7
 SOCKETS_MAX = 4096
 GC_THRESHOLDS = (10_000, 50, 100)  # a full pass over thousands of transfers takes 20 ms
-WORKER, CONTROL, PEER = "worker", "control", "peer"  # doors
 CROWD = 3  # messages a turn, on average: then they wait for us, not we for them
 
 
@@ -86,9 +97,10 @@ class Daemon:
         if self._keys is not None:
             doors[PEER] = PeerDoor(self._keys.name_of)
         self._doorkeeper = Doorkeeper(self._context, doors, self._on_refused)
-        self._peer_socket = make_socket(self._context, zmq.ROUTER)
+        self._gates: dict[str, Gate] = {}
+        self._bounds = bounds_of(config.connections_max)
+        self._peer_socket = self._guarded(PEER) if self._keys else self._gated(PEER)
         if self._keys is not None:
-            guard(self._peer_socket, PEER)
             prove_ourselves(self._peer_socket, self._keys.secret)
         if ":" in config.peer_host:
             self._peer_socket.setsockopt(zmq.IPV6, 1)
@@ -122,9 +134,18 @@ class Daemon:
         )
         self.node.data_port = self.streams.listener.port
         self.effects.use_streams(self.streams)
-        self._peers = ZmqLink(self._peer_socket, self._on_peer, names_users=self._keys is not None)
+        self._inbound = Inbound(
+            self.node, self.effects.feed, self, self._liveness, self._keys, config.messages_a_s
+        )
+        self._peers = ZmqLink(
+            self._peer_socket,
+            lambda frames: self._inbound.on_peer(frames, self._peers.user),
+            names_users=self._keys is not None,
+        )
         self._workers = ZmqLink(
-            self._bound(self.directory.worker_socket, WORKER), self._on_worker, names_users=True
+            self._bound(self.directory.worker_socket, WORKER),
+            lambda frames: self._inbound.on_worker(frames, self._workers.user),
+            names_users=True,
         )
         self._control = ZmqLink(
             self._bound(self.directory.control_socket, CONTROL), self._on_control, names_users=True
@@ -169,10 +190,19 @@ class Daemon:
             self.failed.set_result(why)
 
     def _bound(self, path: Path, domain: str) -> zmq.Socket[bytes]:
-        socket = make_socket(self._context, zmq.ROUTER)
-        guard(socket, domain)
+        socket = self._guarded(domain)
         socket.bind(f"ipc://{path}")
         self.directory.share_socket(path)
+        return socket
+
+    def _guarded(self, domain: str) -> zmq.Socket[bytes]:
+        socket = self._gated(domain)
+        guard(socket, domain)
+        return socket
+
+    def _gated(self, domain: str) -> zmq.Socket[bytes]:
+        socket = make_socket(self._context, zmq.ROUTER)
+        self._gates[domain] = Gate(socket, domain, Crowd(self._bounds[domain]))
         return socket
 
     def _on_refused(self) -> None:
@@ -185,6 +215,8 @@ class Daemon:
         self._watch.cancel()
         self._lag.close()
         self.effects.close()  # first: what it still does goes out by what is closed below
+        for gate in self._gates.values():
+            gate.close()
         for link in (self._workers, self._control, self._peers, self._doorkeeper):
             link.close()
         for dealer in self._dealers.values():
@@ -212,6 +244,7 @@ class Daemon:
                 self._watch_workers()
                 self._watch_keys()
                 self._watch_load()
+                self._count()
                 self.effects.pools.beat()
             except Exception:  # a fault of ours must not end the watch of dead workers
                 log.exception("could not watch")
@@ -240,74 +273,28 @@ class Daemon:
         self._messages, self._turns = messages, turns
         self._io_threads.be_patient(crowded)
 
-    # --- messages in ---
-
-    def _on_worker(self, frames: list[bytes]) -> None:
-        route, user = frames[0], self._workers.user
-        try:
-            call = worker.CALLS.decode(_single(frames))
-        except FerryError as error:
-            self._refuse_worker(route, error)
-            return
-        held = False
-        if isinstance(call, worker.Hello):
-            try:
-                held = self._liveness.is_held(call.lock)
-            except OSError as error:
-                said = FerryError(Code.RESOURCE_EXHAUSTED, f"cannot look at {call.lock}: {error}")
-                self._refuse_worker(route, said, call.call)
-                return
-        self.effects.feed(out.WorkerCalled(route, call, held, user))
-
-    def _refuse_worker(self, route: bytes, error: FerryError, call: int = 0) -> None:
-        self.node.counters["bad_messages_worker"] += 1
-        info = ErrorInfo.of(error.code, error.message)
-        self.to_worker(route, worker.Failure(call=call, error=info))
-
-    def _on_peer(self, frames: list[bytes]) -> None:
-        name = "" if self._keys is None else self._keys.name_of(self._peers.user)
-        if name is None:  # any more: it was when it connected
-            self.to_sink(out.ToSink(frames[0], self._distrust("your key is not trusted here")))
-            return
-        try:
-            message = peer.MESSAGES.decode(_single(frames))
-        except FerryError as error:
-            self.node.counters["bad_messages_peer"] += 1
-            info = ErrorInfo.of(error.code, error.message)
-            refusal = peer.PeerRefused(boot_id=self.node.settings.boot_id, error=info)
-            self.to_sink(out.ToSink(frames[0], refusal))
-            return
-        self.effects.feed(out.SinkSaid(frames[0], message, name))
-
-    def _distrust(self, why: str) -> peer.PeerRefused:
-        self.node.counters["peers_not_trusted"] += 1
-        info = ErrorInfo.of(Code.NOT_TRUSTED, why)
-        return peer.PeerRefused(boot_id=self.node.settings.boot_id, error=info)
-
-    def _on_source(self, address: str, frames: list[bytes]) -> None:
-        try:
-            message = peer.MESSAGES.decode(_single([b"", *frames]))
-        except FerryError as error:
-            self.node.counters["bad_messages_peer"] += 1
-            log.warning("%s sent what we cannot read: %s", address, error)
-            return
-        self.effects.feed(out.SourceSaid(address, message))
-
     def _on_control(self, frames: list[bytes]) -> None:
         try:
             frame = self.operators.answer(
-                control.REQUESTS.decode(_single(frames)), self._control.user
+                control.REQUESTS.decode(single(frames)), self._control.user
             )
         except FerryError as error:
             self.node.counters["bad_messages_control"] += 1
-            failure = control.ControlFailure(error=ErrorInfo.of(error.code, error.message))
+            failure = control.ControlFailure(error=ErrorInfo.of_error(error))
             frame = control.ANSWERS.encode(failure)
         self._control.send(frames[0], frame)
 
+    def _count(self) -> None:
+        """Into the books, what others count."""
+        counters = self.node.counters
+        counters["ledger_commits"] = self.ledger.commits
+        counters["nixl_reads"] = self.streams.nixl_reads
+        for name, gate in self._gates.items():
+            counters[f"connections_over_bound_{name}"] = gate.refused
+
     def status(self, call: int = 0) -> control.Status:
         """The daemon as operators see it."""
-        self.node.counters["ledger_commits"] = self.ledger.commits
-        self.node.counters["nixl_reads"] = self.streams.nixl_reads
+        self._count()
         facts = self._placed, self._lag.status(), log_level()
         now_s = asyncio.get_running_loop().time()
         answer = status(self.node, call, str(self.directory.path), *facts, now_s)
@@ -338,7 +325,7 @@ class Daemon:
         try:
             frame = worker.REPLIES.encode(reply)
         except FerryError as error:
-            info = ErrorInfo.of(error.code, error.message)
+            info = ErrorInfo.of_error(error)
             frame = worker.REPLIES.encode(worker.Failure(call=reply.call, error=info))
         self._workers.send(route, frame)
 
@@ -366,12 +353,14 @@ class Daemon:
 
     def open_peer(self, address: str) -> None:
         """Connect; ZeroMQ goes on trying until close_peer."""
-        on_message: Callable[[list[bytes]], None] = lambda frames: self._on_source(address, frames)
+        on_message: Callable[[list[bytes]], None] = lambda frames: self._inbound.on_source(
+            address, frames
+        )
         secret = b""
         if self._keys is not None:
             secret = self._keys.secret
             if self._keys.name_of(key_of(address)) is None:
-                refusal = self._distrust(f"the key of {address} is not trusted here")
+                refusal = self._inbound.distrusted(f"the key of {address} is not trusted here")
                 self.effects.feed(out.SourceSaid(address, refusal))
                 return
         try:
@@ -441,12 +430,6 @@ def _both(one: Enter, other: Enter) -> Enter:
         other()
 
     return enter
-
-
-def _single(frames: list[bytes]) -> bytes:
-    if len(frames) != 2:
-        raise FerryError(Code.BAD_MESSAGE, f"a message is one frame, not {len(frames) - 1}")
-    return frames[1]
 
 
 def _bracketed(host: str) -> str:

@@ -7,6 +7,8 @@ what was expected; the remedy of its code says what usually helps.
 from enum import StrEnum
 from typing import NamedTuple
 
+AGAIN_S = 1.0
+
 
 class Fault(StrEnum):
     """Who has to act."""
@@ -150,7 +152,9 @@ ADVICE: dict[Code, Advice] = {
     Code.DEVICE_ONLY: Advice(
         _C, "use torch_runs, gather or scatter; numpy_runs needs a daemon with device=host"
     ),
-    Code.RESOURCE_EXHAUSTED: Advice(_C, "end transfers or sessions, then try again"),
+    Code.RESOURCE_EXHAUSTED: Advice(
+        _C, "end transfers or sessions or ask less often, then try again"
+    ),
     Code.DRAINING: Advice(_O, "the daemon is stopping; use another node"),
     Code.PEER_UNREACHABLE: Advice(_O, "check the source's address, its daemon and the network"),
     Code.PEER_PROTOCOL: Advice(_P, "the other daemon broke the protocol; compare the versions"),
@@ -186,12 +190,16 @@ ADVICE: dict[Code, Advice] = {
 
 
 class FerryError(Exception):
-    """An error with a stable ``code``; ``str()`` is code, message and remedy in one line."""
+    """An error with a stable ``code``; ``str()`` is code, message and remedy in one line.
 
-    def __init__(self, code: Code, message: str) -> None:
+    ``retry_after_s``: when to try again may help; None: time alone changes nothing.
+    """
+
+    def __init__(self, code: Code, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
+        self.retry_after_s = retry_after_s
 
     @property
     def fault(self) -> Fault:
@@ -206,3 +214,8 @@ class FerryError(Exception):
     def __str__(self) -> str:
         message = " ".join(self.message.splitlines())  # it may come from a peer
         return f"{self.code}: {message} ({self.remedy})"
+
+
+def exhausted(message: str, retry_after_s: float = AGAIN_S) -> FerryError:
+    """Refuse what is over a bound that others may make room under."""
+    return FerryError(Code.RESOURCE_EXHAUSTED, message, retry_after_s)

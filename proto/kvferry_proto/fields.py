@@ -137,9 +137,15 @@ class ErrorInfo(Message):
     fault: Annotated[str, Field(max_length=16)]
     message: Text
     remedy: Text
+    retry_after_s: Annotated[float, Field(ge=0)] | None = None
 
     @classmethod
-    def of(cls, code: Code, message: str) -> "ErrorInfo":
+    def of_error(cls, error: FerryError) -> "ErrorInfo":
+        """What an exception says."""
+        return cls.of(error.code, error.message, error.retry_after_s)
+
+    @classmethod
+    def of(cls, code: Code, message: str, retry_after_s: float | None = None) -> "ErrorInfo":
         """Build one with the fault and the remedy that belong to the code."""
         advice = ADVICE[code]
         return cls(
@@ -147,13 +153,15 @@ class ErrorInfo(Message):
             fault=advice.fault.value,
             message=message.encode(errors="replace").decode()[:1024],  # a path may hold any byte
             remedy=advice.remedy,
+            retry_after_s=retry_after_s,
         )
 
     def raised(self) -> FerryError:
         """The exception of this error; a code that we do not know becomes ``internal``."""
         known = self.code in Code.__members__.values()
         code = Code(self.code) if known else Code.INTERNAL
-        return FerryError(code, self.message if known else f"{self.code}: {self.message}")
+        message = self.message if known else f"{self.code}: {self.message}"
+        return FerryError(code, message, self.retry_after_s)
 
 
 __all__ = [

@@ -11,6 +11,8 @@ from typing import Any
 from kvferry_daemon import access
 from kvferry_daemon.command import main
 from kvferry_daemon.core import sink_daemons
+from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.keys import Keys
@@ -84,6 +86,16 @@ def peers_say_who_they_are() -> None:
     replace(sink_daemons.SinkDaemons, "seen", seen)
 
 
+def no_rates() -> None:
+    """Everybody may send as much as they like."""
+    replace(Allowances, "wait_s", lambda _self, _name, _now_s: 0.0)
+
+
+def no_gate() -> None:
+    """Everybody may have as many connections as they like."""
+    replace(Crowd, "arrived", lambda _self, _number, _source, _now_s: "")
+
+
 def replace(owner: Any, name: str, weak: Any) -> None:
     """Put the weak one in place, where there was one before."""
     assert name in vars(owner), f"{owner} has no {name} any more"
@@ -100,6 +112,8 @@ WEAK: dict[str, Callable[[], None]] = {
         any_key_will_do,
         trust_lasts,
         peers_say_who_they_are,
+        no_rates,
+        no_gate,
     )
 }
 

@@ -19,16 +19,12 @@ class House:
     """A ROUTER behind a gate."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self.refused = 0
         self.crowd = Crowd(Bounds(at_once=8, of_one=4, a_s=1000, of_one_a_s=1000))
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.gate = Gate(self.socket, "test", self.crowd, self._on_refused)
+        self.gate = Gate(self.socket, "test", self.crowd)
         self.socket.bind(endpoint)
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-
-    def _on_refused(self) -> None:
-        self.refused += 1
 
     def close(self) -> None:
         self.gate.close()
@@ -90,7 +86,7 @@ def test_who_is_over_the_bound_is_cut_and_may_come_when_another_has_gone(house: 
     wait_until(house, 4)
     over = plain(house)
     assert is_cut(over)
-    assert house.refused == 1
+    assert house.gate.refused == 1
     inside.pop().close()
     wait_until(house, 3)
     last = plain(house)

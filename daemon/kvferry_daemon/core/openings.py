@@ -11,7 +11,7 @@ from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.transfer import Transfer
 from kvferry_proto import worker
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ class Openings:
         if node.draining:
             raise FerryError(Code.DRAINING, "no new transfers are taken")
         if len(node.transfers) >= node.settings.transfers_max:
-            raise FerryError(
-                Code.RESOURCE_EXHAUSTED, f"{len(node.transfers)} transfers are open already"
-            )
+            raise exhausted(f"{len(node.transfers)} transfers are open already")
         timing, now_s = timing_of(call, node.settings), node.now_s
         if isinstance(call, worker.Receive):
             node.sinks.check_room(opening.source)

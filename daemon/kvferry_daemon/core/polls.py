@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvferry_daemon.core.events import Key
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import exhausted
 
 WAITING_MAX = 1 << 14
 
@@ -35,7 +35,7 @@ class Polls:
     def add(self, poll: WaitingPoll) -> int:
         """Let a poll wait; FerryError(resource_exhausted) when too many do."""
         if len(self._polls) >= WAITING_MAX:
-            raise FerryError(Code.RESOURCE_EXHAUSTED, f"{WAITING_MAX} polls are waiting already")
+            raise exhausted(f"{WAITING_MAX} polls are waiting already")
         self._next += 1
         self._polls[self._next] = poll
         for (key, _), after in poll.after.items():

@@ -10,7 +10,7 @@ from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_proto import peer as wire
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SinkDesk:
     def check_room(self, address: str | None) -> None:
         """Raise FerryError(resource_exhausted) if a link to one more source would be too much."""
         if address is not None and address not in self.peers and len(self.peers) >= PEERS_MAX:
-            raise FerryError(Code.RESOURCE_EXHAUSTED, f"{PEERS_MAX} sources are linked already")
+            raise exhausted(f"{PEERS_MAX} sources are linked already")
 
     def attach(self, key: ev.Key) -> None:
         """A sink has opened: give it its source's link and streams."""

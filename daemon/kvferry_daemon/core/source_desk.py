@@ -74,7 +74,7 @@ class SourceDesk:
             self._refuse(route, error)
 
     def _refuse(self, route: bytes, error: FerryError) -> None:
-        info = ErrorInfo.of(error.code, error.message)
+        info = ErrorInfo.of_error(error)
         refusal = wire.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
         self._node.effects.append(out.ToSink(route, refusal))
 
@@ -157,7 +157,7 @@ class SourceDesk:
             shape, _ = shapes(ours, Side.of(pull.layout, pull.world_size))
         except FerryError as error:
             refusal = self.answer_without_transfer(key, pull.number)
-            info = ErrorInfo.of(error.code, error.message)
+            info = ErrorInfo.of_error(error)
             failed = {"state": State.FAILED, "known": True, "error": info}
             self.say_progress(event.sink, refusal.model_copy(update=failed))
             return

@@ -10,7 +10,7 @@ from kvferry_daemon.core.boards import board_path
 from kvferry_daemon.core.lost_pools import LostPools
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
 from kvferry_proto import worker
-from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.layout import Layout
 from kvferry_proto.versions import agree
 
@@ -40,7 +40,7 @@ class Welcomer:
         elif pool_id in self._being_made:
             waiting = self._being_made[pool_id][2]
             if route not in waiting and len(waiting) >= self._node.settings.workers_max:
-                raise FerryError(Code.RESOURCE_EXHAUSTED, "too many workers wait for this pool")
+                raise exhausted("too many workers wait for this pool")
             waiting[route] = event
         else:
             self.lost_pools.check_device()
@@ -63,7 +63,7 @@ class Welcomer:
         if hello.session is None:
             self._check_lock(event, hello)
             if len(sessions) >= self._node.settings.workers_max:
-                raise FerryError(Code.RESOURCE_EXHAUSTED, f"{len(sessions)} workers are here")
+                raise exhausted(f"{len(sessions)} workers are here")
             return
         session = sessions.get(hello.session)
         if session is None or not session.belongs_to(event.user):

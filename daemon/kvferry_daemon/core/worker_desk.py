@@ -78,7 +78,7 @@ class WorkerDesk:
 
     def _failure(self, call: int, error: FerryError) -> worker.Failure:
         self._node.counters[f"refused_{error.code.value}"] += 1
-        return worker.Failure(call=call, error=ErrorInfo.of(error.code, error.message))
+        return worker.Failure(call=call, error=ErrorInfo.of_error(error))
 
     def session_at(self, route: bytes, user: str) -> Session | None:
         """The session of this connection. Who took the route of another one over has none."""
@@ -222,7 +222,7 @@ class WorkerDesk:
             transfer_id=watched.transfer_id,
             attempt=watched.attempt,
             rank=watched.rank,
-            error=ErrorInfo.of(error.code, error.message),
+            error=ErrorInfo.of_error(error),
         )
 
     def answer_poll(self, poll: WaitingPoll) -> None:

@@ -7,38 +7,57 @@ for who is told, so a loop that stands still would hold all sockets up.
 
 import logging
 import os
+import resource
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 
 import zmq
 
-from kvferry_daemon.core.crowd import ANYBODY, Crowd
+from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+from kvferry_daemon.links.zap import CONTROL, PEER, WORKER
 
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 EVENT = struct.Struct("=Hi")  # which, and the descriptor
 CREDENTIALS = struct.Struct("3i")
+OTHER_DESCRIPTORS = 4096  # data connections, pools, locks, links to sources
 JOIN_S = 5.0
 TELL_S = 1.0
 log = logging.getLogger(__name__)
 
 
+def bounds_of(connections_max: int) -> dict[str, Bounds]:
+    """By socket. A client has up to 33 connections, a daemon one to each that it pulls from.
+
+    Takes as many descriptors as the process may have: without one left, libzmq would go on trying
+    to take a connection in, and the ledger and data connections would fail.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * connections_max + OTHER_DESCRIPTORS
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    at_once = connections_max if soft == resource.RLIM_INFINITY else min(connections_max, soft // 4)
+    return {
+        WORKER: Bounds(at_once, of_one=128, a_s=2000, of_one_a_s=200),
+        PEER: Bounds(at_once, of_one=256, a_s=2000, of_one_a_s=200),
+        CONTROL: Bounds(256, of_one=64, a_s=500, of_one_a_s=200),
+    }
+
+
 class Gate:
     """One a listening socket. Make it before the socket binds."""
 
-    def __init__(
-        self, listening: zmq.Socket[bytes], name: str, crowd: Crowd, on_refused: Callable[[], None]
-    ) -> None:
-        """``on_refused`` is called in a thread of ours."""
+    def __init__(self, listening: zmq.Socket[bytes], name: str, crowd: Crowd) -> None:
+        self.refused = 0
         self._listening = listening
         self._name = name
         self._crowd = crowd
-        self._on_refused = on_refused
         self._told_at_s = -TELL_S
-        self._refused = 0  # that the log has not been told of
+        self._told_of = 0  # by the log
         self._monitor = listening.get_monitor_socket(HEARD)
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._thread = threading.Thread(target=self._run, name=f"kvferry-gate-{name}", daemon=True)
@@ -68,17 +87,17 @@ class Gate:
                 return  # it has ended by itself, and its number is another one's by now
             why = self._crowd.arrived(descriptor, source_of(connection), monotonic())
             if why:
+                self.refused += 1
+                self._tell(why)
                 connection.shutdown(socket.SHUT_RDWR)
-        if why:
-            self._on_refused()
-            self._tell(why)
 
     def _tell(self, why: str) -> None:
-        self._refused += 1
+        """Now and then only: strangers must not fill the log."""
         if monotonic() - self._told_at_s >= TELL_S:
-            others = f" (and {self._refused - 1} before it)" if self._refused > 1 else ""
+            before = self.refused - self._told_of - 1
+            others = f" (and {before} before it)" if before else ""
             log.warning("cut a connection to the %s socket: %s%s", self._name, why, others)
-            self._told_at_s, self._refused = monotonic(), 0
+            self._told_at_s, self._told_of = monotonic(), self.refused
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from kvferry_daemon.links.zmq_link import ZmqLink
 ENDPOINT = "inproc://zeromq.zap.01"
 VERSION = b"1.0"
 LOCAL = re.compile(r"localhost:(\d+):(\d+):(-?\d+)")  # uid, gid, pid: as the kernel has them
+WORKER, CONTROL, PEER = "worker", "control", "peer"  # sockets, and doors to them
 TELL_S = 1.0
 log = logging.getLogger(__name__)
 

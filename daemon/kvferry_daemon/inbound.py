@@ -1,0 +1,141 @@
+"""What comes in on the sockets: held against a rate, read, and handed to the node."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.node import Node
+from kvferry_daemon.keys import Keys
+from kvferry_daemon.links.liveness import Liveness
+from kvferry_proto import peer, worker
+from kvferry_proto.errors import Code, FerryError, exhausted
+from kvferry_proto.fields import ErrorInfo
+
+TOLD_A_S = 10  # who sends too much is told so often, and is not read in between
+log = logging.getLogger(__name__)
+
+
+class Answers(Protocol):
+    """Where refusals go out."""
+
+    def to_worker(self, route: bytes, reply: out.WorkerReply) -> None: ...
+    def to_sink(self, effect: out.ToSink) -> None: ...
+
+
+class Inbound:
+    """Messages of workers and of other daemons. Names of who sends them are not their own words."""
+
+    def __init__(
+        self,
+        node: Node,
+        feed: Callable[[out.NodeEvent], None],
+        answers: Answers,
+        liveness: Liveness,
+        keys: Keys | None,
+        messages_a_s: float,
+    ) -> None:
+        """``messages_a_s``: from one worker's process, and from one peer."""
+        self._node = node
+        self._feed = feed
+        self._answers = answers
+        self._liveness = liveness
+        self._keys = keys
+        self._now_s = asyncio.get_running_loop().time
+        self._allowed = Allowances(messages_a_s)
+        self._told = Allowances(TOLD_A_S)
+
+    # --- workers ---
+
+    def on_worker(self, frames: list[bytes], user: str) -> None:
+        """A call, from a process that the kernel says is ``user``."""
+        route = frames[0]
+        wait_s = self._allowed.wait_s(user, self._now_s())
+        if wait_s and not self._is_to_be_told("worker", user):
+            return
+        try:
+            call = worker.CALLS.decode(single(frames))
+        except FerryError as error:
+            self._node.counters["bad_messages_worker"] += 1
+            self._refuse_worker(route, error)
+            return
+        if wait_s:
+            self._refuse_worker(route, self._over(wait_s), call.call)
+            return
+        held = False
+        if isinstance(call, worker.Hello):
+            try:
+                held = self._liveness.is_held(call.lock)
+            except OSError as error:
+                said = exhausted(f"cannot look at {call.lock}: {error}")
+                self._refuse_worker(route, said, call.call)
+                return
+        self._feed(out.WorkerCalled(route, call, held, user))
+
+    def _refuse_worker(self, route: bytes, error: FerryError, call: int = 0) -> None:
+        failure = worker.Failure(call=call, error=ErrorInfo.of_error(error))
+        self._answers.to_worker(route, failure)
+
+    # --- other daemons ---
+
+    def on_peer(self, frames: list[bytes], key: str) -> None:
+        """A daemon that pulls from us; in clear it has no key, and is its connection."""
+        name = "" if self._keys is None else self._keys.name_of(key)
+        if name is None:  # any more: it was when it connected
+            self._answers.to_sink(
+                out.ToSink(frames[0], self.distrusted("your key is not trusted here"))
+            )
+            return
+        who = name or frames[0]
+        wait_s = self._allowed.wait_s(who, self._now_s())
+        if wait_s:
+            if self._is_to_be_told("peer", who):
+                self._refuse_peer(frames[0], self._over(wait_s))
+            return
+        try:
+            message = peer.MESSAGES.decode(single(frames))
+        except FerryError as error:
+            self._node.counters["bad_messages_peer"] += 1
+            self._refuse_peer(frames[0], error)
+            return
+        self._feed(out.SinkSaid(frames[0], message, name))
+
+    def _refuse_peer(self, route: bytes, error: FerryError) -> None:
+        boot_id = self._node.settings.boot_id
+        refusal = peer.PeerRefused(boot_id=boot_id, error=ErrorInfo.of_error(error))
+        self._answers.to_sink(out.ToSink(route, refusal))
+
+    def distrusted(self, why: str) -> peer.PeerRefused:
+        """What a daemon gets whose key is not in the list."""
+        self._node.counters["peers_not_trusted"] += 1
+        info = ErrorInfo.of(Code.NOT_TRUSTED, why)
+        return peer.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
+
+    def on_source(self, address: str, frames: list[bytes]) -> None:
+        """A daemon that we pull from."""
+        try:
+            message = peer.MESSAGES.decode(single([b"", *frames]))
+        except FerryError as error:
+            self._node.counters["bad_messages_peer"] += 1
+            log.warning("%s sent what we cannot read: %s", address, error)
+            return
+        self._feed(out.SourceSaid(address, message))
+
+    # --- rates ---
+
+    def _is_to_be_told(self, kind: str, who: str | bytes) -> bool:
+        self._node.counters[f"messages_over_rate_{kind}"] += 1
+        return not self._told.wait_s(who, self._now_s())
+
+    def _over(self, wait_s: float) -> FerryError:
+        a_s = self._allowed.a_s
+        return exhausted(f"more than {a_s:g} messages a second from one sender", wait_s)
+
+
+def single(frames: list[bytes]) -> bytes:
+    """The one frame of a message behind its route; FerryError."""
+    if len(frames) != 2:
+        raise FerryError(Code.BAD_MESSAGE, f"a message is one frame, not {len(frames) - 1}")
+    return frames[1]

@@ -1,0 +1,136 @@
+"""Who sends or connects too much, on the sockets of workers, peers and operators."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from attacks.scene import without
+from kvferry_proto import control, peer, worker
+from kvferry_proto.errors import Code
+from live import BOOT_ID, LiveDaemon, RawPeer, RawWorker
+
+MANY = 400
+FEW_A_S = 50
+WAIT_MS = 5000
+
+
+def answers(one: zmq.Socket[bytes], until_quiet_ms: int = 500) -> Iterator[bytes]:
+    while one.poll(until_quiet_ms):
+        yield one.recv()
+
+
+def test_a_worker_that_sends_too_much_is_told_when_to_try_again(tmp_path: Path) -> None:
+    beat = worker.CALLS.encode(worker.Heartbeat(call=7))
+    for defence, over in (("no_rates", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence), messages_a_s=FEW_A_S) as daemon,
+            RawWorker(daemon.directory) as hog,
+        ):
+            for _ in range(MANY):
+                hog.socket.send(beat)
+            replies = [worker.REPLIES.decode(frame) for frame in answers(hog.socket)]
+            refused = [one for one in replies if isinstance(one, worker.Failure)]
+            counted = daemon.status().counters.get("messages_over_rate_worker", 0)
+            if not over:
+                assert (len(replies), refused, counted) == (MANY, [], 0)
+                continue
+            assert len(replies) < 3 * FEW_A_S  # and no answer to most of them
+            assert counted > MANY / 2
+            assert {one.error.code for one in refused} == {Code.RESOURCE_EXHAUSTED}
+            assert {one.call for one in refused} == {7}
+            assert 0 < (refused[0].error.retry_after_s or 0) <= 1 / FEW_A_S
+            time.sleep(2 / FEW_A_S)  # what it was told to do
+            assert hog.call(worker.Heartbeat()).kind == "snapshots"
+
+
+def test_a_peer_that_sends_too_much_is_told_when_to_try_again(tmp_path: Path) -> None:
+    for defence, over in (("no_rates", False), (None, True)):
+        with without(defence)(tmp_path / str(defence), messages_a_s=FEW_A_S) as daemon:
+            hog, other = RawPeer(daemon.address), RawPeer(daemon.address)
+            hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+            hog.source = other.source = hog.say(hello).boot_id
+            ping = peer.MESSAGES.encode(peer.Ping(**hog.boots()))
+            for _ in range(MANY):
+                hog.socket.send(ping)
+            told: list[Any] = [peer.MESSAGES.decode(frame) for frame in answers(hog.socket)]
+            refused = [one for one in told if isinstance(one, peer.PeerRefused)]
+            assert bool(refused) is over
+            if over:
+                assert {one.error.code for one in refused} == {Code.RESOURCE_EXHAUSTED}
+                assert refused[0].error.retry_after_s is not None
+                assert daemon.status().counters["messages_over_rate_peer"] > MANY / 2
+            assert other.say(peer.Ping(**hog.boots())).kind == "pong"
+            hog.close()
+            other.close()
+
+
+def test_an_operator_that_asks_too_much_is_told_when_to_try_again(tmp_path: Path) -> None:
+    for defence, over in (("no_rates", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            zmq.Context() as context,
+            context.socket(zmq.DEALER) as socket,
+        ):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(f"ipc://{daemon.directory / 'control.sock'}")
+            question = control.REQUESTS.encode(control.GetTransfers())
+            for _ in range(MANY):
+                socket.send(question)
+            told: list[Any] = [control.ANSWERS.decode(frame) for frame in answers(socket)]
+            refused = [one for one in told if isinstance(one, control.ControlFailure)]
+            assert bool(refused) is over
+            if over:
+                assert {one.error.code for one in refused} == {Code.RESOURCE_EXHAUSTED}
+                assert refused[0].error.retry_after_s is not None
+
+
+@contextmanager
+def half_open(daemon: LiveDaemon, to: str, count: int) -> Iterator[list[socket.socket]]:
+    """Connections that never say a word."""
+    with ExitStack() as stack:
+        found = []
+        for _ in range(count):
+            if to == "peer":
+                host, _, port = daemon.address.removeprefix("tcp://").rpartition(":")
+                one = socket.create_connection((host, int(port)))
+            else:
+                one = socket.socket(socket.AF_UNIX)
+                one.connect(str(daemon.directory / f"{to}.sock"))
+            found.append(stack.enter_context(one))
+        yield found
+
+
+def descriptors(daemon: LiveDaemon) -> int:
+    return len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+
+
+@pytest.mark.parametrize(("to", "bound"), [("worker", 128), ("peer", 256), ("control", 64)])
+def test_one_process_or_host_has_so_many_connections_and_no_more(
+    tmp_path: Path, to: str, bound: int
+) -> None:
+    """Half-open ones count, too: they have not even begun their handshake."""
+    for defence, is_bound in (("no_gate", False), (None, True)):
+        with without(defence)(tmp_path / str(defence)) as daemon, ExitStack() as stack:
+            before = descriptors(daemon)
+            for _ in range(3):  # slower than the bound on connections a second
+                stack.enter_context(half_open(daemon, to, bound // 2))
+                time.sleep(0.7)
+            grown = descriptors(daemon) - before
+            assert (grown <= bound + 4) is is_bound
+            stack.close()
+            cut = daemon.status().counters.get(f"connections_over_bound_{to}", 0)
+            assert (cut >= bound // 2 - 4) is is_bound
+
+
+def test_an_honest_worker_works_beside_a_flood_of_connections(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a") as daemon, RawWorker(daemon.directory) as honest:
+        for _ in range(5):
+            with half_open(daemon, "worker", 100):
+                assert honest.call(worker.Heartbeat()).kind == "snapshots"
+        assert daemon.status().counters["connections_over_bound_worker"] > 0
