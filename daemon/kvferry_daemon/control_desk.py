@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 
 from kvferry_daemon.access import Users
 from kvferry_daemon.core import outside as out
@@ -14,7 +15,8 @@ from kvferry_daemon.core.report import live_row, transfers
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError, exhausted
 
-ASKS_A_S = 100  # of one process: an answer may be a walk over all transfers
+ASKS_A_S = 100  # of one process
+ASK_S = 0.0025  # of the loop's time: who asks for more has asked more often, so it has a quarter
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +51,11 @@ class ControlDesk:
                 log.warning("%s is no operator and may not say %r", user, request)
                 raise FerryError(Code.CONTROL_DENIED, f"{request.kind}: {user} is no operator here")
             log.info("an operator, %s, says %r", user, request)
-        return self._frame(request, self._loop.time())
+        begun_s = monotonic()
+        try:
+            return self._frame(request, self._loop.time())
+        finally:
+            self._allowed.owe(user, (monotonic() - begun_s) / ASK_S)
 
     def _frame(self, request: control.Request, now_s: float) -> bytes:
         node = self._node

@@ -34,6 +34,7 @@ from kvferry_daemon.links.gate import Gate, bounds_of
 from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
+from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.links.zap import (
     CONTROL,
     PEER,
@@ -141,15 +142,22 @@ class Daemon:
             self._peer_socket,
             lambda frames: self._inbound.on_peer(frames, self._peers.user),
             names_users=self._keys is not None,
+            throw_out=self._gates[PEER].throw_out,
         )
         self._workers = ZmqLink(
             self._bound(self.directory.worker_socket, WORKER),
             lambda frames: self._inbound.on_worker(frames, self._workers.user),
             names_users=True,
+            throw_out=self._gates[WORKER].throw_out,
         )
         self._control = ZmqLink(
-            self._bound(self.directory.control_socket, CONTROL), self._on_control, names_users=True
+            self._bound(self.directory.control_socket, CONTROL),
+            self._on_control,
+            names_users=True,
+            throw_out=self._gates[CONTROL].throw_out,
         )
+        links = {PEER: self._peers, WORKER: self._workers, CONTROL: self._control}
+        self._pressure = Pressure((self._gates[name], link) for name, link in links.items())
         self.operators = ControlDesk(self.node, self.effects.feed, self.status, access.operators)
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
@@ -215,6 +223,7 @@ class Daemon:
         self._watch.cancel()
         self._lag.close()
         self.effects.close()  # first: what it still does goes out by what is closed below
+        self._pressure.close()
         for gate in self._gates.values():
             gate.close()
         for link in (self._workers, self._control, self._peers, self._doorkeeper):
@@ -289,6 +298,7 @@ class Daemon:
         counters = self.node.counters
         counters["ledger_commits"] = self.ledger.commits
         counters["nixl_reads"] = self.streams.nixl_reads
+        counters["connections_cut_for_memory"] = self._pressure.cuts
         for name, gate in self._gates.items():
             counters[f"connections_over_bound_{name}"] = gate.refused
 

@@ -16,7 +16,8 @@ from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.keys import Keys
-from kvferry_daemon.links import zap
+from kvferry_daemon.links import zap, zmq_link
+from kvferry_daemon.links.pressure import Pressure
 
 
 def anybody_connects() -> None:
@@ -96,6 +97,16 @@ def no_gate() -> None:
     replace(Crowd, "arrived", lambda _self, _number, _source, _now_s: "")
 
 
+def no_pressure() -> None:
+    """Memory may grow."""
+    replace(Pressure, "_relieve", lambda _self, _grown_bytes: True)
+
+
+def any_number_of_frames() -> None:
+    """A message may have as many frames as it likes."""
+    replace(zmq_link, "FRAMES_MAX", 1 << 30)
+
+
 def replace(owner: Any, name: str, weak: Any) -> None:
     """Put the weak one in place, where there was one before."""
     assert name in vars(owner), f"{owner} has no {name} any more"
@@ -114,6 +125,8 @@ WEAK: dict[str, Callable[[], None]] = {
         peers_say_who_they_are,
         no_rates,
         no_gate,
+        no_pressure,
+        any_number_of_frames,
     )
 }
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kvferry_daemon.core.allowance import NAMES_MAX, Allowances
-from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+from kvferry_daemon.core.crowd import ANYBODY, BAR_S, Bounds, Crowd
 
 
 def test_a_second_of_them_may_come_at_once_and_then_no_faster_than_they_grow_back() -> None:
@@ -15,6 +15,15 @@ def test_a_second_of_them_may_come_at_once_and_then_no_faster_than_they_grow_bac
     assert rates.wait_s("a", 5.11) == 0.0
     assert rates.wait_s("a", 5.11) > 0
     assert [rates.wait_s("a", 99.0) for _ in range(11)].count(0.0) == 10  # not saved up
+
+
+def test_what_was_worth_more_delays_the_next_one() -> None:
+    rates = Allowances(10)
+    assert rates.wait_s("a", 0.0) == 0.0
+    rates.owe("a", 19)  # of ten that there were, one taken
+    assert rates.wait_s("a", 0.0) == pytest.approx(1.1)
+    assert rates.wait_s("a", 1.0) == pytest.approx(0.1)
+    assert rates.wait_s("a", 1.11) == 0.0
 
 
 def test_names_are_bounded() -> None:
@@ -67,3 +76,15 @@ def test_connections_a_second_are_bounded() -> None:
 def test_who_is_not_known_has_only_the_bounds_of_all() -> None:
     crowd = a_crowd(of_one=1, of_one_a_s=1)
     assert [crowd.arrived(n, ANYBODY, 0.0) for n in range(5)] == [""] * 5
+
+
+def test_who_was_thrown_out_stays_away_for_a_while() -> None:
+    crowd = a_crowd()
+    assert [crowd.arrived(1, "a", 0.0), crowd.arrived(2, ANYBODY, 0.0)] == ["", ""]
+    crowd.bar(1, 0.0)
+    crowd.bar(2, 0.0)  # nobody knows who that is
+    crowd.bar(99, 0.0)  # it has ended
+    assert crowd.arrived(3, "a", BAR_S - 1) == f"a: has to stay away for {BAR_S:g} s"
+    assert [crowd.arrived(4, "b", BAR_S - 1), crowd.arrived(5, ANYBODY, BAR_S - 1)] == ["", ""]
+    assert crowd.arrived(6, "a", BAR_S) == ""
+    assert not crowd._barred

@@ -21,3 +21,8 @@ class Allowances:
         if len(self._left) > NAMES_MAX:
             del self._left[next(iter(self._left))]
         return 0.0 if taken else (1.0 - left) / self.a_s
+
+    def owe(self, name: Hashable, more: float) -> None:
+        """What was taken turned out to be worth so many more; there may be fewer than none left."""
+        left, at_s = self._left[name]
+        self._left[name] = (left - more, at_s)

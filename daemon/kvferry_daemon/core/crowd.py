@@ -6,6 +6,7 @@ from typing import NamedTuple
 from kvferry_daemon.core.allowance import Allowances
 
 ANYBODY = ""
+BAR_S = 10.0
 
 
 class Bounds(NamedTuple):
@@ -24,6 +25,7 @@ class Crowd:
         self.bounds = bounds
         self._of: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
+        self._barred: dict[str, float] = {}  # until when
         self._all = Allowances(bounds.a_s)
         self._each = Allowances(bounds.of_one_a_s)
 
@@ -42,6 +44,8 @@ class Crowd:
         """
         self.left(number)  # its number was given out again, so it has ended
         bounds, is_known = self.bounds, source != ANYBODY
+        if self._barred and self._is_barred(source, now_s):
+            return f"{source}: has to stay away for {BAR_S:g} s"
         if is_known and self._each.wait_s(source, now_s):
             return f"{source}: over {bounds.of_one_a_s:g} connections a second"
         if self._all.wait_s(ANYBODY, now_s):
@@ -53,6 +57,16 @@ class Crowd:
         self._of[number] = source
         self._counts[source] += 1
         return ""
+
+    def bar(self, number: int, now_s: float) -> None:
+        """Whoever has this connection may not come again for a while."""
+        source = self._of.get(number, ANYBODY)
+        if source != ANYBODY:
+            self._barred[source] = now_s + BAR_S
+
+    def _is_barred(self, source: str, now_s: float) -> bool:
+        self._barred = {one: until_s for one, until_s in self._barred.items() if now_s < until_s}
+        return source in self._barred
 
     def left(self, number: int) -> None:
         """A connection has ended, or was never taken in."""

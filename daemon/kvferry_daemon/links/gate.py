@@ -56,12 +56,29 @@ class Gate:
         self._listening = listening
         self._name = name
         self._crowd = crowd
+        self._endpoint = ""  # known with the first connection
         self._told_at_s = -TELL_S
         self._told_of = 0  # by the log
         self._monitor = listening.get_monitor_socket(HEARD)
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._thread = threading.Thread(target=self._run, name=f"kvferry-gate-{name}", daemon=True)
         self._thread.start()
+
+    @property
+    def connections(self) -> list[int]:
+        """Descriptors of those that are in."""
+        return self._crowd.numbers
+
+    def cut(self, descriptor: int) -> None:
+        """End a connection, if it is still one of ours; libzmq lets go of what it has of it."""
+        with suppress(OSError), opened(descriptor) as connection:
+            if self._endpoint.endswith(listening_at(connection)):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def throw_out(self, descriptor: int) -> None:
+        """End the connection of somebody who cannot be honest, and let him wait before the next."""
+        self._crowd.bar(descriptor, monotonic())
+        self.cut(descriptor)
 
     def close(self) -> None:
         """Before the socket closes."""
@@ -74,16 +91,16 @@ class Gate:
                 facts, endpoint = self._monitor.recv_multipart()
                 event, descriptor = EVENT.unpack(facts)
                 if event == zmq.EVENT_ACCEPTED:
-                    self._arrived(descriptor, endpoint.decode())
+                    self._endpoint = endpoint.decode()
+                    self._arrived(descriptor)
                 elif event == zmq.EVENT_DISCONNECTED:
                     self._crowd.left(descriptor)
                 else:
                     return
 
-    def _arrived(self, descriptor: int, endpoint: str) -> None:
-        why = ""
+    def _arrived(self, descriptor: int) -> None:
         with suppress(OSError), opened(descriptor) as connection:
-            if not endpoint.endswith(listening_at(connection)):
+            if not self._endpoint.endswith(listening_at(connection)):
                 return  # it has ended by itself, and its number is another one's by now
             why = self._crowd.arrived(descriptor, source_of(connection), monotonic())
             if why:

@@ -20,6 +20,8 @@ NOW = int(zmq.NOBLOCK)  # numbers: to combine two of libzmq's enums costs more t
 NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 # The property of a message that the doorkeeper's answer set; as bytes, or it is encoded each time.
 USER: Any = b"User-Id"
+FROM: Any = b"__fd"  # the descriptor of the connection that it came by
+FRAMES_MAX = 8  # our messages have two, the route included
 
 
 class ZmqLink:
@@ -31,12 +33,19 @@ class ZmqLink:
         on_message: Callable[[list[bytes]], None],
         *,
         names_users: bool = False,
+        throw_out: Callable[[int], None] | None = None,
     ) -> None:
-        """``names_users``: the socket is guarded; see ``user``."""
+        """``names_users``: the socket is guarded; see ``user``.
+
+        ``throw_out`` is told the descriptor of a connection that sends messages of no end.
+        """
         self._socket = socket
         self._names_users = names_users
         self.user = ""  # who sent the message that is being handed over, as the doorkeeper knows it
         self._on_message = on_message
+        self._throw_out = throw_out
+        self._skipping = False  # the rest of a message that has far too many frames
+        self.heard: set[int] | None = None  # while somebody wants to know: who has sent messages
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._is_drain_due = False
@@ -87,8 +96,9 @@ class ZmqLink:
                 except zmq.Again:
                     is_empty = True
                     return
-                self.messages += 1
-                self._on_message(frames)
+                if frames:
+                    self.messages += 1
+                    self._on_message(frames)
                 if monotonic() >= until_s:
                     return
         finally:
@@ -98,17 +108,33 @@ class ZmqLink:
                 self._drain_soon()
 
     def _received(self) -> list[bytes]:
-        """One message: the frames of a message are there together."""
+        """One message: the frames of a message are there together. Nothing: some were skipped."""
+        if self._skipping:
+            return self._skip()
         frame = self._socket.recv(NOW, copy=False)
         frames = [frame.bytes]
-        while frame.more:
+        while frame.more and len(frames) < FRAMES_MAX:
             frame = self._socket.recv(NOW, copy=False)
             frames.append(frame.bytes)
+        if frame.more:
+            self._skipping = True
+            if self._throw_out is not None:
+                self._throw_out(int(frame.get(FROM)))
+        if self.heard is not None:
+            self.heard.add(int(frame.get(FROM)))
         if (
             self._names_users
         ):  # of the connection it came by: a route says less, it may be taken over
             self.user = frame.get(USER)
         return frames
+
+    def _skip(self) -> list[bytes]:
+        """There may be millions; others get their turn between some of them."""
+        for _ in range(FRAMES_MAX):
+            if not self._socket.recv(NOW, copy=False).more:
+                self._skipping = False
+                break
+        return []
 
 
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:

@@ -1,0 +1,137 @@
+"""Cuts off who makes the daemon's memory grow by what it never takes or never finishes.
+
+libzmq keeps what it has of a message until all of it is there, and what it has for somebody until he
+reads it, both without a bound in bytes. While memory grows that is no pool's, who goes on with a
+message that has no end is thrown out. If nobody does, whoever brings no whole message is cut, and
+who takes too little or sends too much: honest ones connect again, and their calls are repeated.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+from array import array
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from fcntl import ioctl
+from pathlib import Path
+from termios import FIONREAD
+from termios import TIOCOUTQ as SIOCOUTQ
+
+from kvferry_daemon.links.gate import Gate
+from kvferry_daemon.links.zmq_link import ZmqLink
+
+GROWTH_BYTES = 64 << 20
+LOOK_S = 0.05
+WATCH_S, LOOKS = 0.1, 4
+RELIEF_S = 0.3  # until libzmq has let go of it
+FULL_BYTES = 1 << 15  # of what a connection has not taken yet
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+STATM = Path("/proc/self/statm")
+log = logging.getLogger(__name__)
+
+
+class Pressure:
+    """A thread that looks at the process's memory twenty times a second."""
+
+    def __init__(self, doors: Iterable[tuple[Gate, ZmqLink]]) -> None:
+        self._doors = list(doors)
+        self.cuts = 0
+        self._base_bytes = own_bytes()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvferry-pressure", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Before the gates close."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(LOOK_S):
+            now_bytes = own_bytes()
+            self._base_bytes = min(self._base_bytes, now_bytes)
+            if now_bytes - self._base_bytes < GROWTH_BYTES:
+                continue
+            if not self._relieve(now_bytes - self._base_bytes):
+                self._base_bytes = own_bytes()  # what is left, something of ours needs
+
+    def _relieve(self, grown_bytes: int) -> bool:
+        """Cut who may be the cause; return whether it is evident that somebody was."""
+        seen = self._watch()
+        pouring = [one for one in seen if one.is_pouring]
+        others = [one for one in seen if one.may_be_it or (not pouring and not one.has_spoken)]
+        others = [one for one in others if one not in pouring]
+        for one in pouring:
+            one.gate.throw_out(one.descriptor)
+        for one in others:
+            one.gate.cut(one.descriptor)
+        self.cuts += len(pouring) + len(others)
+        log.warning(
+            "memory grew by %d MiB: cut %d connections that brought no end of a message, and %d "
+            "that may have been the cause",
+            grown_bytes >> 20,
+            len(pouring),
+            len(others),
+        )
+        self._stopping.wait(RELIEF_S)
+        ctypes.CDLL(None).malloc_trim(0)
+        return bool(pouring)
+
+    def _watch(self) -> list["Seen"]:
+        """What connections do for a while."""
+        for _, link in self._doors:
+            link.heard = set()
+        seen = [Seen(gate, one) for gate, _ in self._doors for one in gate.connections]
+        for _ in range(LOOKS):
+            self._stopping.wait(WATCH_S / LOOKS)
+            for one in seen:
+                one.look()
+        heard: set[int] = set()
+        for _, link in self._doors:
+            heard |= link.heard or set()
+            link.heard = None
+        for one in seen:
+            one.has_spoken = one.descriptor in heard
+        return seen
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """A connection, for as long as it is watched."""
+
+    gate: Gate
+    descriptor: int
+    has_spoken: bool = False  # it brought a whole message
+    sending: int = 0  # looks at which there was more of it to read
+    unread: int = 0  # looks at which it had much to take
+
+    def look(self) -> None:
+        """Ask the kernel what has not been read, at either end."""
+        self.sending += queued_bytes(self.descriptor, FIONREAD) > 0
+        self.unread += queued_bytes(self.descriptor, SIOCOUTQ) >= FULL_BYTES
+
+    @property
+    def is_pouring(self) -> bool:
+        """Whether it goes on with a message that has no end; nobody honest does."""
+        return not self.has_spoken and self.sending * 2 >= LOOKS
+
+    @property
+    def may_be_it(self) -> bool:
+        """Whether it takes what it is sent, or lets us take what it sends, far too slowly."""
+        return self.unread == LOOKS or self.sending == LOOKS
+
+
+def queued_bytes(descriptor: int, which: int) -> int:
+    """What the kernel has of a connection, for us or for the other side."""
+    count = array("i", [0])
+    with suppress(OSError):  # it has ended
+        ioctl(descriptor, which, count)
+    return count[0]
+
+
+def own_bytes() -> int:
+    """Resident memory without pools and other shared mappings."""
+    _, resident, shared, *_ = map(int, STATM.read_text().split())
+    return (resident - shared) * PAGE_BYTES

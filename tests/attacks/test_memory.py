@@ -1,0 +1,143 @@
+"""Messages without an end, and answers that nobody takes: what libzmq would keep for ever."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from attacks.scene import without
+from attacks.zmtp import MORE, frame, joined
+from kvferry_client import connect
+from kvferry_proto import worker
+from kvferry_proto.layout import Layout
+from kvferry_proto.states import Role
+from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
+
+MIB = 1 << 20
+POURED_MIB = 600
+BOUND_MIB = 400  # more than the daemon had, at any time
+POLLS = 3000
+UNREAD_MIB = 160
+WAIT_S = 20.0
+
+
+def memory_mib(daemon: LiveDaemon) -> float:
+    """What the daemon has beside pools."""
+    facts = Path(f"/proc/{daemon.process.pid}/statm").read_text().split()
+    return (int(facts[1]) - int(facts[2])) * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def poured(one: socket.socket, data: bytes, times: int, look: Callable[[], float]) -> float:
+    """Send until it is cut, and return what ``look`` saw at most."""
+    most = look()
+    try:
+        for _ in range(times):
+            one.sendall(data)
+            most = max(most, look())
+    except OSError:  # cut; with its window shut, the kernel does not even tell the sender
+        pass
+    return most
+
+
+def is_cut(one: socket.socket) -> bool:
+    """Whether the connection ends, after what was said on it before."""
+    one.settimeout(WAIT_S)
+    try:
+        while one.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("to", ["worker", "control", "peer"])
+def test_a_message_without_an_end_is_cut(tmp_path: Path, to: str) -> None:
+    endless = frame(bytes(MIB), MORE)
+    for defence, is_bound in (("no_pressure", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            connect(daemon.directory, LAYOUT) as honest,
+        ):
+            at = daemon.address if to == "peer" else f"ipc://{daemon.directory / to}.sock"
+            before = memory_mib(daemon)
+            with joined(at) as one:
+                most = poured(one, endless, POURED_MIB, lambda: memory_mib(daemon))
+                assert (most - before < BOUND_MIB) is is_bound
+                if not is_bound:
+                    continue
+                assert is_cut(one)
+            until_s = time.monotonic() + WAIT_S
+            while memory_mib(daemon) - before > 64:
+                assert time.monotonic() < until_s, memory_mib(daemon)
+                time.sleep(0.05)
+            assert honest.call(worker.Heartbeat()).kind == "snapshots"
+            assert "cut 1 connections that brought no end of a message" in daemon.log()
+            assert stays_away(at)
+
+
+def test_a_message_of_far_too_many_frames_ends_its_connection(tmp_path: Path) -> None:
+    many = frame(b"x", MORE) * 20_000 + frame(b"x", 0)
+    for defence, ends in (("any_number_of_frames", False), (None, True)):
+        with without(defence)(tmp_path / str(defence)) as daemon:
+            with joined(f"ipc://{daemon.directory / 'worker.sock'}") as one:
+                one.sendall(many)
+                if ends:
+                    assert is_cut(one)
+                    assert stays_away(f"ipc://{daemon.directory / 'worker.sock'}")
+                else:
+                    assert b"bad_message" in one.recv(1 << 12)
+                    one.sendall(frame(b"again", 0))
+                    assert b"bad_message" in one.recv(1 << 12)
+            assert daemon.status().counters["bad_messages_worker"] >= 1
+
+
+def test_who_does_not_take_his_answers_is_cut(tmp_path: Path) -> None:
+    aux = {name: bytes(1 << 16) for name in ("a", "b", "c")}
+    layout = Layout(planes=LAYOUT.planes, aux=tuple(aux), block_size_tokens=BLOCK)
+    for defence, is_bound in (("no_pressure", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            RawWorker(daemon.directory, layout) as one_here,
+        ):
+            assert one_here.welcome is not None
+            one_here.snapshot(worker.Send(transfer_id="t", total_tokens=BLOCK, aux=aux))
+            one_here.snapshot(worker.Receive(transfer_id="t"))
+            one_here.wait_for(Role.SINK, lambda seen: seen.aux is not None)
+            before = memory_mib(daemon)
+            secret = one_here.welcome.session
+            hello = worker.Hello(lock=one_here.lock_name, layout=layout, session=secret)
+            watched = worker.Watched(role=Role.SINK, transfer_id="t")
+            poll = frame(worker.CALLS.encode(worker.Poll(transfers=[watched])), 0)
+            with joined(f"ipc://{daemon.directory / 'worker.sock'}") as one:
+                one.sendall(frame(worker.CALLS.encode(hello), 0))
+                most = poured(one, poll, POLLS, lambda: memory_mib(daemon))
+                until_s = time.monotonic() + WAIT_S
+                while most - before < UNREAD_MIB and not is_gone(one):
+                    most = max(most, memory_mib(daemon))
+                    assert time.monotonic() < until_s, most
+                assert (most - before < UNREAD_MIB) is is_bound
+            if is_bound:
+                assert daemon.status().counters["connections_cut_for_memory"] >= 1
+
+
+def stays_away(address: str) -> bool:
+    """Whether who comes again at once is cut, in his handshake or right behind it."""
+    try:
+        with joined(address) as again:
+            return is_cut(again)
+    except OSError:
+        return True
+
+
+def is_gone(one: socket.socket) -> bool:
+    """Whether it was cut, though much of what was said on it is not read yet."""
+    try:
+        one.sendall(frame(b"", 0))
+    except OSError:
+        return True
+    return False

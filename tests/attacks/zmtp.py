@@ -1,0 +1,45 @@
+"""ZMTP 3.0 spoken by hand: libzmq itself does not send half of a message."""
+
+import socket
+from pathlib import Path
+
+GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+MORE, LONG, COMMAND = 1, 2, 4
+WAIT_S = 15
+
+
+def frame(body: bytes, flags: int) -> bytes:
+    """A frame as it is on the wire."""
+    if len(body) < 256:
+        return bytes((flags, len(body))) + body
+    return bytes((flags | LONG,)) + len(body).to_bytes(8, "big") + body
+
+
+def joined(address: str) -> socket.socket:
+    """A connection to a ROUTER, past its handshake (NULL); OSError if it was cut."""
+    if address.startswith("tcp://"):
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        one = socket.create_connection((host, int(port)))
+    else:
+        one = socket.socket(socket.AF_UNIX)
+        one.connect(str(Path(address.removeprefix("ipc://"))))
+    one.settimeout(WAIT_S)
+    try:
+        _shake_hands(one)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _shake_hands(one: socket.socket) -> None:
+    one.sendall(GREETING)
+    name, value = b"Socket-Type", b"DEALER"
+    ready = b"\x05READY" + bytes((len(name),)) + name + len(value).to_bytes(4, "big") + value
+    one.sendall(frame(ready, COMMAND))
+    taken = b""
+    while len(taken) < len(GREETING) + 2 or len(taken) < len(GREETING) + 2 + taken[65]:
+        part = one.recv(1)  # and nothing of what comes behind it
+        if not part:
+            raise ConnectionResetError("cut in the handshake")
+        taken += part
