@@ -125,6 +125,7 @@ class Config(Deadlines):
     )
     copy_cpus: str = Field("", description="CPUs for copying, such as 0-3,8")
     transfers_max: int = Field(20_000, ge=1)
+    worker_transfers_max: int = Field(16_000, ge=1, description="of one worker")
     workers_max: int = Field(1024, ge=1)
     connections_max: int = Field(
         4096, ge=1, le=1 << 16, description="at once, to the worker and to the peer socket each"

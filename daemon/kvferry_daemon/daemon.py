@@ -298,6 +298,7 @@ class Daemon:
         counters = self.node.counters
         counters["ledger_commits"] = self.ledger.commits
         counters["nixl_reads"] = self.streams.nixl_reads
+        counters["handshakes_refused"] = self.streams.listener.refused
         counters["connections_cut_for_memory"] = self._pressure.cuts
         for name, gate in self._gates.items():
             counters[f"connections_over_bound_{name}"] = gate.refused
@@ -315,6 +316,7 @@ class Daemon:
         links = (self._workers, self._peers, self._control)
         return Facts(
             now_s=asyncio.get_running_loop().time,
+            insecure=self.config.is_open_to_all,
             status=self.status,
             loop=self._lag.status,
             not_sent=lambda: sum(link.dropped for link in links),

@@ -107,6 +107,7 @@ def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) ->
         chunk_bytes=int(config.chunk_bytes),
         transfers_max=config.transfers_max,
         workers_max=config.workers_max,
+        worker_transfers_max=config.worker_transfers_max,
         deadline_max_s=config.deadline_max_s,
         device=config.device,
     )

@@ -90,6 +90,24 @@ def test_an_operator_that_asks_too_much_is_told_when_to_try_again(tmp_path: Path
                 assert refused[0].error.retry_after_s is not None
 
 
+def test_a_worker_has_so_many_transfers_and_others_still_open_theirs(tmp_path: Path) -> None:
+    for few, over in ((8, False), (4, True)):
+        with (
+            LiveDaemon(tmp_path / str(few), worker_transfers_max=few) as daemon,
+            RawWorker(daemon.directory) as hog,
+            RawWorker(daemon.directory) as other,
+        ):
+            for number in range(4):
+                hog.snapshot(worker.Send(transfer_id=f"t{number}"))
+            reply = hog.call(worker.Send(transfer_id="one-more"))
+            assert isinstance(reply, worker.Failure) is over
+            if over:
+                assert reply.error.code == Code.RESOURCE_EXHAUSTED
+                assert reply.error.retry_after_s == 1.0
+                hog.snapshot(worker.Send(transfer_id="t0"))  # one that it has
+            other.snapshot(worker.Send(transfer_id="of-another"))
+
+
 @contextmanager
 def half_open(daemon: LiveDaemon, to: str, count: int) -> Iterator[list[socket.socket]]:
     """Connections that never say a word."""

@@ -97,7 +97,7 @@ def test_a_message_of_far_too_many_frames_ends_its_connection(tmp_path: Path) ->
 
 
 def test_who_does_not_take_his_answers_is_cut(tmp_path: Path) -> None:
-    aux = {name: bytes(1 << 16) for name in ("a", "b", "c")}
+    aux: dict[str, int | float | str | bytes] = {name: bytes(1 << 16) for name in "abc"}
     layout = Layout(planes=LAYOUT.planes, aux=tuple(aux), block_size_tokens=BLOCK)
     for defence, is_bound in (("no_pressure", False), (None, True)):
         with (

@@ -5,7 +5,7 @@ import pytest
 from core.test_sink_table import after, pulled
 from core.test_source_table import source_in
 from kvferry_daemon.core import events as ev
-from kvferry_daemon.core.sink_daemons import SINKS_MAX, SinkDaemons
+from kvferry_daemon.core.sink_daemons import LINKS_OF_ONE, SINKS_MAX, SinkDaemons
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import PeerHello
 from kvferry_proto.states import State
@@ -71,6 +71,17 @@ def test_the_silent_ones_are_forgotten_first() -> None:
     assert daemons.hello(b"r", "", hello(f"{1:016x}", 1, f"{1:016x}"), 0.0) == [
         f"{2:016x}"
     ]  # may return
+
+
+def test_one_peer_has_so_many_links_and_drives_nobody_out() -> None:
+    daemons = SinkDaemons()
+    daemons.hello(b"r", "honest", hello(FIRST, 1), 0.0)
+    for number in range(LINKS_OF_ONE):  # each under an id that it makes up
+        assert daemons.hello(b"r", "hog", hello(f"{number:016x}", 1, f"{number:016x}"), 0.0) == []
+    over = daemons.hello(b"r", "hog", hello("f" * 16, 1, "f" * 16), 0.0)
+    assert over == [f"{0:016x}"]
+    assert f"{0:016x}" not in daemons
+    assert FIRST in daemons
 
 
 def test_a_source_goes_on_with_the_next_life_of_its_sink_and_its_new_numbers() -> None:

@@ -57,6 +57,7 @@ class Settings:
     chunk_bytes: int
     transfers_max: int
     workers_max: int
+    worker_transfers_max: int = 1 << 30
     deadline_max_s: float = 3600.0
     device: str = HOST  # where new pools lie
 

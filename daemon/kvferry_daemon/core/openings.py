@@ -49,6 +49,8 @@ class Openings:
             raise FerryError(Code.DRAINING, "no new transfers are taken")
         if len(node.transfers) >= node.settings.transfers_max:
             raise exhausted(f"{len(node.transfers)} transfers are open already")
+        if len(session.keys) >= node.settings.worker_transfers_max:
+            raise exhausted(f"this worker has {len(session.keys)} transfers open")
         timing, now_s = timing_of(call, node.settings), node.now_s
         if isinstance(call, worker.Receive):
             node.sinks.check_room(opening.source)

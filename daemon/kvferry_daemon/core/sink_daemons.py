@@ -8,6 +8,7 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import PeerHello
 
 SINKS_MAX = 4096
+LINKS_OF_ONE = 64  # a daemon has one; those of a node may share a key
 
 
 def known_as(daemon_id: str, peer: str) -> str:
@@ -62,9 +63,19 @@ class SinkDaemons:
         self._links.setdefault(daemon_id, set()).add(hello.boot_id)
         if len(self._by_boot) - len(over) > SINKS_MAX:
             over.append(next(iter(self._by_boot)))
+        over += self._of_one(peer, daemon_id, over)
         for boot_id in over:
             self._forget(boot_id)
         return over
+
+    def _of_one(self, peer: str, daemon_id: str, over: list[str]) -> list[str]:
+        """The links that one peer has too many: those that have said nothing for longest."""
+        mine = [
+            boot_id
+            for boot_id, one in self._by_boot.items()
+            if (one.peer or one.daemon_id) == (peer or daemon_id) and boot_id not in over
+        ]
+        return mine[: max(0, len(mine) - LINKS_OF_ONE)]
 
     def _forget(self, boot_id: str) -> None:
         daemon_id = self._by_boot.pop(boot_id).daemon_id

@@ -11,6 +11,7 @@ class Facts:
     """Questions to the daemon; each is asked anew for every answer."""
 
     now_s: Callable[[], float]  # the books' clock, which they themselves read at events only
+    insecure: bool
     status: Callable[[], control.Status]
     loop: Callable[[], control.LoopStatus]
     not_sent: Callable[[], int]  # messages that no link could take

@@ -30,6 +30,13 @@ DROPS = (  # counters of what was read or made in vain
     "chunks_drained", "chunks_missed", "bad_messages_worker", "bad_messages_peer",
     "bad_messages_control", "unsendable_messages", "news_lost", "effects_failed",
 )  # fmt: skip
+REFUSALS = (  # counters of who was let in no further, by a bound or because he may not
+    "connections_refused", "connections_over_bound_worker", "connections_over_bound_peer",
+    "connections_over_bound_control", "connections_cut_for_memory", "handshakes_refused",
+    "http_refused", "messages_over_rate_worker", "messages_over_rate_peer",
+    "messages_over_rate_control", "refused_resource_exhausted", "operators_refused",
+    "peers_not_trusted", "refused_not_your_transfer",
+)  # fmt: skip
 LATE_MS = (2, 10, 100)
 EXEMPLAR_ID_MAX = 128 - len("transfer_id")  # a longer one makes the whole scrape invalid
 
@@ -52,6 +59,8 @@ class NodeCollector(Collector):
         live = list(self._node.transfers.values())
         yield InfoMetricFamily("kvferry_build", "Which daemon", {"version": our_version()})
         yield _gauge("kvferry_draining", "1 while no new transfers are taken", self._node.draining)
+        words = "1 while whoever reaches the peer socket from elsewhere may pull payload"
+        yield _gauge("kvferry_insecure", words, self._facts.insecure)
         yield _gauge("kvferry_workers", "Sessions of workers", len(self._node.sessions))
         yield from self._transfers(live)
         yield from self._stalls(live)
@@ -186,6 +195,12 @@ class NodeCollector(Collector):
             drops.add_metric((reason,), self._node.counters[reason])
         drops.add_metric(("messages_not_sent",), self._facts.not_sent())
         yield drops
+        refused = CounterMetricFamily(
+            "kvferry_refused", "Connections, messages and requests refused", labels=("reason",)
+        )
+        for reason in REFUSALS:
+            refused.add_metric((reason,), self._node.counters[reason])
+        yield refused
         lost = self._node.counters["peers_lost"]
         yield CounterMetricFamily("kvferry_peers_lost", "Peers that fell silent", value=lost)
 

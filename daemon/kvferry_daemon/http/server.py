@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from kvferry_daemon.core.explain import explain
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.report import transfers
+from kvferry_daemon.http.door import Handler, HttpDoor
 from kvferry_daemon.http.facts import Facts
 from kvferry_daemon.http.metrics import NodeCollector, render
 from kvferry_proto import control
 
 EVERY_S = 1.0
+TAKEN_S = 10.0
 ROWS_MAX = 100  # of a live page: each costs the loop some 30 us a second
 WATCHERS_MAX = 16
 SHUT_S = 1.0
@@ -43,7 +45,7 @@ class HttpServer:
         self._watchers = 0
         self._shown_at_s = -EVERY_S
         self._shown = b""
-        app = web.Application()
+        app = web.Application(middlewares=[self._through_the_door])
         app.add_routes([web.get(path, self._page) for path in PAGE])
         app.add_routes(
             [
@@ -55,6 +57,8 @@ class HttpServer:
             ]
         )
         self._files = {path: files(__package__).joinpath(PAGE[path]).read_text() for path in PAGE}
+        self._door: HttpDoor | None = None
+        self._listening: asyncio.Server | None = None
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUT_S)
 
     @classmethod
@@ -62,12 +66,24 @@ class HttpServer:
         """Answer on a socket that listens already."""
         server = cls(node, facts)
         await server._runner.setup()
-        await web.SockSite(server._runner, listener).start()
+        assert server._runner.server is not None
+        server._door = HttpDoor(server._runner.server, server._on_refused)
+        server._listening = await server._loop.create_server(server._door, sock=listener)
         return server
+
+    def _on_refused(self) -> None:
+        self._node.counters["http_refused"] += 1
+
+    @web.middleware
+    async def _through_the_door(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        assert self._door is not None
+        return await self._door.answer(request, handler)
 
     async def close(self) -> None:
         """Let those who watch go, and answer nobody any more."""
         self._closing.set()
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -111,9 +127,10 @@ class HttpServer:
         try:
             await response.prepare(request)
             while not self._closing.is_set():
-                await response.write(b"data: " + self._live() + b"\n\n")
+                async with asyncio.timeout(TAKEN_S):  # who never reads must not keep his place
+                    await response.write(b"data: " + self._live() + b"\n\n")
                 await self._pause()
-        except ConnectionResetError:  # who watched has gone
+        except (ConnectionResetError, TimeoutError):  # who watched has gone, or does not look
             pass
         finally:
             self._watchers -= 1

@@ -5,6 +5,7 @@ import errno
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Hashable
 
 from kvferry_daemon.transports.tcp.events import Post, StreamOpened
@@ -19,7 +20,9 @@ from kvferry_proto.chunk import (
 )
 
 HANDSHAKE_S = 5.0
-HANDSHAKES_MAX = 32
+HANDSHAKES_MAX = 64
+HANDSHAKES_OF_ONE = 16  # host: as many as a daemon has streams to another
+REFUSED_S = 0.001  # before the next one: who floods us waits in the kernel's queue
 AGAIN_S = 0.1
 SOCKET_BUFFER_BYTES = 4 << 20
 
@@ -65,7 +68,8 @@ class Listener:
         self._ticket_of: dict[Hashable, bytes] = {}
         self._shown: set[Hashable] = set()  # their connections are on their way to the loop
         self._closed = False
-        self._handshakes = threading.Semaphore(HANDSHAKES_MAX)
+        self._handshakes: Counter[str] = Counter()  # under way, by host
+        self.refused = 0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._sock = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
         self.port = int(self._sock.getsockname()[1])
@@ -107,24 +111,43 @@ class Listener:
     def _run(self) -> None:
         while True:
             try:
-                sock, _ = self._sock.accept()
+                sock, address = self._sock.accept()
             except OSError as error:
                 if self._closed:
                     return
                 if error.errno != errno.ECONNABORTED:  # it may also be the last error of a network
                     time.sleep(AGAIN_S)  # or we are out of something: others will give some back
                 continue
-            if not self._handshakes.acquire(blocking=False):
+            host = address[0]
+            if not self._may_begin(host):
+                self.refused += 1
                 sock.close()
+                time.sleep(REFUSED_S)
                 continue
             try:
-                threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+                threading.Thread(target=self._greet, args=(sock, host), daemon=True).start()
             except RuntimeError:  # no thread to be had
-                self._handshakes.release()
+                self._has_ended(host)
                 sock.close()
                 time.sleep(AGAIN_S)
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _may_begin(self, host: str) -> bool:
+        with self._lock:
+            if (
+                self._handshakes[host] >= HANDSHAKES_OF_ONE
+                or self._handshakes.total() >= HANDSHAKES_MAX
+            ):
+                return False
+            self._handshakes[host] += 1
+            return True
+
+    def _has_ended(self, host: str) -> None:
+        with self._lock:
+            self._handshakes[host] -= 1
+            if not self._handshakes[host]:
+                del self._handshakes[host]
+
+    def _greet(self, sock: socket.socket, host: str) -> None:
         try:
             tune(sock)
             key = self._check(read_greeting(_receive(sock, GREETING_BYTES)))
@@ -133,7 +156,7 @@ class Listener:
         except (OSError, BadChunk):
             key = None
         finally:
-            self._handshakes.release()
+            self._has_ended(host)
         if key is None:
             sock.close()
             return

@@ -1,0 +1,83 @@
+"""Who connects to the HTTP port without an end, says nothing, or asks too much."""
+
+import socket
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from attacks.scene import without
+from http_daemon import metrics_of
+from live import LiveDaemon
+
+CONNECTIONS = 128
+REQUESTS = 1000
+WAIT_S = 20.0
+
+
+def connected(daemon: LiveDaemon) -> socket.socket:
+    host, _, port = daemon.http.removeprefix("http://").rpartition(":")
+    one = socket.create_connection((host, int(port)))
+    one.settimeout(WAIT_S)
+    return one
+
+
+def ends(one: socket.socket) -> bool:
+    """Whether the other side closes."""
+    try:
+        while one.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def refused(daemon: LiveDaemon) -> int:
+    return daemon.status().counters.get("http_refused", 0)
+
+
+def test_connections_are_bounded_and_silent_ones_are_cut(tmp_path: Path) -> None:
+    for defence, is_bound in (("open_http", False), (None, True)):
+        with without(defence)(tmp_path / str(defence), http_port=0) as daemon, ExitStack() as stack:
+            many = [stack.enter_context(connected(daemon)) for _ in range(CONNECTIONS + 20)]
+            for one in many[CONNECTIONS:]:
+                one.settimeout(WAIT_S if is_bound else 0.05)
+            assert all(map(ends, many[CONNECTIONS:])) is is_bound
+            if is_bound:
+                many[0].sendall(b"GET / HT")  # and never the rest
+                assert ends(many[0])
+                assert ends(many[1])
+                assert refused(daemon) >= 20
+                until_s = time.monotonic() + WAIT_S
+                while refused(daemon) < CONNECTIONS + 20:
+                    assert time.monotonic() < until_s, refused(daemon)
+                    time.sleep(0.1)
+                assert "kvferry_build_info" in metrics_of(daemon)
+
+
+def test_requests_behind_the_first_one_are_not_kept(tmp_path: Path) -> None:
+    for defence, answered in (("open_http", REQUESTS), (None, 1)):
+        with (
+            without(defence)(tmp_path / str(defence), http_port=0) as daemon,
+            connected(daemon) as one,
+        ):
+            one.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * REQUESTS)
+            said = b""
+            with suppress(ConnectionResetError):
+                while said.count(b"200 OK") < REQUESTS and (part := one.recv(1 << 16)):
+                    said += part
+            assert said.count(b"200 OK") in {1: (0, 1), REQUESTS: (REQUESTS,)}[answered]
+
+
+def test_a_host_that_asks_too_much_is_told_when_to_ask_again(tmp_path: Path) -> None:
+    for defence, is_bound in (("no_rates", False), (None, True)):
+        with without(defence)(tmp_path / str(defence), http_port=0) as daemon:
+            told = []
+            for _ in range(80):
+                with connected(daemon) as one:
+                    one.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                    told.append(one.recv(1 << 12))
+            late = [answer for answer in told if b" 503 " in answer]
+            assert bool(late) is is_bound
+            assert all(b"Retry-After: " in answer for answer in late)
