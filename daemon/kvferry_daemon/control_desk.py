@@ -8,6 +8,7 @@ from time import monotonic
 from kvferry_daemon.access import Users
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.events import Key
 from kvferry_daemon.core.explain import explain, near_ids
 from kvferry_daemon.core.node import AnyTransfer, Node
@@ -17,7 +18,6 @@ from kvferry_proto.errors import Code, FerryError, exhausted
 
 ASKS_A_S = 100  # of one process
 ASK_S = 0.0025  # of the loop's time: who asks for more has asked more often, so it has a quarter
-log = logging.getLogger(__name__)
 
 
 class ControlDesk:
@@ -48,14 +48,32 @@ class ControlDesk:
         if isinstance(request, control.CHANGES):
             if not self._operators.has(user):
                 self._node.counters["operators_refused"] += 1
-                log.warning("%s is no operator and may not say %r", user, request)
+                self._note("operator_refused", user, request)
                 raise FerryError(Code.CONTROL_DENIED, f"{request.kind}: {user} is no operator here")
-            log.info("an operator, %s, says %r", user, request)
+            self._note("operator", user, request)
         begun_s = monotonic()
         try:
             return self._frame(request, self._loop.time())
         finally:
             self._allowed.owe(user, (monotonic() - begun_s) / ASK_S)
+
+    def _note(self, what: str, user: str, request: control.Request) -> None:
+        match request:
+            case control.SetDraining():
+                why = "" if request.draining else "no more"
+            case control.SetLogLevel():
+                why = request.level
+            case _:
+                why = getattr(request, "reason", "")
+        deed = Deed(
+            what,
+            user,
+            asked=request.kind,
+            transfer_id=getattr(request, "transfer_id", None) or "",
+            attempt=getattr(request, "attempt", None),
+            why=why,
+        )
+        self._node.deeds.append(deed)
 
     def _frame(self, request: control.Request, now_s: float) -> bytes:
         node = self._node

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvferry_daemon.audit import Audit
 from kvferry_daemon.copies import Copies
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
@@ -49,6 +50,7 @@ class Effects:
         """``device``: where new pools lie; None: in host memory."""
         self._node = node
         self._loop = asyncio.get_running_loop()
+        self._audit = Audit()
         self._streams: Streams | None = None
         self._ledger: Ledger | None = None
         self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
@@ -112,6 +114,8 @@ class Effects:
         finally:
             self._feeding = False
             self._arm()
+            while self._node.deeds:
+                self._audit.tell(self._node.deeds.popleft())
 
     def _perform_once_written(self, effects: list[out.NodeEffect], *, at_once: bool) -> None:
         """Nobody sees what the ledger does not hold: effects wait for the writes before them."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.links.liveness import Liveness
@@ -110,6 +111,8 @@ class Inbound:
     def distrusted(self, why: str) -> peer.PeerRefused:
         """What a daemon gets whose key is not in the list."""
         self._node.counters["peers_not_trusted"] += 1
+        code = Code.NOT_TRUSTED.value
+        self._node.deeds.append(Deed("peer_refused", "", code=code, why=why))
         info = ErrorInfo.of(Code.NOT_TRUSTED, why)
         return peer.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
 
@@ -127,7 +130,13 @@ class Inbound:
 
     def _is_to_be_told(self, kind: str, who: str | bytes) -> bool:
         self._node.counters[f"messages_over_rate_{kind}"] += 1
-        return not self._told.wait_s(who, self._now_s())
+        if self._told.wait_s(who, self._now_s()):
+            return False
+        user = who if isinstance(who, str) else "in clear"
+        what = "refused" if kind == "worker" else "peer_refused"
+        code = Code.RESOURCE_EXHAUSTED.value
+        self._node.deeds.append(Deed(what, user, code=code, why="too many messages a second"))
+        return True
 
     def _over(self, wait_s: float) -> FerryError:
         a_s = self._allowed.a_s

@@ -14,6 +14,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
+from kvferry_daemon.core.deeds import KEPT_MAX, Deed
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.meters import Meters
@@ -111,6 +112,7 @@ class Node:
         self.polls = Polls()
         self.boards = Boards()
         self.effects: list[out.NodeEffect] = []
+        self.deeds: deque[Deed] = deque(maxlen=KEPT_MAX)  # for whoever keeps an audit log
         self._changed: dict[ev.Key, int] = {}
         self._queue: deque[tuple[ev.Key, object]] = deque()
         self._timers: list[tuple[float, int, object]] = []
@@ -212,7 +214,21 @@ class Node:
         self.current[key.role, key.transfer_id] = key.attempt
         self.sessions[transfer.opening.session].keys.add(key)
         self.counters[f"{key.role.value}_opened"] += 1
+        self.note("opened", self.sessions[transfer.opening.session], key)
         self.run_now(key, self._tick(transfer))
+
+    def note(self, what: str, session: Session, key: ev.Key, why: str = "") -> None:
+        """A worker did something to a transfer."""
+        deed = Deed(
+            what,
+            session.user,
+            session.name,
+            role=key.role.value,
+            transfer_id=key.transfer_id,
+            attempt=key.attempt,
+            why=why,
+        )
+        self.deeds.append(deed)
 
     def make_session(self, secret: str, hello: worker.Hello, pool_id: str, user: str) -> Session:
         """A new worker."""

@@ -113,6 +113,7 @@ class Openings:
         if told is not None and isinstance(transfer, SourceTransfer) and not transfer.ended:
             check_ready(transfer, told)  # who is refused has not come
         node.run_now(key, ev.Joined(call.rank, session.secret))
+        node.note("joined", session, key)
         if told is not None:
             node.run_now(key, told)
         if key in node.transfers:  # else its time was up, and it is forgotten by now

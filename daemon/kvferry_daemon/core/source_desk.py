@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_daemon.core.transfer import NEVER_S
@@ -71,6 +72,12 @@ class SourceDesk:
                     raise FerryError(Code.PEER_PROTOCOL, f"a sink does not send {message.kind}")
         except FerryError as error:
             self._node.counters[f"peer_refused_{error.code.value}"] += 1
+            code, why = error.code.value, error.message
+            self._node.deeds.append(
+                Deed(
+                    "peer_refused", event.peer or "in clear", asked=message.kind, code=code, why=why
+                )
+            )
             self._refuse(route, error)
 
     def _refuse(self, route: bytes, error: FerryError) -> None:

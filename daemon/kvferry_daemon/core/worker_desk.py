@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.polls import WaitingPoll
 from kvferry_daemon.core.sink import SinkTransfer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node, Session
 
 Named = worker.Send | worker.Ready | worker.Receive | worker.Resume | worker.Release | worker.Abort
+AnyCall = worker.Hello | worker.Batch | worker.Poll | worker.Heartbeat | Named
 ROUTES_MAX = 64  # a client has up to 33; ZeroMQ gives a reconnect a new one
 PLACED_MAX = 128  # snapshots that only tell a slot: a frame has room for them beside the news
 NEWLINES = re.compile(r"[\r\n]+")
@@ -56,6 +58,7 @@ class WorkerDesk:
                 return
             reply = self._answer(session, event.route, call, may_wait=True)
         except FerryError as error:
+            self._note_refused(event.user, call, error)
             reply = self._failure(call.call, error)
         if reply is not None:
             self._say(event.route, reply)
@@ -80,6 +83,18 @@ class WorkerDesk:
         self._node.counters[f"refused_{error.code.value}"] += 1
         return worker.Failure(call=call, error=ErrorInfo.of_error(error))
 
+    def _note_refused(self, user: str, call: AnyCall, error: FerryError) -> None:
+        deed = Deed(
+            "refused",
+            user,
+            asked=call.kind,
+            transfer_id=getattr(call, "transfer_id", ""),
+            attempt=getattr(call, "attempt", None),
+            code=error.code.value,
+            why=error.message,
+        )
+        self._node.deeds.append(deed)
+
     def session_at(self, route: bytes, user: str) -> Session | None:
         """The session of this connection. Who took the route of another one over has none."""
         secret, bound_user = self._routes.get(route, ("", ""))
@@ -97,6 +112,7 @@ class WorkerDesk:
         try:
             reply = self._answer(session, route, call, may_wait=False)
         except FerryError as error:
+            self._note_refused(session.user, call, error)
             return self._failure(call.call, error)
         assert reply is not None
         return reply
@@ -121,7 +137,7 @@ class WorkerDesk:
                 self._node.run_now(key, told)
             case worker.Resume():
                 key = self._current(session, call, Role.SINK)
-                self._resume(key, call)
+                self._resume(session, key, call)
             case worker.Release():
                 key = self._named(session, call, call.role)
                 self._node.run_now(key, ev.Release(call.rank))
@@ -129,6 +145,9 @@ class WorkerDesk:
                 key = self._named(session, call, call.role)
                 reason = NEWLINES.sub(" ", call.reason) or "no reason given"
                 who = f"{call.role}, rank {call.rank}" if call.rank else call.role
+                transfer = self._node.transfers.get(key)
+                if transfer is not None and not transfer.ended:
+                    self._node.note("aborted", session, key, reason)
                 self._node.run_now(key, ev.Fail(Code.ABORTED, f"by its {who}: {reason}"))
         return worker.Snapshots(call=call.call, transfers=[self._snapshot(key, call.rank)])
 
@@ -153,7 +172,7 @@ class WorkerDesk:
         assert stone is not None, key
         return stone.shown_to(rank)
 
-    def _resume(self, key: ev.Key, call: worker.Resume) -> None:
+    def _resume(self, session: Session, key: ev.Key, call: worker.Resume) -> None:
         node, sent_tokens = self._node, call.sent_tokens
         transfer = node.transfers.get(key)
         if not isinstance(transfer, SinkTransfer):
@@ -164,6 +183,8 @@ class WorkerDesk:
         after = rank.level_tokens
         what = "accepted" if after != before else "repeated" if sent_tokens == before else "stale"
         node.counters[f"resumes_{what}"] += 1
+        if what == "accepted":
+            node.note("resumed", session, key)
 
     # --- polls ---
 
