@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import zmq
+from bench.zmtp import GREETING
 
 from attacks.scene import without
 from kvferry_proto import control, peer, worker
@@ -17,7 +18,7 @@ from live import BOOT_ID, LiveDaemon, RawPeer, RawWorker
 
 MANY = 400
 FEW_A_S = 50
-WAIT_MS = 5000
+HANDSHAKE_S = 5.0
 
 
 def answers(one: zmq.Socket[bytes], until_quiet_ms: int = 500) -> Iterator[bytes]:
@@ -144,6 +145,33 @@ def test_one_process_or_host_has_so_many_connections_and_no_more(
             stack.close()
             cut = daemon.status().counters.get(f"connections_over_bound_{to}", 0)
             assert (cut >= bound // 2 - 4) is is_bound
+
+
+@pytest.mark.parametrize("greeting", [b"", GREETING])
+def test_a_handshake_that_takes_too_long_is_cut(tmp_path: Path, greeting: bytes) -> None:
+    """Half-open, or one byte after the other: libzmq's own limit would be 30 s."""
+    for defence, ends in (("handshakes_last", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            half_open(daemon, "peer", 1) as [one],
+        ):
+            one.settimeout(HANDSHAKE_S / 20)
+            assert is_cut_while(one, greeting) is ends
+
+
+def is_cut_while(one: socket.socket, drops: bytes) -> bool:
+    """Whether it ends while a byte is sent now and then, in twice the time that a handshake has."""
+    for number in range(40):
+        try:
+            one.sendall(drops[number : number + 1])
+            while one.recv(64):
+                pass
+        except TimeoutError:
+            continue
+        except OSError:
+            pass
+        return True
+    return False
 
 
 def test_an_honest_worker_works_beside_a_flood_of_connections(tmp_path: Path) -> None:

@@ -66,6 +66,22 @@ def test_a_routing_id_that_was_taken_over_has_no_session(place: Path) -> None:
             assert stranger(OTHER, "squat", daemon.directory, route.hex()) == told
 
 
+def test_a_routing_id_that_is_in_use_is_not_taken_over(place: Path) -> None:
+    for defence, told in (("handover", "snapshots"), ("anybody_connects", "nothing")):
+        with without(defence)(place / defence) as daemon, RawWorker(daemon.directory) as victim:
+            open_to_all(daemon)
+            assert victim.welcome is not None
+            socket = victim.context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.ROUTING_ID, b"mine")
+            socket.connect(f"ipc://{daemon.directory / 'worker.sock'}")
+            session = victim.welcome.session
+            again = worker.Hello(lock=victim.lock_name, layout=LAYOUT, session=session)
+            socket.send(worker.CALLS.encode(again))
+            assert worker.REPLIES.decode(socket.recv()).kind == "welcome"
+            assert stranger(OTHER, "squat", daemon.directory, b"mine".hex()) == told
+            socket.close(linger=0)
+
+
 def test_workers_are_shown_with_what_the_kernel_says_of_them(place: Path) -> None:
     with LiveDaemon(place / "a") as daemon, RawWorker(daemon.directory) as raw:
         raw.snapshot(worker.Send(transfer_id="t"))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bench.zmtp import MORE, frame, joined
 
 from attacks.scene import without
-from attacks.zmtp import MORE, frame, joined
 from kvferry_client import connect
 from kvferry_proto import worker
 from kvferry_proto.layout import Layout

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from kvferry_daemon import access
+import zmq
+
+from kvferry_daemon import access, daemon
 from kvferry_daemon.command import main
 from kvferry_daemon.core import sink_daemons
 from kvferry_daemon.core.allowance import Allowances
@@ -115,6 +117,31 @@ def open_http() -> None:
     replace(door.HttpDoor, "answer", lambda _self, request, handler: handler(request))
 
 
+def handshakes_last() -> None:
+    """A handshake may take as long as it likes, and there is no other bound."""
+    options(zmq.HANDSHAKE_IVL, 0)
+
+
+def handover() -> None:
+    """Who connects under a routing id that is in use has it, and the session with it."""
+    routes_are_trusted()
+    options(zmq.ROUTER_HANDOVER, 1)
+
+
+def options(option: int, value: int) -> None:
+    """Set something else on every socket that listens."""
+    plain = zmq_link.make_socket
+
+    def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+        socket = plain(context, kind)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(option, value)
+        return socket
+
+    replace(zmq_link, "make_socket", make_socket)
+    replace(daemon, "make_socket", make_socket)
+
+
 def replace(owner: Any, name: str, weak: Any) -> None:
     """Put the weak one in place, where there was one before."""
     assert name in vars(owner), f"{owner} has no {name} any more"
@@ -136,6 +163,8 @@ WEAK: dict[str, Callable[[], None]] = {
         no_pressure,
         any_number_of_frames,
         open_http,
+        handshakes_last,
+        handover,
     )
 }
 
