@@ -45,7 +45,9 @@ class Inbound:
         self._liveness = liveness
         self._keys = keys
         self._now_s = asyncio.get_running_loop().time
-        self._allowed = Allowances(messages_a_s)
+        self._messages_a_s = messages_a_s
+        self._workers = Allowances(messages_a_s)
+        self._peers = Allowances(messages_a_s)
         self._told = Allowances(TOLD_A_S)
 
     # --- workers ---
@@ -53,7 +55,7 @@ class Inbound:
     def on_worker(self, frames: list[bytes], user: str) -> None:
         """A call, from a process that the kernel says is ``user``."""
         route = frames[0]
-        wait_s = self._allowed.wait_s(user, self._now_s())
+        wait_s = self._workers.wait_s(user, self._now_s())
         if wait_s and not self._is_to_be_told("worker", user):
             return
         try:
@@ -90,7 +92,7 @@ class Inbound:
             )
             return
         who = name or frames[0]
-        wait_s = self._allowed.wait_s(who, self._now_s())
+        wait_s = self._peers.wait_s(who, self._now_s())
         if wait_s:
             if self._is_to_be_told("peer", who):
                 self._refuse_peer(frames[0], self._over(wait_s))
@@ -130,7 +132,7 @@ class Inbound:
 
     def _is_to_be_told(self, kind: str, who: str | bytes) -> bool:
         self._node.counters[f"messages_over_rate_{kind}"] += 1
-        if self._told.wait_s(who, self._now_s()):
+        if self._told.wait_s((kind, who), self._now_s()):
             return False
         user = who if isinstance(who, str) else "in clear"
         what = "refused" if kind == "worker" else "peer_refused"
@@ -139,8 +141,8 @@ class Inbound:
         return True
 
     def _over(self, wait_s: float) -> FerryError:
-        a_s = self._allowed.a_s
-        return exhausted(f"more than {a_s:g} messages a second from one sender", wait_s)
+        words = f"more than {self._messages_a_s:g} messages a second from one sender"
+        return exhausted(words, wait_s)
 
 
 def single(frames: list[bytes]) -> bytes:
