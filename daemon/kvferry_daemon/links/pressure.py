@@ -6,6 +6,7 @@ message that has no end is thrown out. If nobody does, whoever brings no whole m
 who takes too little or sends too much: honest ones connect again, and their calls are repeated.
 """
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -25,6 +26,7 @@ from kvferry_daemon.links.zmq_link import ZmqLink
 GROWTH_BYTES = 64 << 20
 LOOK_S = 0.05
 WATCH_S, LOOKS = 0.1, 4
+LOOP_S = 2.0
 RELIEF_S = 0.3  # until libzmq has let go of it
 FULL_BYTES = 1 << 15  # of what a connection has not taken yet
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -33,9 +35,10 @@ log = logging.getLogger(__name__)
 
 
 class Pressure:
-    """A thread that looks at the process's memory twenty times a second."""
+    """A thread that looks at the process's memory twenty times a second. Make it on the loop."""
 
     def __init__(self, doors: Iterable[tuple[Gate, ZmqLink]]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._doors = list(doors)
         self.cuts = 0
         self._base_bytes = own_bytes()
@@ -88,13 +91,20 @@ class Pressure:
             self._stopping.wait(WATCH_S / LOOKS)
             for one in seen:
                 one.look()
+        has_read = self._wait_for_loop()
         heard: set[int] = set()
         for _, link in self._doors:
             heard |= link.heard or set()
             link.heard = None
         for one in seen:
-            one.has_spoken = one.descriptor in heard
+            one.has_spoken = one.descriptor in heard or not has_read
         return seen
+
+    def _wait_for_loop(self) -> bool:
+        """Until it has read of every link what there was: who was only not heard is no attacker."""
+        turned = threading.Event()
+        self._loop.call_soon_threadsafe(self._loop.call_soon, turned.set)
+        return turned.wait(LOOP_S)
 
 
 @dataclass(slots=True, eq=False)
