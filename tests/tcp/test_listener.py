@@ -19,6 +19,7 @@ from kvferry_daemon.transports.tcp import events as te
 from kvferry_daemon.transports.tcp import listener as module
 from kvferry_daemon.transports.tcp.listener import (
     HANDSHAKES_MAX,
+    HANDSHAKES_OF_ONE,
     ConnectError,
     Listener,
     connect,
@@ -196,7 +197,7 @@ def test_a_ticket_admits_one_connection(door: Door) -> None:
 
 def test_of_many_that_show_one_ticket_at_once_one_comes_in(door: Door) -> None:
     door.listener.admit(TICKET, "key", WAIT_S)
-    clients = [door.dial() for _ in range(HANDSHAKES_MAX // 2)]
+    clients = [door.dial() for _ in range(HANDSHAKES_OF_ONE)]
     for client in clients:
         client.sendall(pack_greeting(TICKET))
     answers = [client.recv(ACCEPT_BYTES, socket.MSG_WAITALL) for client in clients]
@@ -278,8 +279,8 @@ def test_what_is_no_greeting_is_closed_without_an_answer(door: Door, greeting: b
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("how", ["they time out", "they hang up"])
 def test_half_open_connections_do_not_stop_a_good_one_later(door: Door, how: str) -> None:
-    idle = [door.dial() for _ in range(HANDSHAKES_MAX + 8)]
-    over = idle[HANDSHAKES_MAX:]  # accepted in order, so these found no room
+    idle = [door.dial() for _ in range(HANDSHAKES_OF_ONE + 8)]
+    over = idle[HANDSHAKES_OF_ONE:]  # accepted in order, so these found no room
     assert all(ended(sock, WAIT_S) for sock in over)
     if how == "they time out":
         assert all(ended(sock, WAIT_S) for sock in idle)
@@ -290,6 +291,28 @@ def test_half_open_connections_do_not_stop_a_good_one_later(door: Door, how: str
     door.listener.admit(TICKET, "key", WAIT_S)
     door.connect(TICKET)
     assert door.opened().key == "key"
+
+
+def test_one_host_cannot_keep_others_from_their_handshakes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for of_one, comes_in in ((HANDSHAKES_MAX, False), (HANDSHAKES_OF_ONE, True)):
+        monkeypatch.setattr(module, "HANDSHAKES_OF_ONE", of_one)
+        door = Door(host="0.0.0.0")
+        for _ in range(HANDSHAKES_MAX + 1):
+            door.dial()
+        assert ended(door.clients[-1], WAIT_S)  # accepted in order: by now there is no more room
+        door.listener.admit(TICKET, "key", WAIT_S)
+        address = (HOST, door.listener.port)
+        with socket.create_connection(address, WAIT_S, source_address=("127.0.0.2", 0)) as other:
+            other.settimeout(WAIT_S)
+            other.sendall(pack_greeting(TICKET))
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                answer = other.recv(ACCEPT_BYTES, socket.MSG_WAITALL)
+            assert bool(answer) is comes_in
+        assert door.listener.refused >= 1
+        door.close()
 
 
 # --- the end ---
