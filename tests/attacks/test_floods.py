@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import zmq
-from bench.zmtp import GREETING
+from bench.zmtp import GREETING, joined
 
 from attacks.scene import without
+from kvferry_daemon.keys import new_key
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import Code
 from live import BOOT_ID, LiveDaemon, RawPeer, RawWorker
@@ -172,6 +173,18 @@ def is_cut_while(one: socket.socket, drops: bytes) -> bool:
             pass
         return True
     return False
+
+
+def test_connections_that_the_door_refused_are_not_counted_for_ever(tmp_path: Path) -> None:
+    """Whoever tries with a wrong key, or in clear, would shut others of his host out at last."""
+    new_key(tmp_path / "keys")
+    with LiveDaemon(tmp_path / "a", keys_dir=tmp_path / "keys") as daemon:
+        for _ in range(300):
+            with pytest.raises(OSError, match=r"cut|reset|Broken"):
+                joined(daemon.address.partition("?")[0])
+            time.sleep(1 / 150)  # slower than the bound on new ones
+        counters = daemon.status().counters
+        assert counters.get("connections_over_bound_peer", 0) == 0
 
 
 def test_an_honest_worker_works_beside_a_flood_of_connections(tmp_path: Path) -> None:
