@@ -10,19 +10,24 @@ class Allowances:
 
     def __init__(self, a_s: float) -> None:
         self.a_s = a_s
-        self._left: dict[Hashable, tuple[float, float]] = {}  # what was left, and when
+        self._left: dict[Hashable, list[float]] = {}  # what was left, and when
 
     def wait_s(self, name: Hashable, now_s: float) -> float:
-        """Take one: 0 if there was one, else how long until there is."""
-        left, at_s = self._left.get(name, (self.a_s, now_s))
-        left = min(self.a_s, left + (now_s - at_s) * self.a_s)
-        taken = left >= 1.0
-        self._left[name] = (left - taken, now_s)
-        if len(self._left) > NAMES_MAX:
-            del self._left[next(iter(self._left))]
-        return 0.0 if taken else (1.0 - left) / self.a_s
+        """Take one: 0 if there was one, else how long until there is. Every message asks."""
+        known = self._left.get(name)
+        if known is None:
+            known = self._left[name] = [self.a_s, now_s]
+            if len(self._left) > NAMES_MAX:
+                del self._left[next(iter(self._left))]
+        left = known[0] + (now_s - known[1]) * self.a_s
+        left = min(left, self.a_s)
+        known[1] = now_s
+        if left >= 1.0:
+            known[0] = left - 1.0
+            return 0.0
+        known[0] = left
+        return (1.0 - left) / self.a_s
 
     def owe(self, name: Hashable, more: float) -> None:
         """What was taken turned out to be worth so many more; there may be fewer than none left."""
-        left, at_s = self._left[name]
-        self._left[name] = (left - more, at_s)
+        self._left[name][0] -= more
