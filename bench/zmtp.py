@@ -25,17 +25,18 @@ def joined(address: str) -> socket.socket:
         one.connect(str(Path(address.removeprefix("ipc://"))))
     one.settimeout(WAIT_S)
     try:
-        _shake_hands(one)
+        shake_hands(one, b"DEALER")
     except OSError:
         one.close()
         raise
     return one
 
 
-def _shake_hands(one: socket.socket) -> None:
+def shake_hands(one: socket.socket, kind: bytes) -> None:
+    """Say who we are and hear who the other side is; OSError if it was cut."""
     one.sendall(GREETING)
-    name, value = b"Socket-Type", b"DEALER"
-    ready = b"\x05READY" + bytes((len(name),)) + name + len(value).to_bytes(4, "big") + value
+    name = b"Socket-Type"
+    ready = b"\x05READY" + bytes((len(name),)) + name + len(kind).to_bytes(4, "big") + kind
     one.sendall(frame(ready, COMMAND))
     taken = b""
     while len(taken) < len(GREETING) + 2 or len(taken) < len(GREETING) + 2 + taken[65]:

@@ -157,7 +157,10 @@ class Daemon:
             throw_out=self._gates[CONTROL].throw_out,
         )
         links = {PEER: self._peers, WORKER: self._workers, CONTROL: self._control}
-        self._pressure = Pressure((self._gates[name], link) for name, link in links.items())
+        self._pressure = Pressure(
+            [(self._gates[name], link) for name, link in links.items()],
+            lambda: list(self._dealers.values()),
+        )
         self.operators = ControlDesk(self.node, self.effects.feed, self.status, access.operators)
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench.zmtp import MORE, frame, joined
+from bench.zmtp import MORE, frame, joined, shake_hands
 
 from attacks.scene import without
 from kvferry_client import connect
@@ -22,6 +22,7 @@ BOUND_MIB = 400  # more than the daemon had, at any time
 POLLS = 3000
 UNREAD_MIB = 160
 WAIT_S = 20.0
+SHUT_S = 3.0  # a window that stays shut so long is one of a connection that was cut
 
 
 def memory_mib(daemon: LiveDaemon) -> float:
@@ -78,6 +79,29 @@ def test_a_message_without_an_end_is_cut(tmp_path: Path, to: str) -> None:
             assert honest.call(worker.Heartbeat()).kind == "snapshots"
             assert "cut 1 connections that brought no end of a message" in daemon.log()
             assert stays_away(at)
+
+
+def test_a_source_that_sends_a_message_without_an_end_is_cut(tmp_path: Path) -> None:
+    endless = frame(bytes(MIB), MORE)
+    for defence, is_bound in (("no_pressure", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            RawWorker(daemon.directory) as decode,
+            socket.create_server(("127.0.0.1", 0)) as source,
+        ):
+            source.settimeout(WAIT_S)
+            before = most = memory_mib(daemon)
+            address = f"tcp://127.0.0.1:{source.getsockname()[1]}"
+            decode.snapshot(worker.Receive(transfer_id="t", source=address))
+            for _ in range(2 if is_bound else 1):  # it connects anew, and is attacked anew
+                with source.accept()[0] as one:
+                    one.settimeout(SHUT_S)
+                    shake_hands(one, b"ROUTER")
+                    seen = poured(one, endless, POURED_MIB, lambda: memory_mib(daemon))
+                    most = max(most, seen)
+                    assert (is_bound and is_cut(one)) or not (is_bound or is_gone(one))
+            assert (most - before < BOUND_MIB) is is_bound
+            assert daemon.status().workers == 1
 
 
 def test_a_message_of_far_too_many_frames_ends_its_connection(tmp_path: Path) -> None:

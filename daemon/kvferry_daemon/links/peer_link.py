@@ -42,7 +42,7 @@ class PeerLink:
         self._socket.setsockopt(zmq.SNDHWM, SENT_MAX)
         if key := key_of(address):
             prove_peer(self._socket, key, secret)
-        self._link = ZmqLink(self._socket, on_message)
+        self.link = ZmqLink(self._socket, on_message)
         self._host, self._port = split_address(address)
         self._endpoint: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -51,16 +51,21 @@ class PeerLink:
         else:
             self._task = asyncio.get_running_loop().create_task(self._follow())
 
+    @property
+    def endpoint(self) -> str | None:
+        """Where it connects to, with a number for a host; None: that is not known yet."""
+        return self._endpoint
+
     def send(self, frame: bytes) -> None:
         """Send one message if it can be sent now."""
         if self._endpoint is not None:
-            self._link.send(frame)
+            self.link.send(frame)
 
     def close(self) -> None:
         """Drop the link."""
         if self._task is not None:
             self._task.cancel()
-        self._link.close()
+        self.link.close()
 
     def _connect(self, endpoint: str) -> None:
         if self._endpoint is not None:

@@ -10,9 +10,10 @@ import asyncio
 import ctypes
 import logging
 import os
+import socket
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from fcntl import ioctl
@@ -20,7 +21,8 @@ from pathlib import Path
 from termios import FIONREAD
 from termios import TIOCOUTQ as SIOCOUTQ
 
-from kvferry_daemon.links.gate import Gate
+from kvferry_daemon.links.gate import Gate, opened
+from kvferry_daemon.links.peer_link import PeerLink
 from kvferry_daemon.links.zmq_link import ZmqLink
 
 GROWTH_BYTES = 64 << 20
@@ -37,9 +39,13 @@ log = logging.getLogger(__name__)
 class Pressure:
     """A thread that looks at the process's memory twenty times a second. Make it on the loop."""
 
-    def __init__(self, doors: Iterable[tuple[Gate, ZmqLink]]) -> None:
+    def __init__(
+        self, doors: Iterable[tuple[Gate, ZmqLink]], sources: Callable[[], list[PeerLink]]
+    ) -> None:
+        """``sources``: the links that we made ourselves; it is called in a thread."""
         self._loop = asyncio.get_running_loop()
         self._doors = list(doors)
+        self._sources = sources
         self.cuts = 0
         self._base_bytes = own_bytes()
         self._stopping = threading.Event()
@@ -67,9 +73,9 @@ class Pressure:
         others = [one for one in seen if one.may_be_it or (not pouring and not one.has_spoken)]
         others = [one for one in others if one not in pouring]
         for one in pouring:
-            one.gate.throw_out(one.descriptor)
+            one.throw_out(one.descriptor)
         for one in others:
-            one.gate.cut(one.descriptor)
+            one.cut(one.descriptor)
         self.cuts += len(pouring) + len(others)
         log.warning(
             "memory grew by %d MiB: cut %d connections that brought no end of a message, and %d "
@@ -84,16 +90,23 @@ class Pressure:
 
     def _watch(self) -> list["Seen"]:
         """What connections do for a while."""
-        for _, link in self._doors:
+        sources = self._sources()
+        links = [link for _, link in self._doors] + [one.link for one in sources]
+        for link in links:
             link.heard = set()
-        seen = [Seen(gate, one) for gate, _ in self._doors for one in gate.connections]
+        seen = [
+            Seen(one, gate.cut, gate.throw_out)
+            for gate, _ in self._doors
+            for one in gate.connections
+        ]
+        seen += [Seen(one, cut, cut) for one, cut in connections_to(sources)]
         for _ in range(LOOKS):
             self._stopping.wait(WATCH_S / LOOKS)
             for one in seen:
                 one.look()
         has_read = self._wait_for_loop()
         heard: set[int] = set()
-        for _, link in self._doors:
+        for link in links:
             heard |= link.heard or set()
             link.heard = None
         for one in seen:
@@ -111,8 +124,9 @@ class Pressure:
 class Seen:
     """A connection, for as long as it is watched."""
 
-    gate: Gate
     descriptor: int
+    cut: Callable[[int], None]
+    throw_out: Callable[[int], None]
     has_spoken: bool = False  # it brought a whole message
     sending: int = 0  # looks at which there was more of it to read
     unread: int = 0  # looks at which it had much to take
@@ -131,6 +145,32 @@ class Seen:
     def may_be_it(self) -> bool:
         """Whether it takes what it is sent, or lets us take what it sends, far too slowly."""
         return self.unread == LOOKS or self.sending == LOOKS
+
+
+def connections_to(sources: list[PeerLink]) -> list[tuple[int, Callable[[int], None]]]:
+    """Descriptors of links that we made, and what cuts one; libzmq then connects anew."""
+    endpoints = {one.endpoint for one in sources}
+
+    def cut(descriptor: int) -> None:
+        with suppress(OSError), opened(descriptor) as connection:
+            if connected_to(connection) in endpoints:
+                connection.shutdown(socket.SHUT_RDWR)
+
+    found = []
+    for name in os.listdir("/proc/self/fd") if sources else ():
+        with suppress(OSError), opened(int(name)) as connection:
+            if connected_to(connection) in endpoints:
+                found.append((int(name), cut))
+    return found
+
+
+def connected_to(connection: socket.socket) -> str:
+    """As an endpoint; empty if it is no connection to another machine, or this one's address."""
+    if connection.family == socket.AF_UNIX:
+        return ""
+    host, port = connection.getpeername()[:2]
+    host = host.removeprefix("::ffff:")  # libzmq's sockets are IPv6's, for either
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def queued_bytes(descriptor: int, which: int) -> int:
