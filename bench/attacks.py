@@ -81,7 +81,16 @@ def measure(name: str, seconds: float) -> Cost:
         waited = probe.result()
         time.sleep(BEFORE_S)
         after = own_mib(pid)
-        return Cost(name or "none", base, peak, after, *waited.values(), refused(daemon.status()))
+        return Cost(
+            name or "none",
+            base,
+            peak,
+            after,
+            waited["lag_p50_ms"],
+            waited["lag_p99_ms"],
+            waited["lag_max_ms"],
+            refused(daemon.status()),
+        )
 
 
 def refused(status: Status) -> dict[str, int]:

@@ -156,7 +156,7 @@ def connections_to(sources: list[PeerLink]) -> list[tuple[int, Callable[[int], N
             if connected_to(connection) in endpoints:
                 connection.shutdown(socket.SHUT_RDWR)
 
-    found = []
+    found: list[tuple[int, Callable[[int], None]]] = []
     for name in os.listdir("/proc/self/fd") if sources else ():
         with suppress(OSError), opened(int(name)) as connection:
             if connected_to(connection) in endpoints:
