@@ -68,7 +68,8 @@ faults: export PYTHONPATH = tests
 faults: $(INSTALLED)
 	$(BIN)/python -m faults.run --all --jobs 2 $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
-# Mutated frames for decoders, daemons and ledgers; a short form is in `make test`. FIRST: fresh seeds.
+# Mutated frames for decoders, nodes and ledgers, and for a daemon's sockets; a short form is in
+# `make test`. FIRST: fresh seeds.
 FRAMES ?= 1000000
 fuzz: export PYTHONPATH = tests
 fuzz: $(INSTALLED)
