@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang clean
+.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -24,6 +24,32 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) audit
+
+# Known vulnerabilities of what the image ships; says so and goes on where they cannot be asked for.
+audit: .venv-supply/installed
+	.venv-supply/bin/python deploy/audit.py deploy/requirements.txt
+
+# What the image ships, as CycloneDX: build/sbom.json.
+sbom: .venv-supply/installed
+	mkdir -p build
+	.venv-supply/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application \
+	  --output-reproducible --output-format JSON --output-file build/sbom.json deploy/requirements.txt
+
+# The image's packages and what builds it, with the hashes of their files, after a change of
+# pyproject.toml or constraints.txt: minutes, and it needs the network.
+COMPILE := .venv-supply/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-find-links --no-annotate --no-header
+requirements: .venv-supply/installed
+	$(COMPILE) --extra serve --extra http --extra tls --constraint constraints.txt \
+	  --output-file deploy/requirements.txt pyproject.toml
+	$(COMPILE) --only-build-deps --all-build-deps \
+	  --output-file deploy/requirements-build.txt pyproject.toml
+
+.venv-supply/installed: deploy/requirements-tools.txt
+	$(PYTHON) -m venv .venv-supply
+	.venv-supply/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/requirements-tools.txt
+	touch $@
 
 # One seed with its story: make sim SEED=7. Many fresh ones: make sim SEEDS=100000 FIRST=1000000
 SEEDS ?= 2000
@@ -42,7 +68,8 @@ faults: export PYTHONPATH = tests
 faults: $(INSTALLED)
 	$(BIN)/python -m faults.run --all --jobs 2 $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
-# Mutated frames for decoders, daemons and ledgers; a short form is in `make test`. FIRST: fresh seeds.
+# Mutated frames for decoders, nodes and ledgers, and for a daemon's sockets; a short form is in
+# `make test`. FIRST: fresh seeds.
 FRAMES ?= 1000000
 fuzz: export PYTHONPATH = tests
 fuzz: $(INSTALLED)
@@ -98,4 +125,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-sglang build *.egg-info
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-sglang .venv-supply build *.egg-info

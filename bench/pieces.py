@@ -31,9 +31,10 @@ WAYS = {
     "zeromq": ["zeromq"],
     "plain": ["stream", "plain"],
     "checksum": ["stream", "checksum"],
+    "tls": ["stream", "tls"],
     "offer": ["offer"],
 }
-OPTIONAL = {"offer": "nixl"}  # ours, but for a package that need not be there
+OPTIONAL = {"offer": "nixl", "tls": "cryptography"}  # ours, but for packages that need not be there
 PEERS = {
     "nixl_read": ["nixl", "READ"],
     "nixl_write": ["nixl", "WRITE"],
@@ -130,6 +131,9 @@ def _measure_size(
         absent(" or ".join(missing[name] for name in ("offer", "nixl_read") if name in missing))
         if missing.keys() & {"offer", "nixl_read"}
         else ratios(seconds["nixl_read"], seconds["offer"])
+    )
+    found["tls_to_plain"] = (
+        absent(missing["tls"]) if "tls" in missing else ratios(seconds["plain"], seconds["tls"])
     )
     for ours in OURS:
         for other in YARDSTICKS:

@@ -69,12 +69,13 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
     from kvferry_daemon.memory.placement import PlacementRefused
     from kvferry_daemon.runtime_dir import DirectoryTaken
     from kvferry_daemon.transports.nixl.agent import NixlFailed
+    from kvferry_daemon.transports.tcp.tls import EncryptionFailed
 
     try:
         sys.exit(run(config))
     except (KeysRefused, PlacementRefused) as error:
         stop(Exit.USAGE, f"config: {error}")
-    except (DirectoryTaken, NixlFailed, OSError, zmq.ZMQError) as error:
+    except (DirectoryTaken, EncryptionFailed, NixlFailed, OSError, zmq.ZMQError) as error:
         stop(Exit.SERVE, f"cannot start: {error}")
 
 

@@ -120,6 +120,9 @@ class Config(Deadlines):
     streams: int = Field(1, ge=1, le=16, description="data connections to each source")
     chunk_bytes: ByteSize = Field(ByteSize(1 << 20), description="aimed-at size of a chunk")
     checksum: bool = Field(True, description="xxh3 over every chunk")
+    payload_encryption: Literal["off", "tls"] = Field(
+        "off", description="of data connections; set alike on all daemons"
+    )
     numa_node: int | None = Field(
         None, ge=0, le=NODE_MAX, description="NUMA node for pools; copying stays on its CPUs"
     )
@@ -174,6 +177,8 @@ class Config(Deadlines):
                 "whoever reaches it could pull every payload; make keys (`kvferry keys new`) and set keys_dir, or set "
                 "insecure=true if everybody on the network is trusted"
             )
+        if self.payload_encryption == "tls":
+            self._check_encryption()
         if _is_wildcard(self.http_host):
             raise ValueError(
                 f"http_host: {self.http_host} stands for every address of a machine; name loopback, "
@@ -187,6 +192,18 @@ class Config(Deadlines):
                 "of a machine; set advertise_host to the one that they reach this daemon at"
             )
         return self
+
+    def _check_encryption(self) -> None:
+        if self.transport == "nixl":
+            raise ValueError(
+                "payload_encryption: NIXL encrypts nothing; set transport to tcp or auto, or "
+                "payload_encryption to off"
+            )
+        if self.is_open_to_all:
+            raise ValueError(
+                "payload_encryption: without keys_dir whoever sits between two daemons can show a "
+                "certificate of its own; make keys (`kvferry keys new`) and set keys_dir"
+            )
 
 
 def load(flags: Mapping[str, Any], file: Path | None = None) -> Config:

@@ -56,6 +56,7 @@ from kvferry_daemon.transports.nixl.agent import has_loaded_nixl
 from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_daemon.transports.tcp.events import Enter
 from kvferry_daemon.transports.tcp.staging import plain_buffer
+from kvferry_daemon.transports.tcp.tls import Certificate
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -74,12 +75,13 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Bind everything.
 
-        Raises PlacementRefused, KeysRefused, NixlFailed, DirectoryTaken, OSError (DeviceError too),
-        ZMQError.
+        Raises PlacementRefused, KeysRefused, NixlFailed, EncryptionFailed, DirectoryTaken, OSError
+        (DeviceError too), ZMQError.
         """
         self.config = config
         self._keys = None if config.keys_dir is None else Keys(config.keys_dir)
         device = None if config.device == HOST else Device(config.device)  # first: it may be none
+        certificate = Certificate() if config.payload_encryption == "tls" else None
         placement = Placement.settle(config.numa_node, config.copy_cpus)
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
         access = config.access
@@ -123,7 +125,9 @@ class Daemon:
         enter = placement.enter if device is None else _both(placement.enter, device.enter)
         new_buffer = plain_buffer if device is None else device.buffer
         self.effects = Effects(self.node, self, self.directory.pools, placement, device, new_buffer)
-        self.node.ways, poller = begin_ways(config.transport, device is not None, enter)
+        self.node.ways, poller = begin_ways(
+            config.transport, device is not None, enter, config.payload_encryption
+        )
         self.streams = Streams(
             config.peer_host,
             config.data_port,
@@ -132,8 +136,10 @@ class Daemon:
             poller,
             placement.enter,
             new_buffer,
+            certificate,
         )
         self.node.data_port = self.streams.listener.port
+        self.node.certificate_sha256 = None if certificate is None else certificate.sha256
         self.effects.use_streams(self.streams)
         self._inbound = Inbound(
             self.node, self.effects.feed, self, self._liveness, self._keys, config.messages_a_s
@@ -331,6 +337,7 @@ class Daemon:
             messages="clear" if self._keys is None else "curve",
             insecure=self.config.is_open_to_all,
             trusted_keys=0 if self._keys is None else len(self._keys.trusted),
+            payload="clear" if self.node.certificate_sha256 is None else "tls",
         )
 
     # --- messages out (Links) ---

@@ -157,8 +157,10 @@ def _secured(security: control.SecurityStatus) -> str:
     if security.insecure:
         return "INSECURE: whoever reaches the peer socket may pull, and nothing is encrypted"
     if security.messages == "clear":
-        return "peers: in clear, on this machine only"
-    return f"peers: messages by CURVE, {security.trusted_keys} keys trusted; payload in clear"
+        words = "peers: messages in clear, on this machine only"
+    else:
+        words = f"peers: messages by CURVE, {security.trusted_keys} keys trusted"
+    return f"{words}; payload {'by TLS' if security.payload == 'tls' else 'in clear'}"
 
 
 def _late(loop: control.LoopStatus) -> str:

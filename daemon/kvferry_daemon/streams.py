@@ -20,6 +20,7 @@ from kvferry_daemon.transports.tcp.listener import ConnectError, Listener, conne
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
 from kvferry_daemon.transports.tcp.staging import Blocks, NewBuffer, Place, plain_buffer
+from kvferry_daemon.transports.tcp.tls import Certificate
 from kvferry_proto.peer import PARTS_MAX, Transport
 
 CONNECT_S = 5.0
@@ -40,8 +41,12 @@ class Streams:
         poller: Poller | None = None,
         enter: te.Enter = te.stay,
         new_buffer: NewBuffer = plain_buffer,
+        certificate: Certificate | None = None,
     ) -> None:
-        """``enter`` is called by every thread that moves bytes, before all else."""
+        """``enter`` is called by every thread that moves bytes, before all else.
+
+        ``certificate``: what sinks are shown; without one their connections are in clear.
+        """
         loop = asyncio.get_running_loop()
         self._new_buffer = new_buffer
         self._feed = feed
@@ -54,7 +59,7 @@ class Streams:
         self._executor = ThreadPoolExecutor(CONNECTS_MAX, "kvferry-connect")
         self._sink_bridge = LoopBridge(loop, self._on_sink_event)
         self._source_bridge = LoopBridge(loop, self._on_source_event)
-        self.listener = Listener(host, port, post=self._source_bridge.post)
+        self.listener = Listener(host, port, self._source_bridge.post, certificate)
 
     # --- sink: connections that we open ---
 
@@ -67,7 +72,7 @@ class Streams:
     @staticmethod
     def _connect(effect: Connect) -> socket.socket:
         host, _ = split_address(effect.key.peer)
-        return connect(host, effect.port, effect.ticket, CONNECT_S)
+        return connect(host, effect.port, effect.ticket, CONNECT_S, effect.certificate_sha256)
 
     def _on_connected(
         self, key: StreamKey, transport: Transport, done: "asyncio.Future[socket.socket]"

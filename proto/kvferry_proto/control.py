@@ -134,6 +134,7 @@ class SecurityStatus(Message):
     messages: Literal["curve", "clear"]
     insecure: bool = False  # in clear, to whoever reaches the peer socket from elsewhere
     trusted_keys: Count = 0
+    payload: Literal["tls", "clear"] = "clear"  # between daemons
 
 
 class PeerStatus(Message):

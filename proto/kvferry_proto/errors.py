@@ -62,6 +62,7 @@ class Code(StrEnum):
     PEER_PROTOCOL = "peer_protocol"
     NOT_TRUSTED = "not_trusted"
     TRANSPORT_UNAVAILABLE = "transport_unavailable"
+    ENCRYPTION_DIFFERS = "encryption_differs"
     SOURCE_LOST = "source_lost"
     SOURCE_FAILED = "source_failed"
     SINK_FAILED = "sink_failed"
@@ -162,6 +163,7 @@ ADVICE: dict[Code, Advice] = {
     Code.TRANSPORT_UNAVAILABLE: Advice(
         _O, "install the same NIXL on both ends, or set transport to auto on both"
     ),
+    Code.ENCRYPTION_DIFFERS: Advice(_O, "set payload_encryption alike on both daemons"),
     Code.SOURCE_LOST: Advice(_P, "the source daemon forgot the transfer; try attempt + 1"),
     Code.SOURCE_FAILED: Advice(_P, "see the source's own error; try attempt + 1"),
     Code.SINK_FAILED: Advice(_P, "see the sink's own error; try attempt + 1"),

@@ -35,6 +35,8 @@ Handle = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Number = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Stream = Annotated[int, Field(ge=0, lt=STREAMS_MAX)]
 Transport = Literal["tcp", "nixl"]
+Encryption = Literal["off", "tls"]
+Fingerprint = Annotated[bytes, Field(min_length=32, max_length=32)]
 
 
 class PeerHello(Message):
@@ -85,6 +87,7 @@ class Ways(Message):
     nixl: Annotated[str, Field(max_length=32)] = ""  # its version; empty: not to be had
     fast: bool = False  # NIXL has hardware there that beats tcp
     why: Text = ""  # why it is not to be had, or not fast
+    payload_encryption: Encryption = "off"  # both ends have to be set alike
 
 
 class OpenStream(_Linked):
@@ -99,7 +102,9 @@ class OpenStream(_Linked):
 class Ticket(_Linked):
     """A single-use secret that admits one data connection on ``port`` of the same host.
 
-    ``transport`` is what the source has chosen of both ends' ways, and ``why``.
+    ``transport`` is what the source has chosen of both ends' ways, and ``why``. With
+    ``certificate_sha256`` the connection is TLS, and whoever answers there has to have this
+    certificate: nothing may be said before it is known.
     """
 
     kind: Literal["ticket"] = "ticket"
@@ -109,6 +114,7 @@ class Ticket(_Linked):
     ticket: Annotated[bytes, Field(min_length=32, max_length=32)]
     transport: Transport = "tcp"
     why: Text = ""
+    certificate_sha256: Fingerprint | None = None
 
 
 class Want(Message):

@@ -193,6 +193,15 @@ def test_clear_text_off_loopback_needs_permission(host: str) -> None:
     assert allowed["insecure"]
 
 
+def test_encryption_of_which_somebody_could_make_nothing_is_refused() -> None:
+    encrypted = ("--payload-encryption", "tls")
+    assert shown(*encrypted)["payload_encryption"] == "tls"
+    assert "NIXL encrypts nothing" in refused(*encrypted, "--transport", "nixl")
+    host = ("--peer-host", "10.0.0.1", "--insecure")
+    assert "set keys_dir" in refused(*encrypted, *host)
+    assert shown(*encrypted, *host, "--keys-dir", "/keys")["payload_encryption"] == "tls"
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "0", "::ffff:0.0.0.0", "*"])
 def test_an_address_that_nobody_can_connect_to_is_not_announced(host: str) -> None:
     assert "advertise_host" in refused("--peer-host", host, "--insecure")

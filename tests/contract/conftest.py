@@ -30,6 +30,7 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
     "copy": {"chunk_bytes": 2 * LAYOUT.block_bytes},
     "tcp": {},
     "nixl": {"transport": "nixl"},
+    "tcp-tls": {"payload_encryption": "tls"},
     "tcp-nochecksum": {"toml": "checksum = false"},
     "tcp-2streams": {"streams": 2, "chunk_bytes": 2 * LAYOUT.block_bytes},
 }

@@ -19,8 +19,11 @@ from core.test_peers_table import (
 )
 from core.test_sink_table import SOURCE
 from kvferry_daemon.core.events import StreamKey
-from kvferry_daemon.core.peers import Connect, Disconnect, Peer
+from kvferry_daemon.core.peers import Connect, Disconnect, Peer, PeerFailed
 from kvferry_proto import peer as wire
+from kvferry_proto.errors import Code
+
+CERTIFICATE = bytes(range(32))
 
 # --- streams ---
 
@@ -43,6 +46,22 @@ def test_a_ticket_for_anything_else_opens_nothing(wrong: wire.Ticket) -> None:
     peer = stream_in("asking")
     assert peer.on_message(wrong, 0.1) == []
     assert stream_of(peer) == "asking"
+
+
+@pytest.mark.parametrize("encrypts", [False, True])
+def test_a_source_that_never_heard_of_the_setting_is_not_connected_to(encrypts: bool) -> None:
+    """One of an earlier version gives its ticket without a word about encryption."""
+    other, ours = (ticket(), ticket(certificate_sha256=CERTIFICATE))
+    if not encrypts:
+        other, ours = ours, other
+    peer = stream_in("asking")
+    peer.ways = wire.Ways(payload_encryption="tls" if encrypts else "off")
+    [failed] = peer.on_message(other, 0.1)
+    assert isinstance(failed, PeerFailed)
+    assert failed.code is Code.ENCRYPTION_DIFFERS
+    assert stream_of(peer) == "asking"
+    key, told = StreamKey(SOURCE, 0, 0), CERTIFICATE if encrypts else None
+    assert peer.on_message(ours, 0.2) == [Connect(key, 7, SECRET, certificate_sha256=told)]
 
 
 def test_a_lost_ticket_is_asked_for_again() -> None:

@@ -118,13 +118,18 @@ def refused(code: Code, boot_id: str = BOOT) -> wire.PeerRefused:
 
 
 def ticket(
-    stream: int = 0, connection: int = 0, boot_id: str = BOOT, to: str = SINK
+    stream: int = 0,
+    connection: int = 0,
+    boot_id: str = BOOT,
+    to: str = SINK,
+    certificate_sha256: bytes | None = None,
 ) -> wire.Ticket:
     return wire.Ticket(
         stream=stream,
         connection=connection,
         port=7,
         ticket=SECRET,
+        certificate_sha256=certificate_sha256,
         source_boot_id=boot_id,
         sink_boot_id=to,
     )

@@ -4,11 +4,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from core.stories import SINK, SOURCE, Story
+from fuzz.kept import kept
 from fuzz.mutate import mutated
 from fuzz.seeds import golden, golden_board, half_told, told
+from fuzz.sockets import Sockets
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Timing
 from kvferry_daemon.core.node import Node, Settings
@@ -35,13 +37,28 @@ CODECS: tuple[Codec[Any], ...] = (
 LIFE_FRAMES = 100  # then a daemon begins anew: most have lost their link or their transfer by then
 
 
-class Decoding:
+class Target(Protocol):
+    """Takes one frame a call."""
+
+    def __call__(self) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Inside:
+    """A target without anything to close."""
+
+    def close(self) -> None:
+        """The round is over."""
+
+
+class Decoding(Inside):
     """A frame is a message, which is written and read back as itself, or is refused in one way."""
 
     def __init__(self, dice: Random) -> None:
         self._dice = dice
         self._seeds, refused = golden()
-        self._others = self._seeds + refused
+        self._others = (*self._seeds, *refused, *kept("worker"), *kept("peer"))
 
     def __call__(self) -> bytes:
         frame = mutated(self._dice.choice(self._seeds), self._dice, self._others)
@@ -66,19 +83,20 @@ def decoded(codec: Codec[Any], frame: bytes) -> Any:
     return None
 
 
-class Bytes:
+class Bytes(Inside):
     """Chunk headers, greetings, and slots of a status board: whole as they were, or nothing."""
 
     def __init__(self, dice: Random) -> None:
         self._dice = dice
         self._slots = [one for one in golden_board() if len(one) == SLOT_BYTES]
         header = ChunkHeader(3 * peer.PARTS_MAX, 8192, 128, 1 << 20, True).pack()
-        self._heads = [header, pack_greeting(b"t" * 32), pack_accept(True).ljust(64, b"\0")]
+        accept = pack_accept(True).ljust(64, b"\0")
+        self.heads = [header, pack_greeting(b"t" * 32), accept, *kept("head")]
 
     def __call__(self) -> bytes:
         slot = mutated(self._dice.choice(self._slots), self._dice, self._slots)
         self.check_slot(slot[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0"))
-        head = mutated(self._dice.choice(self._heads), self._dice, self._heads)
+        head = mutated(self._dice.choice(self.heads), self._dice, self.heads)
         self.check_head(head[:64].ljust(64, b"\0"))
         return head
 
@@ -94,7 +112,7 @@ class Bytes:
             read_accept(data[:ACCEPT_BYTES])
 
 
-class Lives:
+class Lives(Inside):
     """Two daemons in the middle of a transfer, and frames that one of them is sent.
 
     Whatever comes: nothing is raised, the books of the pools add up, and who is refused has changed
@@ -120,22 +138,23 @@ class Lives:
         self._story = half_told(Story(8 * BLOCK))
         self._left = LIFE_FRAMES
         all_ = told()
+        calls, said = (*all_.calls, *kept("worker")), (*all_.to_source, *kept("peer"))
         self._ways: tuple[
             tuple[str, Callable[[Any], out.NodeEvent], Codec[Any], Sequence[bytes]], ...
         ]
         self._ways = (
-            ("a", lambda call: out.WorkerCalled(SOURCE, call, True), worker.CALLS, all_.calls),
-            ("b", lambda call: out.WorkerCalled(SINK, call, True), worker.CALLS, all_.calls),
-            ("b", lambda call: out.WorkerCalled(b"new", call, False), worker.CALLS, all_.calls),
-            ("a", lambda said: out.SinkSaid(b"b", said), peer.MESSAGES, all_.to_source),
-            ("b", lambda said: out.SourceSaid("tcp://a:1", said), peer.MESSAGES, all_.to_sink),
+            ("a", lambda call: out.WorkerCalled(SOURCE, call, True), worker.CALLS, calls),
+            ("b", lambda call: out.WorkerCalled(SINK, call, True), worker.CALLS, calls),
+            ("b", lambda call: out.WorkerCalled(b"new", call, False), worker.CALLS, calls),
+            ("a", lambda one: out.SinkSaid(b"b", one), peer.MESSAGES, said),
+            ("b", lambda one: out.SourceSaid("tcp://a:1", one), peer.MESSAGES, all_.to_sink),
         )  # fmt: skip
 
     def _feed(self, node: Node, event: out.NodeEvent) -> None:
         now_s = self._story.world.now_s
         node.handle(out.TimePassed(), now_s)  # what is due comes first
         before = _marks(node)
-        effects = node.handle(event, now_s)
+        effects = self.handle(node, event, now_s)
         node.check()
         if _is_refused(event, effects):
             assert _marks(node) == before, event
@@ -145,6 +164,9 @@ class Lives:
             elif isinstance(effect, out.MakePool):
                 node.handle(out.PoolMade(effect.pool_id, "/pool"), now_s)
         node.check()
+
+    def handle(self, node: Node, event: out.NodeEvent, now_s: float) -> list[out.NodeEffect]:
+        return node.handle(event, now_s)
 
 
 def _marks(node: Node) -> dict[Any, Any]:
@@ -161,21 +183,26 @@ def _is_refused(event: out.NodeEvent, effects: list[out.NodeEffect]) -> bool:
     )
 
 
-class Ledgers:
+class Ledgers(Inside):
     """Rows of a ledger: a daemon goes on from them, or says that they are wrong."""
 
     def __init__(self, dice: Random) -> None:
         self._dice = dice
         self._rows = told().rows
-        self._bodies = [body for _, body in self._rows]
+        self._bodies = [*(body for _, body in self._rows), *kept("row")]
 
     def __call__(self) -> bytes:
+        rows, name = self.changed()
+        self.check(rows)
+        return rows[name]
+
+    def changed(self) -> tuple[dict[str, bytes], str]:
+        """The first rows of a ledger, one of them mutated, and which."""
         dice = self._dice
         rows = dict(self._rows[: dice.randrange(1, len(self._rows) + 1)])
         name = dice.choice(list(rows))
         rows[name] = mutated(rows[name], dice, self._bodies)
-        self.check(rows)
-        return rows[name]
+        return rows, name
 
     def check(self, rows: dict[str, bytes]) -> None:
         try:
@@ -206,6 +233,6 @@ def _settings() -> Settings:
     )  # fmt: skip
 
 
-TARGETS: dict[str, Callable[[Random], Callable[[], bytes]]] = {
-    "decoding": Decoding, "bytes": Bytes, "lives": Lives, "ledgers": Ledgers
+TARGETS: dict[str, Callable[[Random], Target]] = {
+    "decoding": Decoding, "bytes": Bytes, "lives": Lives, "ledgers": Ledgers, "sockets": Sockets
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The short form of the fuzzing, and what it has found so far."""
 
+from contextlib import closing
 from random import Random
 from typing import Any
 
@@ -16,9 +17,9 @@ FRAMES = 3_000
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_no_frame_breaks_what_must_hold(name: str) -> None:
-    target = TARGETS[name](Random(20261126))
-    for _ in range(FRAMES):
-        target()
+    with closing(TARGETS[name](Random(20261126))) as target:
+        for _ in range(FRAMES):
+            target()
 
 
 def test_some_frames_are_still_messages() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from kvferry_daemon.core.ways import choose
-from kvferry_daemon.transports.nixl.ways import ways
+from kvferry_daemon.transports.nixl.ways import begin, ways
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.peer import Ways
+from kvferry_proto.peer import Encryption, Ways
 
 FAST = Ways(wish="auto", nixl="1.5.1", fast=True)
 SLOW = Ways(wish="auto", nixl="1.5.1", why="no RDMA device")
@@ -54,6 +54,29 @@ def test_what_one_insists_on_and_cannot_be_is_refused(sink: Ways, source: Ways, 
         choose(sink, source)
     assert refused.value.code is Code.TRANSPORT_UNAVAILABLE
     assert refused.value.message == words
+
+
+@pytest.mark.parametrize("sink", ["off", "tls"])
+@pytest.mark.parametrize("source", ["off", "tls"])
+def test_ends_that_are_set_differently_do_not_talk_past_it(
+    sink: Encryption, source: Encryption
+) -> None:
+    """Whatever else they wish: that is said first."""
+    ends = [NIXL.model_copy(update={"payload_encryption": one}) for one in (sink, source)]
+    if sink == source:
+        assert choose(*ends)[0] == "nixl"
+        return
+    with pytest.raises(FerryError) as refused:
+        choose(*ends)
+    assert refused.value.code is Code.ENCRYPTION_DIFFERS
+    assert refused.value.message == (
+        f"payload_encryption: the sink has {sink}, the source has {source}"
+    )
+
+
+def test_an_end_that_encrypts_has_no_nixl() -> None:
+    found, poller = begin("auto", encryption="tls")
+    assert (found.wish, found.nixl, found.payload_encryption, poller) == ("tcp", "", "tls", None)
 
 
 def test_an_end_that_is_set_to_tcp_does_not_look_for_nixl(tmp_path: Path) -> None:

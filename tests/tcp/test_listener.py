@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from kvferry_daemon.transports.tcp.listener import (
     HANDSHAKES_MAX,
     HANDSHAKES_OF_ONE,
     ConnectError,
-    Listener,
     connect,
 )
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
@@ -33,51 +32,10 @@ from kvferry_proto.chunk import (
     read_accept,
     read_header,
 )
+from tcp.door import HOST, OTHER, TICKET, WAIT_S, Door, Events, ended, greeters
 
-WAIT_S = 10.0
 SHORT_S = 0.4
-HOST = "127.0.0.1"
 HOSTS_OWN = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
-TICKET, OTHER = b"t" * 32, b"o" * 32
-Events = queue.Queue[te.StreamEvent]
-
-
-class Door:
-    """A listener, and the connections that came through it."""
-
-    def __init__(
-        self, post: Callable[[te.StreamEvent], None] | None = None, host: str = HOST
-    ) -> None:
-        self.events: Events = queue.Queue()
-        self.host = host
-        self.listener = Listener(host, 0, post or self.events.put)
-        self.clients: list[socket.socket] = []
-
-    def dial(self) -> socket.socket:
-        """A connection that has said nothing yet."""
-        client = socket.create_connection((self.host, self.listener.port), WAIT_S)
-        self.clients.append(client)
-        return client
-
-    def connect(self, ticket: bytes) -> socket.socket:
-        """What a sink's daemon does."""
-        client = connect(self.host, self.listener.port, ticket, WAIT_S)
-        self.clients.append(client)
-        return client
-
-    def opened(self) -> te.StreamOpened:
-        """The next connection that was let in."""
-        event = self.events.get(timeout=WAIT_S)
-        assert isinstance(event, te.StreamOpened)
-        self.clients.append(event.sock)
-        return event
-
-    def close(self) -> None:
-        self.listener.close()
-        while not self.events.empty():
-            self.opened()
-        for client in self.clients:
-            client.close()
 
 
 @pytest.fixture
@@ -91,21 +49,6 @@ def door() -> Iterator[Door]:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greetings have little time."""
     monkeypatch.setattr(module, "HANDSHAKE_S", SHORT_S)
-
-
-def ended(sock: socket.socket, within_s: float) -> bool:
-    """Whether the other side closes within the time."""
-    sock.settimeout(within_s)
-    try:
-        return sock.recv(1) == b""
-    except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
-
-
-def greeters() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if "_greet" in thread.name]
 
 
 def reset(sock: socket.socket) -> None:

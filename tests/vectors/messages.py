@@ -170,6 +170,13 @@ PEER: dict[str, Any] = {
         stream=0, connection=1, port=1, ticket=DIGEST * 2, transport="nixl",
         why="the sink is set to it", **LINK,
     ),
+    "open stream of a sink that encrypts": p.OpenStream(
+        stream=0, connection=0, ways=p.Ways(payload_encryption="tls"), **LINK,
+    ),
+    "ticket of a source that encrypts": p.Ticket(
+        stream=0, connection=0, port=1, ticket=DIGEST * 2, certificate_sha256=bytes(range(32)),
+        **LINK,
+    ),
     "ticket": p.Ticket(stream=0, connection=0, port=65535, ticket=DIGEST * 2, **LINK),
     "a pull that asks for news": p.Pulls(pulls=[PULL], **LINK),
     "a pull that wants two extents": p.Pulls(

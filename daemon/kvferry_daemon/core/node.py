@@ -99,6 +99,7 @@ class Node:
         self.settings = settings
         self.data_port = data_port  # where sinks' data connections come in
         self.ways = Ways()  # by which bytes may go
+        self.certificate_sha256: bytes | None = None  # of the data port, where it has one
         self.new_secret = new_secret
         self.now_s = self.started_s = now_s
         self.draining = False

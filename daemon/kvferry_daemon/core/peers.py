@@ -13,6 +13,7 @@ ONLY_TCP = wire.Ways()
 FATAL = (
     Code.NO_COMMON_VERSION,
     Code.TRANSPORT_UNAVAILABLE,
+    Code.ENCRYPTION_DIFFERS,
     Code.NOT_TRUSTED,
 )  # asking again does not help
 
@@ -36,6 +37,7 @@ class Connect:
     port: int
     ticket: bytes
     transport: wire.Transport = "tcp"
+    certificate_sha256: bytes | None = None  # of who has to answer; None: in clear
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +332,14 @@ class Peer:
             words = f"the source wants nixl, which is not here: {self.ways.why}"
             self._effects.append(PeerFailed(self.address, Code.TRANSPORT_UNAVAILABLE, words))
             return
+        offered = "off" if message.certificate_sha256 is None else "tls"
+        if offered != self.ways.payload_encryption:  # it is one that never heard of the setting
+            words = f"payload_encryption: the sink has {self.ways.payload_encryption}"
+            words += f", the source offers {offered}"
+            self._effects.append(PeerFailed(self.address, Code.ENCRYPTION_DIFFERS, words))
+            return
         stream.state = "connecting"
         self.transport, self.why = message.transport, message.why
         key = StreamKey(self.address, message.stream, message.connection)
-        self._effects.append(Connect(key, message.port, message.ticket, message.transport))
+        told = (message.port, message.ticket, message.transport, message.certificate_sha256)
+        self._effects.append(Connect(key, *told))

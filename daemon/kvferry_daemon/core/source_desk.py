@@ -130,6 +130,7 @@ class SourceDesk:
             ticket=ticket,
             transport=transport,
             why=why,
+            certificate_sha256=self._node.certificate_sha256,
             source_boot_id=self._node.settings.boot_id,
             sink_boot_id=sink,
         )

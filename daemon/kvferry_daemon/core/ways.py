@@ -7,9 +7,13 @@ from kvferry_proto.peer import Transport, Ways
 def choose(sink: Ways, source: Ways) -> tuple[Transport, str]:
     """The transport of a connection, and why it is this one.
 
-    Raises FerryError(transport_unavailable) where one operator insists on what cannot be.
+    Raises FerryError: encryption_differs where only one of them encrypts, transport_unavailable
+    where one operator insists on what cannot be.
     """
     ends = (("sink", sink), ("source", source))
+    if sink.payload_encryption != source.payload_encryption:
+        told = ", ".join(f"the {name} has {ways.payload_encryption}" for name, ways in ends)
+        raise FerryError(Code.ENCRYPTION_DIFFERS, f"payload_encryption: {told}")
     set_to_tcp = [name for name, ways in ends if ways.wish == "tcp"]
     set_to_nixl = [name for name, ways in ends if ways.wish == "nixl"]
     obstacle = _obstacle(sink, source)

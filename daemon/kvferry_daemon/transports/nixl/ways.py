@@ -7,7 +7,7 @@ from pathlib import Path
 from kvferry_daemon.transports.nixl.agent import NixlFailed, load
 from kvferry_daemon.transports.nixl.poller import Poller
 from kvferry_daemon.transports.tcp.events import Enter, stay
-from kvferry_proto.peer import Ways
+from kvferry_proto.peer import Encryption, Ways
 
 log = logging.getLogger(__name__)
 RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -27,14 +27,16 @@ def ways(wish: str, device_memory: bool = False, rdma_devices: Path = RDMA_DEVIC
 
 
 def begin(
-    wish: str, device_memory: bool = False, enter: Enter = stay
+    wish: str, device_memory: bool = False, enter: Enter = stay, encryption: Encryption = "off"
 ) -> tuple[Ways, Poller | None]:
-    """The ways of this end, and what NIXL's is gone by, if it may be.
+    """The ways of this end, and what NIXL's is gone by, if it may be: it encrypts nothing.
 
     ``enter`` is called by the thread that talks to NIXL, before all else.
     Raises NixlFailed where the operator insists on NIXL and it cannot be had. Where it would not be
     chosen of itself it is not loaded before some peer insists.
     """
+    if encryption == "tls":
+        return Ways(wish="tcp", why="payload_encryption is tls", payload_encryption="tls"), None
     found = ways(wish, device_memory)
     if wish == "nixl" and not found.nixl:
         raise NixlFailed(f"transport is set to nixl, but {found.why}: pip install 'kvferry[nixl]'")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Hashable
 
 from kvferry_daemon.transports.tcp.events import Post, StreamOpened
+from kvferry_daemon.transports.tcp.tls import Certificate, connect_tls
 from kvferry_proto.chunk import (
     ACCEPT_BYTES,
     GREETING_BYTES,
@@ -31,17 +32,25 @@ class ConnectError(Exception):
     """No data connection came about; the message says what the other end did."""
 
 
-def connect(host: str, port: int, ticket: bytes, timeout_s: float) -> socket.socket:
-    """Open a data connection to a source's daemon; raise ConnectError."""
+def connect(
+    host: str, port: int, ticket: bytes, timeout_s: float, certificate_sha256: bytes | None = None
+) -> socket.socket:
+    """Open a data connection to a source's daemon; raise ConnectError.
+
+    It is encrypted where the certificate is known that whoever answers has to show.
+    """
     where = f"{host}:{port}"
     try:
         sock = socket.create_connection((host, port), timeout_s)
     except OSError as error:
         raise ConnectError(f"{where}: {error.strerror or error}") from error
+    until_s = time.monotonic() + HANDSHAKE_S
     try:
         tune(sock)
+        if certificate_sha256 is not None:
+            sock = connect_tls(sock, certificate_sha256, until_s)
         sock.sendall(pack_greeting(ticket))
-        answer = _receive(sock, ACCEPT_BYTES)
+        answer = _receive(sock, ACCEPT_BYTES, until_s)
         if not read_accept(answer):
             raise ConnectError(f"{where} refused the ticket")
     except (OSError, BadChunk) as error:
@@ -61,8 +70,12 @@ class Listener:
     once one was shown. Else the end of one connection would pass for the end of another.
     """
 
-    def __init__(self, host: str, port: int, post: Post) -> None:
+    def __init__(
+        self, host: str, port: int, post: Post, certificate: Certificate | None = None
+    ) -> None:
+        """With a certificate, connections in clear are turned away."""
         self._post = post
+        self._certificate = certificate
         self._lock = threading.Lock()  # held for a few dict look-ups at a time
         self._tickets: dict[bytes, tuple[Hashable, float]] = {}  # the first to expire comes first
         self._ticket_of: dict[Hashable, bytes] = {}
@@ -148,9 +161,12 @@ class Listener:
                 del self._handshakes[host]
 
     def _greet(self, sock: socket.socket, host: str) -> None:
+        until_s = time.monotonic() + HANDSHAKE_S
         try:
             tune(sock)
-            key = self._check(read_greeting(_receive(sock, GREETING_BYTES)))
+            if self._certificate is not None:
+                sock = self._certificate.accept(sock, until_s)
+            key = self._check(read_greeting(_receive(sock, GREETING_BYTES, until_s)))
             if key is None:
                 sock.sendall(pack_accept(False))
         except (OSError, BadChunk):
@@ -188,9 +204,8 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
-def _receive(sock: socket.socket, size: int) -> bytes:
-    """Read exactly ``size`` bytes within HANDSHAKE_S in all."""
-    until_s = time.monotonic() + HANDSHAKE_S
+def _receive(sock: socket.socket, size: int, until_s: float) -> bytes:
+    """Read exactly ``size`` bytes until then."""
     data = b""
     while len(data) < size:
         left_s = until_s - time.monotonic()
