@@ -1,5 +1,7 @@
 """The commands that ask a running daemon, or change something in it."""
 
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +26,18 @@ NO_ID = "1 to 128 printable ASCII characters without a space"
 Command = Callable[..., None]
 
 
+RUNTIME_DIR = click.option(
+    "--runtime-dir",
+    type=click.Path(path_type=Path),
+    envvar="KVFERRY_RUNTIME_DIR",
+    help="the daemon's runtime directory",
+)
+
+
 def _asks(command: Command) -> Command:
-    """The options of every command that talks to a daemon."""
+    """The options of every command that talks to a daemon and answers."""
     with_json = click.option("--json", "json_wanted", is_flag=True, help="one JSON object")(command)
-    return click.option(
-        "--runtime-dir",
-        type=click.Path(path_type=Path),
-        envvar="KVFERRY_RUNTIME_DIR",
-        help="the daemon's runtime directory",
-    )(with_json)
+    return RUNTIME_DIR(with_json)
 
 
 @click.command()
@@ -201,7 +206,27 @@ def level(runtime_dir: Path | None, json_wanted: bool, new: Any) -> None:
         write(now if now == before else f"{now}, it was {before}")
 
 
-ALL: tuple[click.Command, ...] = (status, transfers, explain, drain, undrain, abort, logs)
+@click.command()
+@RUNTIME_DIR
+def top(runtime_dir: Path | None) -> None:
+    """Watch pools, peers, transfers and rates on a whole terminal. Keys: s, f, e, a, q."""
+    from kvferry_proto.control import GetStatus
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        words = (
+            "top needs a terminal; without one: `kvferry status` and `kvferry transfers --watch`"
+        )
+        stop(Exit.USAGE, words)
+    if importlib.util.find_spec("textual") is None:
+        stop(Exit.USAGE, "top needs its extra: pip install 'kvferry[top]'")
+    _ask(runtime_dir, GetStatus())  # nothing to watch: say so in one line
+    from kvferry_daemon.top.app import Top
+    from kvferry_proto.runtime_dir import default_runtime_dir
+
+    Top(runtime_dir or default_runtime_dir()).run()
+
+
+ALL: tuple[click.Command, ...] = (status, transfers, explain, drain, undrain, abort, logs, top)
 
 
 def _ask(runtime_dir: Path | None, request: "control.Request") -> Any:
