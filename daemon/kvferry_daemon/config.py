@@ -112,6 +112,9 @@ class Config(Deadlines):
     transfers_max: int = Field(20_000, ge=1)
     workers_max: int = Field(1024, ge=1)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_format: Literal["auto", "human", "json"] = Field(
+        "auto", description="auto: json, a line an event, unless stderr is a terminal"
+    )
 
     @property
     def deadlines(self) -> Deadlines:

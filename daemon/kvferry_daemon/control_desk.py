@@ -9,6 +9,7 @@ from kvferry_daemon.core.events import Key
 from kvferry_daemon.core.explain import explain, near_ids
 from kvferry_daemon.core.node import AnyTransfer, Node
 from kvferry_daemon.core.report import live_row, transfers
+from kvferry_daemon.logs import fields
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
 
@@ -33,7 +34,9 @@ class ControlDesk:
     def answer(self, request: control.Request, user: str) -> bytes:
         """The frame of the answer to ``user`` (uid:gid:pid); FerryError if it is refused."""
         if isinstance(request, control.CHANGES):
-            log.info("an operator, %s, says %r", user, request)
+            named = isinstance(request, control.AbortTransfer)
+            about = request.model_dump(include={"transfer_id", "attempt"}) if named else {}
+            log.info("an operator, %s, says %r", user, request, extra=fields(user=user, **about))
         return self._frame(request, self._loop.time())
 
     def _frame(self, request: control.Request, now_s: float) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import zmq
 
+from kvferry_daemon import logs
 from kvferry_daemon.config import Config
 from kvferry_daemon.control_desk import ControlDesk, log_level
 from kvferry_daemon.core import outside as out
@@ -113,6 +114,7 @@ class Daemon:
             config.data_port,
             config.checksum,
             self.effects.feed,
+            self.node.sinks.named,
             poller,
             placement.enter,
             new_buffer,
@@ -453,11 +455,7 @@ def run(config: Config) -> int:
     """Serve on a uvloop event loop."""
     import uvloop
 
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    logs.begin(config.log_level, config.log_format)
     status = uvloop.run(serve(config))
     if has_loaded_nixl():
         # Its wheel brings a libnl whose destructors crash where the machine has one too, as every

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry_daemon.core.report import our_version
+from kvferry_daemon.plain import plain
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -240,11 +241,6 @@ def page(words: Iterable[str], *parts: Table | str | None) -> str:
         if part:
             console.print(part)
     return page.getvalue()
-
-
-def plain(text: str) -> str:
-    """No line breaks, and nothing that a terminal would obey: some of it comes from strangers."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def size_in_words(size_bytes: int) -> str:

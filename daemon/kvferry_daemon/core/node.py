@@ -14,6 +14,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
+from kvferry_daemon.core.chronicle import Chronicle
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.meters import Meters
@@ -59,6 +60,7 @@ class Settings:
     workers_max: int
     deadline_max_s: float = 3600.0
     device: str = HOST  # where new pools lie
+    traced: bool = False  # the shell makes traces
 
     def pool_path(self, pool_id: str) -> str:
         """Where a pool's file lies."""
@@ -102,6 +104,7 @@ class Node:
         self.draining = False
         self.counters: Counter[str] = Counter()
         self.meters = Meters()
+        self.chronicle = Chronicle(self, traced=settings.traced)
         self.books: dict[str, PoolBook] = {}
         self.sessions: dict[str, Session] = {}
         self.transfers: dict[ev.Key, AnyTransfer] = {}
@@ -211,6 +214,7 @@ class Node:
         self.current[key.role, key.transfer_id] = key.attempt
         self.sessions[transfer.opening.session].keys.add(key)
         self.counters[f"{key.role.value}_opened"] += 1
+        self.chronicle.opened(transfer)
         self.run_now(key, self._tick(transfer))
 
     def make_session(self, secret: str, hello: worker.Hello, pool_id: str, user: str) -> Session:
@@ -273,6 +277,9 @@ class Node:
         if transfer.ended and not ended:
             self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
             self.meters.ended(transfer)
+            self.chronicle.ended(transfer)
+        elif self.chronicle.traced and not ended:
+            self.chronicle.handled(transfer, event)
         if transfer.version != version or transfer.stall is not stall:  # a group's shows later
             self.meters.moved(transfer)
         if transfer.version != version:

@@ -11,7 +11,8 @@ from textual.binding import Binding, BindingType
 from textual.coordinate import Coordinate
 from textual.widgets import DataTable, Footer, Input, Static
 
-from kvferry_daemon.operator import ask, plain
+from kvferry_daemon.operator import ask
+from kvferry_daemon.plain import plain
 from kvferry_daemon.story import story
 from kvferry_daemon.top import views
 from kvferry_daemon.top.rates import Rates, Side, side_of

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from rich.text import Text
 
-from kvferry_daemon.operator import plain, secured_in_words, size_in_words
+from kvferry_daemon.operator import secured_in_words, size_in_words
+from kvferry_daemon.plain import plain
 from kvferry_daemon.top.rates import Rates, side_of
 from kvferry_proto.control import PeerStatus, PoolStatus, Status, TransferStatus
 
