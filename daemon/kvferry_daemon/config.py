@@ -111,6 +111,12 @@ class Config(Deadlines):
     copy_cpus: str = Field("", description="CPUs for copying, such as 0-3,8")
     transfers_max: int = Field(20_000, ge=1)
     workers_max: int = Field(1024, ge=1)
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="where traces go by OTLP/HTTP, such as http://127.0.0.1:4318/v1/traces; "
+        "not set: none are made",
+    )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
     log_format: Literal["auto", "human", "json"] = Field(
         "auto", description="auto: json, a line an event, unless stderr is a terminal"

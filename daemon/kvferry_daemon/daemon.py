@@ -40,6 +40,7 @@ from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.probe import key_of
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.traces import traces
 from kvferry_daemon.transports.nixl.agent import has_loaded_nixl
 from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_daemon.transports.tcp.events import Enter
@@ -63,8 +64,8 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Bind everything.
 
-        Raises PlacementRefused, KeysRefused, NixlFailed, DirectoryTaken, OSError (DeviceError too),
-        ZMQError.
+        Raises PlacementRefused, KeysRefused, NixlFailed, DirectoryTaken, OSError (DeviceError and
+        TracesRefused too), ZMQError.
         """
         self.config = config
         self._keys = None if config.keys_dir is None else Keys(config.keys_dir)
@@ -108,6 +109,9 @@ class Daemon:
         enter = placement.enter if device is None else _both(placement.enter, device.enter)
         new_buffer = plain_buffer if device is None else device.buffer
         self.effects = Effects(self.node, self, self.directory.pools, placement, device, new_buffer)
+        self._traces = traces(config.otlp_endpoint, self.node.settings.boot_id, loop.time)
+        if self._traces is not None:
+            self.effects.tellers.append(self._traces.tell)
         self.node.ways, poller = begin_ways(config.transport, device is not None, enter)
         self.streams = Streams(
             config.peer_host,
@@ -191,6 +195,8 @@ class Daemon:
         self._liveness.close()
         self._context.term()
         self.directory.close(keep=bool(self.node.sessions))
+        if self._traces is not None:  # last: whoever takes them may be slow
+            self._traces.close()
 
     async def drain(self) -> bool:
         """Take no new transfers; wait for the live ones. False if they did not end in time."""

@@ -109,6 +109,7 @@ def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) ->
         workers_max=config.workers_max,
         deadline_max_s=config.deadline_max_s,
         device=config.device,
+        traced=config.otlp_endpoint is not None,
     )
 
 
