@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang clean
+.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model man gpu test-vllm test-sglang clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -24,6 +24,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# kvferry(1) and a page for each verb, made of the command itself: man build/man/kvferry.1
+man: $(INSTALLED)
+	$(BIN)/python docs/man.py build/man
 
 # One seed with its story: make sim SEED=7. Many fresh ones: make sim SEEDS=100000 FIRST=1000000
 SEEDS ?= 2000

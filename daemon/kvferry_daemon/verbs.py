@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvferry_daemon.completion import known_ids
 from kvferry_daemon.output import Exit, as_json, stop, stop_by, write
 from kvferry_proto.errors import FerryError
 
@@ -53,7 +54,7 @@ def status(runtime_dir: Path | None, json_wanted: bool) -> None:
 
 @click.command()
 @_asks
-@click.argument("transfer_id", required=False)
+@click.argument("transfer_id", required=False, shell_complete=known_ids)
 @click.option("--state", type=click.Choice(STATES), help="only those in this state")
 @click.option("--role", type=click.Choice(["source", "sink"]), help="only this side")
 @click.option("--stall", type=click.Choice(STALLS), help="only those that wait for this")
@@ -103,7 +104,7 @@ def transfers(
 
 @click.command()
 @_asks
-@click.argument("transfer_id")
+@click.argument("transfer_id", shell_complete=known_ids)
 def explain(runtime_dir: Path | None, json_wanted: bool, transfer_id: str) -> None:
     """Tell where a transfer is and why: its timeline, what it waits for, and what usually helps."""
     from kvferry_daemon.story import story
@@ -163,7 +164,7 @@ def undrain(runtime_dir: Path | None, json_wanted: bool) -> None:
 
 @click.command()
 @_asks
-@click.argument("transfer_id")
+@click.argument("transfer_id", shell_complete=known_ids)
 @click.option("--attempt", type=click.IntRange(min=0), help="only this one [default: all]")
 @click.option("--reason", default="", help="what its workers are told")
 def abort(
