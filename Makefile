@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang clean
+.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-sglang clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -50,6 +50,10 @@ requirements: .venv-supply/installed
 	$(PYTHON) -m venv .venv-supply
 	.venv-supply/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/requirements-tools.txt
 	touch $@
+
+# kvferry(1) and a page for each verb, made of the command itself: man build/man/kvferry.1
+man: $(INSTALLED)
+	$(BIN)/python docs/man.py build/man
 
 # One seed with its story: make sim SEED=7. Many fresh ones: make sim SEEDS=100000 FIRST=1000000
 SEEDS ?= 2000

@@ -21,7 +21,8 @@ class SendOptions(TypedDict, total=False):
     already. ``window_tokens``: how much of the pool to fill ahead of the sink. ``rank``,
     ``world_size``: which worker this is of a group that sends one payload together. ``stall_s``,
     ``lease_s``: fail after so long without progress, or without a word of the sink; the daemon's
-    own where they are not given.
+    own where they are not given. ``traceparent``: the W3C trace context of the request, for a daemon
+    that makes traces.
     """
 
     attempt: int
@@ -33,6 +34,7 @@ class SendOptions(TypedDict, total=False):
     window_tokens: int | None
     stall_s: float | None
     lease_s: float | None
+    traceparent: str | None
 
 
 class ReceiveOptions(TypedDict, total=False):
@@ -43,7 +45,8 @@ class ReceiveOptions(TypedDict, total=False):
     the first token to move, a multiple of the block size. ``rank``, ``world_size``: which worker
     this is of a group that receives one payload together; all take the same windows over.
     ``stall_s``, ``hold_s``: fail after so long without progress; keep the window so long after the
-    end; the daemon's own where they are not given.
+    end; the daemon's own where they are not given. ``traceparent``: the W3C trace context of the
+    request; the source's daemon hears of it, too.
     """
 
     source: str | None
@@ -56,6 +59,7 @@ class ReceiveOptions(TypedDict, total=False):
     max_tokens: int | None
     stall_s: float | None
     hold_s: float | None
+    traceparent: str | None
 
 
 def made(kind: type[M], fields: dict[str, Any]) -> M:

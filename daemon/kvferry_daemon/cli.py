@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvferry_daemon import verbs
+from kvferry_daemon.completion import completion
 from kvferry_daemon.key_verbs import keys
 from kvferry_daemon.output import Exit, as_json, stop, write
 
@@ -158,5 +159,5 @@ def _loaded(path: Path | None, flags: Mapping[str, Any]) -> "Config":
         stop(Exit.USAGE, f"config: {error}")
 
 
-for verb in (*verbs.ALL, keys):
+for verb in (*verbs.ALL, keys, completion):
     main.add_command(verb)

@@ -134,7 +134,16 @@ class Config(Deadlines):
         4096, ge=1, le=1 << 16, description="at once, to the worker and to the peer socket each"
     )
     messages_a_s: int = Field(20_000, ge=1, description="from one worker or one peer")
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="where traces go by OTLP/HTTP, such as http://127.0.0.1:4318/v1/traces; "
+        "not set: none are made",
+    )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_format: Literal["auto", "human", "json"] = Field(
+        "auto", description="auto: json, a line an event, unless stderr is a terminal"
+    )
 
     @property
     def deadlines(self) -> Deadlines:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.logs import about
 from kvferry_daemon.transports.tcp.bridge import LoopBridge
 from kvferry_daemon.transports.tcp.events import Enter, stay
 from kvferry_daemon.transports.tcp.staging import (
@@ -84,10 +85,10 @@ class Copies:
             try:
                 copy(place, claim.place, self._staging())
             except OSError as error:  # a device's
-                log.error("cannot copy %s: %s", effect, error)
+                log.error("cannot copy %s: %s", effect, error, extra=about(effect.owner))
                 ended = out.ChunkMissed(key, handle, first_token)
             except Exception:
-                log.exception("our own fault: cannot copy %s", effect)
+                log.exception("our own fault: cannot copy %s", effect, extra=about(effect.owner))
                 ended = out.ChunkMissed(key, handle, first_token)
         sent = out.ChunkSent(key, effect.owner, effect.part, first_token, size_bytes)
         self._bridge.post(sent)  # first: an ack that follows from the other one frees the block

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import zmq
 
+from kvferry_daemon import logs
 from kvferry_daemon.config import Config
 from kvferry_daemon.control_desk import ControlDesk, log_level
 from kvferry_daemon.core import outside as out
@@ -52,6 +53,7 @@ from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.probe import key_of
 from kvferry_daemon.runtime_dir import RuntimeDir
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.traces import traces
 from kvferry_daemon.transports.nixl.agent import has_loaded_nixl
 from kvferry_daemon.transports.nixl.ways import begin as begin_ways
 from kvferry_daemon.transports.tcp.events import Enter
@@ -76,7 +78,7 @@ class Daemon:
         """Bind everything.
 
         Raises PlacementRefused, KeysRefused, NixlFailed, EncryptionFailed, DirectoryTaken, OSError
-        (DeviceError too), ZMQError.
+        (DeviceError and TracesRefused too), ZMQError.
         """
         self.config = config
         self._keys = None if config.keys_dir is None else Keys(config.keys_dir)
@@ -125,6 +127,9 @@ class Daemon:
         enter = placement.enter if device is None else _both(placement.enter, device.enter)
         new_buffer = plain_buffer if device is None else device.buffer
         self.effects = Effects(self.node, self, self.directory.pools, placement, device, new_buffer)
+        self._traces = traces(config.otlp_endpoint, self.node.settings.boot_id, loop.time)
+        if self._traces is not None:
+            self.effects.tellers.append(self._traces.tell)
         self.node.ways, poller = begin_ways(
             config.transport, device is not None, enter, config.payload_encryption
         )
@@ -133,6 +138,7 @@ class Daemon:
             config.data_port,
             config.checksum,
             self.effects.feed,
+            self.node.sinks.named,
             poller,
             placement.enter,
             new_buffer,
@@ -243,6 +249,8 @@ class Daemon:
         self._liveness.close()
         self._context.term()
         self.directory.close(keep=bool(self.node.sessions))
+        if self._traces is not None:  # last: whoever takes them may be slow
+            self._traces.close()
 
     async def drain(self) -> bool:
         """Take no new transfers; wait for the live ones. False if they did not end in time."""
@@ -462,11 +470,7 @@ def run(config: Config) -> int:
     """Serve on a uvloop event loop."""
     import uvloop
 
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    logs.begin(config.log_level, config.log_format)
     status = uvloop.run(serve(config))
     if has_loaded_nixl():
         # Its wheel brings a libnl whose destructors crash where the machine has one too, as every

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvferry_daemon import logs
 from kvferry_daemon.audit import Audit
 from kvferry_daemon.copies import Copies
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core import told
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.ledger import Ledger
+from kvferry_daemon.logs import about
 from kvferry_daemon.memory.device import Device
 from kvferry_daemon.memory.placement import ANYWHERE, Placement
 from kvferry_daemon.pools import Pools
@@ -80,7 +83,9 @@ class Effects:
             out.DropPool: self.pools.drop,
             out.ShowSlot: self.pools.show_slot,
             out.ClearSlot: self.pools.clear_slot,
+            **dict.fromkeys(told.EVERY, self._tell),
         }
+        self.tellers: list[Callable[[told.Told], None]] = [logs.tell]
 
     def use_streams(self, streams: Streams) -> None:
         """Streams post events here and are told effects from here."""
@@ -146,7 +151,17 @@ class Effects:
             self._moves[type(effect)](effect)
         except Exception:
             self._node.counters["effects_failed"] += 1
-            log.exception("could not %s", effect)
+            log.exception("could not %s", effect, extra=self._about(effect))
+
+    def _about(self, effect: out.NodeEffect) -> dict[str, dict[str, object]]:
+        """Whose it is, where it is one transfer's."""
+        match effect:
+            case out.Transmit():
+                return about(effect.owner)
+            case out.Expect():
+                return about(self._node.sinks.named(effect.handle)[0])
+            case _:
+                return {}
 
     def close(self) -> None:
         """Do what only waits for the ledger; stop timers and threads. The pools' files stay."""
@@ -159,6 +174,10 @@ class Effects:
             task.cancel()
         self.pools.close()
         self._copies.close()
+
+    def _tell(self, effect: told.Told) -> None:
+        for tell in self.tellers:
+            tell(effect)
 
     # --- time ---
 
@@ -185,7 +204,7 @@ class Effects:
             try:
                 self._copies.expect(effect, self._place(effect))
             except Exception:
-                log.exception("could not %s", effect)
+                log.exception("could not %s", effect, extra=self._about(effect))
                 self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
             return
         assert self._streams is not None
@@ -203,7 +222,7 @@ class Effects:
             try:
                 self._copies.transmit(effect, self._place(effect))
             except Exception:  # a connection's end would tell; here nothing else does
-                log.exception("could not %s", effect)
+                log.exception("could not %s", effect, extra=self._about(effect))
                 first, part = effect.first_token, effect.part
                 self._events.append(out.ChunkSent(effect.key, effect.owner, part, first, 0))
             return

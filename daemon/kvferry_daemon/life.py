@@ -110,6 +110,7 @@ def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) ->
         worker_transfers_max=config.worker_transfers_max,
         deadline_max_s=config.deadline_max_s,
         device=config.device,
+        traced=config.otlp_endpoint is not None,
     )
 
 

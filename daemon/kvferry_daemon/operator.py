@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry_daemon.core.report import our_version
+from kvferry_daemon.plain import plain
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
@@ -115,7 +116,7 @@ def status_for_people(answer: control.Status) -> str:
         f"transfers: {states}; waiting: {stalls}",
     ]
     if answer.security is not None:
-        words.append(_secured(answer.security))
+        words.append(secured_in_words(answer.security))
     if answer.placement is not None:
         words.insert(2, _placed(answer.placement))
     if answer.loop is not None:
@@ -123,7 +124,7 @@ def status_for_people(answer: control.Status) -> str:
     pools = (
         (
             f"{pool.device} {len(pool.planes)} planes",
-            f"{pool.block_size_tokens} tokens, {_size(pool.block_bytes)}",
+            f"{pool.block_size_tokens} tokens, {size_in_words(pool.block_bytes)}",
             str(pool.blocks_total),
             str(pool.blocks_free),
             str(pool.blocks_leased),
@@ -153,7 +154,8 @@ def _placed(placement: control.PlacementStatus) -> str:
     return f"pools{node}; huge pages: {placement.huge_pages}; copied on CPUs: {cpus}"
 
 
-def _secured(security: control.SecurityStatus) -> str:
+def secured_in_words(security: control.SecurityStatus) -> str:
+    """How daemons talk to this one."""
     if security.insecure:
         return "INSECURE: whoever reaches the peer socket may pull, and nothing is encrypted"
     if security.messages == "clear":
@@ -199,7 +201,7 @@ def transfers_for_people(answer: control.Transfers) -> str:
         if seen.error is not None
     ]
     more = [f"{answer.more} more not shown"] if answer.more else []
-    return page([], table(names, rows, always=True), "\n".join(map(_plain, errors + more)))
+    return page([], table(names, rows, always=True), "\n".join(map(plain, errors + more)))
 
 
 def error_in_words(error: ErrorInfo) -> str:
@@ -222,7 +224,7 @@ def table(
     for name in names:
         table.add_column(name, overflow="fold")  # an id that is cut short helps nobody
     for row in rows:
-        table.add_row(*(_plain(cell) or ("-" if piped else "") for cell in row))
+        table.add_row(*(plain(cell) or ("-" if piped else "") for cell in row))
     return table if always or table.row_count else None
 
 
@@ -237,18 +239,14 @@ def page(words: Iterable[str], *parts: Table | str | None) -> str:
         emoji=False,
         highlight=False,
     )
-    for part in (*map(_plain, words), *parts):
+    for part in (*map(plain, words), *parts):
         if part:
             console.print(part)
     return page.getvalue()
 
 
-def _plain(text: str) -> str:
-    """No line breaks, and nothing that a terminal would obey: some of it comes from strangers."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _size(size_bytes: int) -> str:
+def size_in_words(size_bytes: int) -> str:
+    """Bytes in the unit that leaves few digits."""
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -20,7 +20,7 @@ class Exit(IntEnum):
     """Exit codes of every command; 0 is well."""
 
     DEMO = 1  # the demo failed
-    USAGE = 2  # wrong usage or config
+    USAGE = 2  # wrong usage or config, or an extra or terminal that is not there
     SERVE = 3  # the daemon could not start, or did not drain when it was stopped
     NO_DAEMON = 4  # no daemon answers
     UNKNOWN = 5  # no such transfer

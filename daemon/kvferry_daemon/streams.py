@@ -7,8 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.logs import about
 from kvferry_daemon.probe import split_address
 from kvferry_daemon.transports.nixl.agent import Memory
 from kvferry_daemon.transports.nixl.poller import Poller
@@ -38,18 +39,21 @@ class Streams:
         port: int,
         checksum: bool,
         feed: Callable[[out.NodeEvent], None],
+        whose: Callable[[int], tuple[Key, int]],
         poller: Poller | None = None,
         enter: te.Enter = te.stay,
         new_buffer: NewBuffer = plain_buffer,
         certificate: Certificate | None = None,
     ) -> None:
-        """``enter`` is called by every thread that moves bytes, before all else.
+        """``whose`` names the transfer and part of a handle.
 
+        ``enter`` is called by every thread that moves bytes, before all else.
         ``certificate``: what sinks are shown; without one their connections are in clear.
         """
         loop = asyncio.get_running_loop()
         self._new_buffer = new_buffer
         self._feed = feed
+        self._whose = whose
         self._checksum = checksum
         self._poller = poller
         self._enter = enter
@@ -133,7 +137,8 @@ class Streams:
                     )
                 )
             case te.Rejected():
-                log.warning("stream %s: chunk refused: %s", event.key, event.why)
+                words = ("stream %s: chunk refused: %s", event.key, event.why)
+                log.warning(*words, extra=about(self._whose(event.handle)[0]))
                 self._feed(out.ChunkMissed(_stream_key(event.key), event.handle, event.first_token))
             case te.Drained():
                 self._feed(out.ChunkDrained(event.payload_bytes))

@@ -1,5 +1,7 @@
 """The commands that ask a running daemon, or change something in it."""
 
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvferry_daemon.completion import known_ids
 from kvferry_daemon.output import Exit, as_json, stop, stop_by, write
 from kvferry_proto.errors import FerryError
 
@@ -24,15 +27,18 @@ NO_ID = "1 to 128 printable ASCII characters without a space"
 Command = Callable[..., None]
 
 
+RUNTIME_DIR = click.option(
+    "--runtime-dir",
+    type=click.Path(path_type=Path),
+    envvar="KVFERRY_RUNTIME_DIR",
+    help="the daemon's runtime directory",
+)
+
+
 def _asks(command: Command) -> Command:
-    """The options of every command that talks to a daemon."""
+    """The options of every command that talks to a daemon and answers."""
     with_json = click.option("--json", "json_wanted", is_flag=True, help="one JSON object")(command)
-    return click.option(
-        "--runtime-dir",
-        type=click.Path(path_type=Path),
-        envvar="KVFERRY_RUNTIME_DIR",
-        help="the daemon's runtime directory",
-    )(with_json)
+    return RUNTIME_DIR(with_json)
 
 
 @click.command()
@@ -48,7 +54,7 @@ def status(runtime_dir: Path | None, json_wanted: bool) -> None:
 
 @click.command()
 @_asks
-@click.argument("transfer_id", required=False)
+@click.argument("transfer_id", required=False, shell_complete=known_ids)
 @click.option("--state", type=click.Choice(STATES), help="only those in this state")
 @click.option("--role", type=click.Choice(["source", "sink"]), help="only this side")
 @click.option("--stall", type=click.Choice(STALLS), help="only those that wait for this")
@@ -98,7 +104,7 @@ def transfers(
 
 @click.command()
 @_asks
-@click.argument("transfer_id")
+@click.argument("transfer_id", shell_complete=known_ids)
 def explain(runtime_dir: Path | None, json_wanted: bool, transfer_id: str) -> None:
     """Tell where a transfer is and why: its timeline, what it waits for, and what usually helps."""
     from kvferry_daemon.story import story
@@ -158,7 +164,7 @@ def undrain(runtime_dir: Path | None, json_wanted: bool) -> None:
 
 @click.command()
 @_asks
-@click.argument("transfer_id")
+@click.argument("transfer_id", shell_complete=known_ids)
 @click.option("--attempt", type=click.IntRange(min=0), help="only this one [default: all]")
 @click.option("--reason", default="", help="what its workers are told")
 def abort(
@@ -201,7 +207,27 @@ def level(runtime_dir: Path | None, json_wanted: bool, new: Any) -> None:
         write(now if now == before else f"{now}, it was {before}")
 
 
-ALL: tuple[click.Command, ...] = (status, transfers, explain, drain, undrain, abort, logs)
+@click.command()
+@RUNTIME_DIR
+def top(runtime_dir: Path | None) -> None:
+    """Watch pools, peers, transfers and rates on a whole terminal. Keys: s, f, e, a, q."""
+    from kvferry_proto.control import GetStatus
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        words = (
+            "top needs a terminal; without one: `kvferry status` and `kvferry transfers --watch`"
+        )
+        stop(Exit.USAGE, words)
+    if importlib.util.find_spec("textual") is None:
+        stop(Exit.USAGE, "top needs its extra: pip install 'kvferry[top]'")
+    _ask(runtime_dir, GetStatus())  # nothing to watch: say so in one line
+    from kvferry_daemon.top.app import Top
+    from kvferry_proto.runtime_dir import default_runtime_dir
+
+    Top(runtime_dir or default_runtime_dir()).run()
+
+
+ALL: tuple[click.Command, ...] = (status, transfers, explain, drain, undrain, abort, logs, top)
 
 
 def _ask(runtime_dir: Path | None, request: "control.Request") -> Any:

@@ -20,6 +20,7 @@ from kvferry_proto.fields import (
     Message,
     Text,
     Tokens,
+    Traceparent,
     TransferId,
     WireState,
 )
@@ -142,6 +143,7 @@ class Pull(Message):
     acked_tokens: Tokens
     world_size: WorldSize = 1  # the sink's ranks
     layout: Layout | None = None  # the sink's own, once it has heard that the source's is another
+    traceparent: Traceparent | None = None  # the sink's, until it has heard that it is known
     want: Annotated[list[Want], Field(max_length=WANTS_MAX)] = Field(default_factory=list)
 
 

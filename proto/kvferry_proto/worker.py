@@ -20,6 +20,7 @@ from kvferry_proto.fields import (
     Message,
     Text,
     Tokens,
+    Traceparent,
     TransferId,
     WireMode,
     WireRole,
@@ -90,6 +91,7 @@ class Send(_Named):
     window_tokens: Tokens | None = None
     stall_s: Deadline | None = None  # these beat the daemon's own, up to its deadline_max_s
     lease_s: Deadline | None = None
+    traceparent: Traceparent | None = None
 
 
 class Ready(_Named):
@@ -113,6 +115,7 @@ class Receive(_Named):
     max_tokens: Tokens | None = None  # whole mode: what is reserved before anything moves
     stall_s: Deadline | None = None  # these beat the daemon's own, up to its deadline_max_s
     hold_s: Deadline | None = None
+    traceparent: Traceparent | None = None
 
 
 class Watched(Message):

@@ -22,7 +22,7 @@ def test_what_waits_for_the_ledger_at_a_stop_is_still_done(tmp_path: Path) -> No
         (tmp_path / "go").touch()
         assert daemon.end(WAIT_S) == 0
         assert daemon.files() == {"daemon.lock": 1}
-        assert "ERROR" not in daemon.log()
+        assert '"level": "error"' not in daemon.log()
     finally:
         daemon.make_sure_that_it_is_gone()
 

@@ -266,6 +266,10 @@ class Watcher:
             node.sinks._handles,
             node.sinks._keys,
             node._effects_of._zeroing,
+            node.chronicle._windows,
+            node.chronicle._batches,
+            node.chronicle._chunks,
+            node.chronicle._without_trace,
         )
         if any(left):
             raise Broken(f"I13: the daemon still has {left}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core import told
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.records import Row
@@ -41,6 +42,7 @@ class Life:
             "boot_id": boot_id,
             "daemon_id": f"d{machine.name}{machine.daemons:015x}"[-16:],
             "life": machine.lives_of_daemon,
+            "traced": True,
         }
         self.node = Node(Settings(**fields), self.world.new_secret, 1, machine.local_s)
         self.dead = False
@@ -88,6 +90,7 @@ class Life:
             out.Expel: self._expel,
             out.ShowSlot: lambda e: self.boards[e.pool_id].show(e.snapshot),
             out.ClearSlot: lambda e: self.boards[e.pool_id].clear(e.index),
+            **dict.fromkeys(told.EVERY, lambda _e: None),
         }
 
     # --- events in ---

@@ -16,6 +16,7 @@ SOURCE, SINK = "5" * 32, "a" * 16
 SECRET = "0123456789abcdef" * 4
 LINK: dict[str, Any] = {"source_boot_id": SOURCE, "sink_boot_id": SINK}
 DIGEST = bytes(range(0xF0, 0x100))
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ERROR = ErrorInfo.of(Code.RESUME_AHEAD, "resume at 9 is above sent_tokens 8")
 AUX: dict[str, int | float | str | bytes] = {
     "n": -(1 << 63),
@@ -69,6 +70,7 @@ CALLS: dict[str, Any] = {
         call=2, transfer_id="!~" * 64, attempt=1 << 31, start_tokens=128, total_tokens=TOKENS_MAX,
         aux=AUX, window_tokens=0,
     ),
+    "send in a trace": w.Send(transfer_id="t", traceparent=TRACE),
     "ready": w.Ready(call=3, transfer_id="t", ready_tokens=8192),
     "ready for the last time": w.Ready(
         transfer_id="t", attempt=1, ready_tokens=8193, total_tokens=8193, aux={}
@@ -78,6 +80,7 @@ CALLS: dict[str, Any] = {
         call=4, transfer_id="t", source="tcp://10.0.0.7:7000", mode=Mode.WHOLE, start_tokens=256,
         window_tokens=4096, max_tokens=65536,
     ),
+    "receive in a trace": w.Receive(transfer_id="t", traceparent=TRACE),
     "poll": w.Poll(call=5, transfers=[WATCHED]),
     "poll that waits": w.Poll(
         call=6, wait_s=60.0,
@@ -179,6 +182,7 @@ PEER: dict[str, Any] = {
     ),
     "ticket": p.Ticket(stream=0, connection=0, port=65535, ticket=DIGEST * 2, **LINK),
     "a pull that asks for news": p.Pulls(pulls=[PULL], **LINK),
+    "a pull in a trace": p.Pulls(pulls=[PULL.model_copy(update={"traceparent": TRACE})], **LINK),
     "a pull that wants two extents": p.Pulls(
         pulls=[
             p.Pull(

@@ -112,6 +112,8 @@ class EffectDesk:
         node = self._node
         handle = node.sinks.handle_of(transfer.key) + effect.part
         node.meters.claimed(effect.key, handle, effect.first_token, node.now_s)
+        chunk = (transfer.key, effect.part, effect.first_token, effect.tokens)
+        node.chronicle.chunk_begun(effect.key, *chunk)
         node.effects.append(
             out.Expect(
                 effect.key,
@@ -148,6 +150,7 @@ class EffectDesk:
             acked_tokens=effect.acked_tokens,
             world_size=opening.world_size,
             layout=self._book(transfer).layout if effect.show_layout else None,
+            traceparent=opening.traceparent if transfer.known_at is None else None,
             want=list(effect.want),
         )
         if opening.source is None:
@@ -208,6 +211,8 @@ class EffectDesk:
         if not (effect.key.is_here or node.sources.is_open(effect.key)):
             node.post(transfer.key, ev.StreamDown(effect.key))  # what it was asked on is closed
             return
+        chunk = (transfer.key, effect.part, effect.first_token, effect.tokens)
+        node.chronicle.chunk_begun(effect.key, *chunk)
         node.effects.append(
             out.Transmit(
                 effect.key,

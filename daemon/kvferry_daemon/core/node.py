@@ -14,6 +14,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
+from kvferry_daemon.core.chronicle import Chronicle
 from kvferry_daemon.core.deeds import KEPT_MAX, Deed
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
@@ -61,6 +62,7 @@ class Settings:
     worker_transfers_max: int = 1 << 30
     deadline_max_s: float = 3600.0
     device: str = HOST  # where new pools lie
+    traced: bool = False  # the shell makes traces
 
     def pool_path(self, pool_id: str) -> str:
         """Where a pool's file lies."""
@@ -105,6 +107,7 @@ class Node:
         self.draining = False
         self.counters: Counter[str] = Counter()
         self.meters = Meters()
+        self.chronicle = Chronicle(self, traced=settings.traced)
         self.books: dict[str, PoolBook] = {}
         self.sessions: dict[str, Session] = {}
         self.transfers: dict[ev.Key, AnyTransfer] = {}
@@ -216,6 +219,7 @@ class Node:
         self.sessions[transfer.opening.session].keys.add(key)
         self.counters[f"{key.role.value}_opened"] += 1
         self.note("opened", self.sessions[transfer.opening.session], key)
+        self.chronicle.opened(transfer)
         self.run_now(key, self._tick(transfer))
 
     def note(self, what: str, session: Session, key: ev.Key, why: str = "") -> None:
@@ -291,6 +295,9 @@ class Node:
         if transfer.ended and not ended:
             self.counters[f"{key.role.value}_{transfer.state.name.lower()}"] += 1
             self.meters.ended(transfer)
+            self.chronicle.ended(transfer)
+        elif self.chronicle.traced and not ended:
+            self.chronicle.handled(transfer, event)
         if transfer.version != version or transfer.stall is not stall:  # a group's shows later
             self.meters.moved(transfer)
         if transfer.version != version:

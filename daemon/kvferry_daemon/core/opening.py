@@ -80,6 +80,7 @@ def opening_of(
         aux_names=book.layout.aux,
         rank=call.rank,
         world_size=ranks,
+        traceparent=call.traceparent,
         chunk_tokens=max(1, settings.chunk_bytes // book.layout.block_bytes) * size,
     )
 

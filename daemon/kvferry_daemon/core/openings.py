@@ -17,7 +17,7 @@ from kvferry_proto.states import Role
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node, Session
 
-OF_A_RANK = {"call", "rank"}  # what each worker of a group says for itself
+OF_A_RANK = {"call", "rank", "traceparent"}  # what each worker says for itself, each time
 OF_A_GROUPS_RANK = OF_A_RANK | {"total_tokens", "aux"}
 
 

@@ -8,6 +8,7 @@ from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.past import Past
 from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
 from kvferry_daemon.core.records import Row
+from kvferry_daemon.core.told import Told
 from kvferry_daemon.core.window import Place
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
@@ -377,5 +378,5 @@ class WatchWorker:
 NodeEffect = (
     ToWorker | ToSink | Say | OpenPeer | ClosePeer | Connect | Disconnect | Probe | Admit | Expel
     | Expect | CancelExpected | Transmit | Zero | MakePool | DropPool | WatchWorker
-    | Write | ForgetWorker | ShowSlot | ClearSlot
+    | Write | ForgetWorker | ShowSlot | ClearSlot | Told
 )  # fmt: skip

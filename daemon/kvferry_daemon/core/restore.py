@@ -121,6 +121,7 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
         chunk_tokens=told.chunk_tokens,
         rank=told.call.rank,
         world_size=told.call.world_size,
+        traceparent=told.call.traceparent,
     )
     kind = SinkTransfer if key.role is Role.SINK else SourceTransfer
     transfer: AnyTransfer = kind(opening, _timing(told.call, node.settings), node.now_s)
@@ -138,6 +139,8 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     for session in transfer.ranks.sessions:
         if session in node.sessions:
             node.sessions[session].keys.add(key)
+    if not transfer.ended:
+        node.chronicle.opened(transfer, again=True)
 
 
 def _timing(call: worker.Send | worker.Receive, settings: Settings) -> ev.Timing:

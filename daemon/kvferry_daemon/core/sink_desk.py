@@ -148,6 +148,7 @@ class SinkDesk:
         """A data connection has ended; no thread writes through it any more."""
         self._node.counters["streams_closed"] += 1
         self._node.meters.stream_down(event.key)
+        self._node.chronicle.stream_down(event.key)
         self._tell_all(event.key.peer, ev.StreamDown(event.key))
         peer = self.peers.get(event.key.peer)
         if peer is not None:
@@ -161,6 +162,7 @@ class SinkDesk:
         key, part = self.named(event.handle)
         claim = (event.key, event.handle, event.first_token)
         self._node.meters.received(*claim, self._node.now_s, key.transfer_id)
+        self._node.chronicle.chunk_ended(event.key, key, part, event.first_token)
         self._node.post(key, ev.Received(event.key, event.first_token, part))
 
     def on_missed(self, event: out.ChunkMissed) -> None:
@@ -168,6 +170,7 @@ class SinkDesk:
         self._node.counters["chunks_missed"] += 1
         self._node.meters.missed(event.key, event.handle, event.first_token)
         key, part = self.named(event.handle)
+        self._node.chronicle.chunk_ended(event.key, key, part, event.first_token, missed=True)
         self._node.post(key, ev.Missed(event.key, event.first_token, part))
         if event.key.is_here:  # taken back only once it has ended, which absorbs this: it failed
             self._node.post(key, ev.Fail(Code.INTERNAL, "a copy within the daemon failed"))

@@ -285,6 +285,7 @@ class SourceDesk:
     def on_stream_down(self, event: out.SourceStreamDown) -> None:
         """No thread reads a block for it any more."""
         self._open.discard(event.key)
+        self._node.chronicle.stream_down(event.key)
         for key in self._node.transfers:
             if key.role is Role.SOURCE:
                 self._node.post(key, ev.StreamDown(event.key))
@@ -294,6 +295,8 @@ class SourceDesk:
         if not event.key.is_here:
             self._node.counters["chunks_sent"] += 1
             self._node.counters["bytes_sent"] += event.payload_bytes
+        chunk = (event.owner, event.part, event.first_token)
+        self._node.chronicle.chunk_ended(event.key, *chunk)
         self._node.post(event.owner, ev.Sent(event.key, event.first_token, event.part))
 
     # --- saying ---

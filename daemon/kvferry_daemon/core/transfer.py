@@ -55,6 +55,7 @@ class Opening:
     chunk_tokens: int = 128  # sink only: a multiple of the block size
     rank: int = 0
     world_size: int = 1
+    traceparent: str | None = None
 
 
 class Transfer:

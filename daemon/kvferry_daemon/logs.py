@@ -1,0 +1,170 @@
+"""The daemon's log: one event a line, for people on a terminal, as JSON for whatever collects it."""
+
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, Literal, TextIO
+
+from kvferry_daemon.core.events import Key
+from kvferry_daemon.core.told import Told, TransferEnded, TransferOpened
+from kvferry_daemon.plain import plain
+
+log = logging.getLogger(__name__)
+transfers = logging.getLogger("kvferry_daemon.transfers")
+Format = Literal["auto", "human", "json"]
+LINES_MAX = 2048
+CLOSE_S = 1.0
+FIELDS = "kvferry_fields"  # of a record: what else is told, by name
+
+
+def about(key: Key, **more: object) -> dict[str, dict[str, object]]:
+    """The ``extra`` of a line about one side of a transfer; None is not told."""
+    told = {"transfer_id": key.transfer_id, "role": key.role.value, "attempt": key.attempt, **more}
+    return fields(**told)
+
+
+def fields(**told: object) -> dict[str, dict[str, object]]:
+    """The ``extra`` of a line that has fields; None is not told."""
+    return {FIELDS: {name: value for name, value in told.items() if value is not None}}
+
+
+class JsonLines(logging.Formatter):
+    """An object a line; see docs/operations.md for its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, whatever it is made of."""
+        line: dict[str, object] = {
+            "time": _utc(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **_fields_of(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class HumanLines(logging.Formatter):
+    """Time, level, what happened, and to which transfer; an exception's lines stand below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record."""
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
+        told = "".join(f" {name}={plain(str(v))}" for name, v in _fields_of(record).items())
+        name = record.name.removeprefix("kvferry_daemon.")
+        what = plain(record.getMessage())
+        line = f"{at}.{int(record.msecs):03d} {record.levelname:7} {name}: {what}{told}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class WriterThread(logging.Handler):
+    """Writes lines in a thread, so that whoever does not read them holds nothing up.
+
+    What does not fit into its queue is dropped, and counted in a line of its own.
+    """
+
+    def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(LINES_MAX)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write_all, name="kvferry-log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Format it now: what it is about may change."""
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Write what is left, for a while."""
+        try:
+            self._lines.put(None, timeout=CLOSE_S)
+        except queue.Full:  # nobody reads, and nobody will
+            return
+        self._thread.join(CLOSE_S)
+        super().close()
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self._write(line)
+            if self._dropped:
+                count, self._dropped = self._dropped, 0
+                self._write(self.format(_line_of_dropped(count)))
+
+    def _write(self, line: str) -> None:
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except OSError:  # whoever read is gone; the daemon goes on without him
+            self._dropped += 1
+
+
+def begin(level: str, form: Format) -> None:
+    """From now on everything that the process logs goes to stderr in this form.
+
+    ``auto``: as JSON, unless stderr is a terminal.
+    """
+    human = form == "human" or (form == "auto" and sys.stderr.isatty())
+    handler = WriterThread(sys.stderr, HumanLines() if human else JsonLines())
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    sys.excepthook = _crashed
+    threading.excepthook = _thread_crashed
+
+
+def tell(event: Told) -> None:
+    """Log how a transfer goes."""
+    match event:
+        case TransferOpened() if transfers.isEnabledFor(logging.DEBUG):
+            what = "taken up again" if event.again else "opened"
+            more: dict[str, Any] = {"worker": event.worker or None, "source": event.source}
+            transfers.debug("transfer %s", what, extra=about(event.key, **more))
+        case TransferEnded():
+            more = {
+                "sent_tokens": event.sent_tokens,
+                "total_tokens": event.total_tokens,
+                "took_s": round(event.took_s, 3),
+            }
+            if event.error is None:
+                transfers.info("transfer ended well", extra=about(event.key, **more))
+            else:
+                more |= {"error": str(event.error.code), "fault": str(event.error.fault)}
+                more["why"] = event.error.message
+                transfers.warning("transfer failed", extra=about(event.key, **more))
+
+
+def _line_of_dropped(count: int) -> logging.LogRecord:
+    words = f"{count} lines were dropped: nobody read them"
+    about = {"name": log.name, "levelno": logging.WARNING, "levelname": "WARNING", "msg": words}
+    return logging.makeLogRecord(about)
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    told: dict[str, object] = getattr(record, FIELDS, {})
+    return told
+
+
+def _utc(record: logging.LogRecord) -> str:
+    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{at}.{int(record.msecs):03d}Z"
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.critical("the daemon ends by a fault of ours", exc_info=(kind, error, trace))
+
+
+def _thread_crashed(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        seen = (args.exc_type, args.exc_value, args.exc_traceback)
+        log.critical("a thread ended by a fault of ours", exc_info=seen)
