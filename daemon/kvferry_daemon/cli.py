@@ -11,6 +11,7 @@ import click
 from kvferry_daemon import verbs
 from kvferry_daemon.key_verbs import keys
 from kvferry_daemon.output import Exit, as_json, stop, write
+from kvferry_daemon.size_verb import size
 
 if TYPE_CHECKING:
     from kvferry_daemon.config import Config
@@ -157,5 +158,5 @@ def _loaded(path: Path | None, flags: Mapping[str, Any]) -> "Config":
         stop(Exit.USAGE, f"config: {error}")
 
 
-for verb in (*verbs.ALL, keys):
+for verb in (*verbs.ALL, keys, size):
     main.add_command(verb)
