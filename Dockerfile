@@ -2,11 +2,13 @@
 #   docker build --build-arg COMMIT=$(git rev-parse HEAD) -t kvferry .
 #   docker build --build-arg EXTRAS="nixl" --build-arg TORCH="torch" -t kvferry-cuda .
 # Without TORCH there is none: pools lie in host memory. COMMIT is what `kvferry version` shows.
+# PIP_EXTRA_INDEX_URL: where torch's build without CUDA is, for the demo (EXTRAS="demo").
 ARG PYTHON=python:3.11-slim
 FROM ${PYTHON} AS build
 ARG EXTRAS=""
 ARG TORCH=""
 ARG COMMIT=""
+ARG PIP_EXTRA_INDEX_URL=""
 WORKDIR /src
 COPY . .
 RUN printf '%s' "${COMMIT}" > daemon/kvferry_daemon/COMMIT \
@@ -18,7 +20,7 @@ FROM ${PYTHON}
 COPY --from=build /opt/kvferry /opt/kvferry
 RUN useradd --uid 10001 --no-create-home kvferry \
     && install -d -o kvferry -m 0700 /run/kvferry
-USER kvferry
+USER 10001
 # A tmpfs that the workers' containers share is mounted at /run/kvferry. It belongs to root, as
 # mounts do, so the daemon makes a directory of its own inside it.
 ENV KVFERRY_RUNTIME_DIR=/run/kvferry/daemon
