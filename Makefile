@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang manifests clean
+.PHONY: demo test test-vllm-short check bench bench-peers soak sim faults fuzz model gpu test-vllm test-sglang docs manifests clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -97,6 +97,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python tests/deploy/get_helm.py $(BIN)/helm
 	touch $@
+
+# The pages of docs/ as a site, in build/site.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 # Plain manifests of both modes, out of the chart.
 manifests: $(INSTALLED)
