@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kvferry", message="kvferry %(version)s")
 def main() -> None:
     """kvferry moves KV cache and embeddings between inference nodes, window by window."""
 
