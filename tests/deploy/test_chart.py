@@ -1,6 +1,7 @@
 """The Helm chart: what it refuses, what it makes, and that deploy/kubernetes was made by it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,25 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], words: str) -> N
     done = helm("template", "kvferry", CHART, values=values)
     assert (done.returncode, done.stdout) == (1, "")
     assert words in done.stderr
+
+
+@needs_helm
+def test_the_guides_commands_make_keys_and_install_the_chart(tmp_path: Path) -> None:
+    """But for kubectl, whose Secret has the files that were made."""
+    text = (DEPLOY / "README.md").read_text()
+    new, trust = re.findall(r"^    kvferry (keys .*?) +#", text, re.MULTILINE)
+    key = kvferry(*new.split(), cwd=tmp_path).stdout.strip()
+    done = kvferry(*trust.replace("KEY", key).split(), cwd=tmp_path)
+    assert done.returncode == 0, done
+    (secret,) = re.findall(r"^    kubectl create secret (.*)$", text, re.MULTILINE)
+    files = {tmp_path / name for name in re.findall(r"--from-file=(\S+)", secret)}
+    assert files == set((tmp_path / "keys").iterdir())
+    (install,) = re.findall(r"^    helm install (.*)$", text, re.MULTILINE)
+    release, chart, *options = install.split()
+    made = helm("template", release, TOP / chart, *options)
+    assert made.returncode == 0, made.stderr
+    assert KEYS["secretName"] in secret
+    assert f"secretName: {KEYS['secretName']}" in made.stdout
 
 
 @pytest.mark.parametrize("budget", ["8GiB", "8G", "1.5TiB", "12345", "8k", "8Gi", "x", "8KB"])
