@@ -15,6 +15,7 @@ import yaml
 from docs.pages import LINK, TOP, anchors, commands, pages
 from kvferry_daemon.cli import main
 from kvferry_proto.errors import ADVICE, Code
+from kvferry_proto.versions import OURS
 
 ERRORS = TOP / "docs" / "errors.md"
 WORDS = re.compile(r"### (\w+)\n\nFault: (\w+)\. Remedy: ([^\n]*)\.\n\n(\S[^\n]{15,})\n")
@@ -73,3 +74,8 @@ def test_every_error_code_has_its_fault_its_remedy_and_what_to_do() -> None:
     expected = [(code, str(ADVICE[code].fault), ADVICE[code].remedy) for code in Code]
     assert sorted(told) == sorted(expected)
     assert len(re.findall("^### ", text, re.MULTILINE)) == len(Code)
+
+
+def test_the_compatibility_page_is_of_the_wire_that_we_speak() -> None:
+    text = (TOP / "docs" / "compatibility.md").read_text()
+    assert re.findall(r"versions of its own, and this is (\d+)\.", text) == [str(OURS.high)]
