@@ -2,13 +2,15 @@
 #   docker build --build-arg COMMIT=$(git rev-parse HEAD) -t kvferry .
 #   docker build --build-arg EXTRAS="nixl" --build-arg TORCH="torch" -t kvferry-cuda .
 # Every package has to be the one whose hash is in deploy/ (`make requirements` renews them), but for
-# what EXTRAS and TORCH add: those have the versions of constraints.txt, and no hashes. Without TORCH
-# there is none: pools lie in host memory. COMMIT is what `kvferry version` shows.
+# what EXTRAS and TORCH add: those have the versions of constraints.txt, and no hashes.
+# Without TORCH there is none: pools lie in host memory. COMMIT is what `kvferry version` shows.
+# PIP_EXTRA_INDEX_URL: where torch's build without CUDA is, for the demo (EXTRAS="demo").
 ARG PYTHON=python:3.11-slim
 FROM ${PYTHON} AS build
 ARG EXTRAS=""
 ARG TORCH=""
 ARG COMMIT=""
+ARG PIP_EXTRA_INDEX_URL=""
 WORKDIR /src
 COPY . .
 RUN printf '%s' "${COMMIT}" > daemon/kvferry_daemon/COMMIT \

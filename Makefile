@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-sglang clean
+.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-sglang docs manifests clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -126,7 +126,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python tests/deploy/get_helm.py $(BIN)/helm
 	touch $@
+
+# The pages of docs/ as a site, in build/site.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
+
+# Plain manifests of both modes, out of the chart.
+manifests: $(INSTALLED)
+	$(call manifest,daemonset,kvferry)
+	$(call manifest,sidecar,decode)
+
+define manifest
+(echo '# Made by `make manifests` from the chart and $(1).values.yaml: change those.'; \
+	$(BIN)/helm template $(2) deploy/helm/kvferry -f deploy/helm/$(1).values.yaml) \
+	> deploy/kubernetes/$(1).yaml
+endef
 
 clean:
 	rm -rf $(VENV) .venv-bench .venv-vllm .venv-sglang .venv-supply build *.egg-info

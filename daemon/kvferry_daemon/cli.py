@@ -12,12 +12,14 @@ from kvferry_daemon import verbs
 from kvferry_daemon.completion import completion
 from kvferry_daemon.key_verbs import keys
 from kvferry_daemon.output import Exit, as_json, stop, write
+from kvferry_daemon.size_verb import size
 
 if TYPE_CHECKING:
     from kvferry_daemon.config import Config
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kvferry", message="kvferry %(version)s")
 def main() -> None:
     """kvferry moves KV cache and embeddings between inference nodes, window by window."""
 
@@ -159,5 +161,5 @@ def _loaded(path: Path | None, flags: Mapping[str, Any]) -> "Config":
         stop(Exit.USAGE, f"config: {error}")
 
 
-for verb in (*verbs.ALL, keys, completion):
+for verb in (*verbs.ALL, keys, size, completion):
     main.add_command(verb)

@@ -58,7 +58,7 @@ def test_a_daemons_settings_are_good_and_its_ports_are_those_named(name: str) ->
     settings = {"peer": "PEER_PORT", "data": "DATA_PORT", "metrics": "HTTP_PORT"}
     assert ports == {port: env[f"KVFERRY_{setting}"] for port, setting in settings.items()}
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-    assert mounts == [str(Path(env["KVFERRY_RUNTIME_DIR"]).parent)]
+    assert mounts == [str(Path(env["KVFERRY_RUNTIME_DIR"]).parent), env["KVFERRY_KEYS_DIR"]]
 
 
 @pytest.mark.parametrize("name", DAEMONS)
