@@ -1,21 +1,19 @@
 """The audit log: one line for each deed, and no more of a kind a second than a log can take."""
 
-import json
 import logging
-import re
 from collections import Counter
 from time import monotonic
 
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.deeds import Deed
+from kvferry_daemon.logs import fields
 
 LINES_A_S = 50  # of each kind: a flood of one hides no other
-PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 log = logging.getLogger("kvferry.audit")
 
 
 class Audit:
-    """One a daemon. A line has `key=value` pairs; the record has the same as ``audit``."""
+    """One a daemon. The event of a line is what was done; all else are its fields."""
 
     def __init__(self) -> None:
         self._allowed = Allowances(LINES_A_S)
@@ -26,13 +24,7 @@ class Audit:
         if self._allowed.wait_s(deed.what, monotonic()):
             self._left_out[deed.what] += 1
             return
-        facts = {name: value for name, value in deed._asdict().items() if value not in ("", None)}
-        if left_out := self._left_out.pop(deed.what, 0):
-            facts["left_out"] = left_out  # before it
-        line = " ".join(f"{name}={_plain(str(value))}" for name, value in facts.items())
-        log.info("%s", line, extra={"audit": facts})
-
-
-def _plain(value: str) -> str:
-    """As it is, or as a JSON string: it may be a stranger's."""
-    return value if PLAIN.fullmatch(value) else json.dumps(value)
+        facts = {name: value or None for name, value in deed._asdict().items()}
+        facts["attempt"] = deed.attempt
+        facts["left_out"] = self._left_out.pop(deed.what, None)  # before it
+        log.info("%s", facts.pop("what"), extra=fields(**facts))

@@ -1,15 +1,18 @@
 """The audit log: who did what and was refused what; no secret, no payload, no flood of lines."""
 
+import json
 import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli.processes import kvferry
 from kvferry_daemon.audit import LINES_A_S, Audit
 from kvferry_daemon.core.deeds import Deed
+from kvferry_daemon.logs import FIELDS
 from kvferry_proto import worker
 from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
@@ -19,8 +22,19 @@ WAIT_S = 10.0
 
 
 def audited(daemon: LiveDaemon) -> list[str]:
-    """The lines so far, from `what=` on."""
-    return re.findall(r"kvferry\.audit (.*)", daemon.log())
+    """The lines so far: what was done, and who did it, and all else as pairs."""
+    told = [json.loads(line) for line in daemon.log().splitlines()]
+    return [_line(one) for one in told if one["logger"] == "kvferry.audit"]
+
+
+def _line(told: dict[str, Any]) -> str:
+    of_every_line = ("time", "level", "logger", "event")
+    facts = {"what": told["event"]} | {k: v for k, v in told.items() if k not in of_every_line}
+    return " ".join(f"{name}={_quoted(str(value))}" for name, value in facts.items())
+
+
+def _quoted(value: str) -> str:
+    return value if re.fullmatch(r"[\w.:/@+-]+", value) else json.dumps(value)
 
 
 def wait_for(daemon: LiveDaemon, pattern: str) -> str:
@@ -112,12 +126,12 @@ def test_a_flood_of_refusals_hides_nothing_else_and_fills_no_disk(
     for number in range(100_000):
         audit.tell(Deed("refused", "1:2:3", why=f"{number}"))
     audit.tell(Deed("opened", "1:2:3", transfer_id="t"))
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines[-1] == "what=opened user=1:2:3 transfer_id=t"
-    assert len(lines) < 20 * LINES_A_S
-    assert caplog.records[0].__dict__["audit"] == {"what": "refused", "user": "1:2:3", "why": "0"}
+    first, last = caplog.records[0], caplog.records[-1]
+    assert last.getMessage() == "opened"
+    assert last.__dict__[FIELDS] == {"user": "1:2:3", "transfer_id": "t"}
+    assert len(caplog.records) < 20 * LINES_A_S
+    assert first.__dict__[FIELDS] == {"user": "1:2:3", "why": "0"}
     time.sleep(2 / LINES_A_S)
     audit.tell(Deed("refused", "1:2:3"))
-    facts = [record.__dict__["audit"] for record in caplog.records]
-    of_a_kind = [one for one in facts if one["what"] == "refused"]
+    of_a_kind = [one.__dict__[FIELDS] for one in caplog.records if one.getMessage() == "refused"]
     assert len(of_a_kind) + sum(one.get("left_out", 0) for one in of_a_kind) == 100_001
