@@ -82,7 +82,7 @@ def test_an_operator_that_asks_too_much_is_told_when_to_try_again(tmp_path: Path
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(f"ipc://{daemon.directory / 'control.sock'}")
             question = control.REQUESTS.encode(control.GetTransfers())
-            for _ in range(MANY):
+            for _ in range(8 * MANY):
                 socket.send(question)
             told: list[Any] = [control.ANSWERS.decode(frame) for frame in answers(socket)]
             refused = [one for one in told if isinstance(one, control.ControlFailure)]

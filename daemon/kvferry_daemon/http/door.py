@@ -7,7 +7,7 @@ would be kept until their turn comes. Each host has its share of the loop's time
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from time import monotonic
+from time import monotonic, thread_time
 
 from aiohttp import web
 
@@ -16,8 +16,8 @@ from kvferry_daemon.core.allowance import Allowances
 CONNECTIONS_MAX = 128
 CONNECTIONS_A_S = 200
 REQUEST_S = 10.0
-REQUESTS_A_S = 50  # of one host
-SHARE_S = 0.005  # of the loop's time: more counts as more requests, so a host has a quarter of it
+REQUESTS_A_S = 200  # of one host
+SHARE_S = 0.00125  # of the loop's time: more counts as more requests, so a host has a quarter of it
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -66,10 +66,10 @@ class HttpDoor:
                 headers={"Retry-After": str(math.ceil(wait_s))},
             )
         else:
-            begun_s = monotonic()
+            begun_s = thread_time()
             response = await handler(request)
             if not response.prepared:  # a stream's time is not the loop's
-                self._allowed.owe(host, (monotonic() - begun_s) / SHARE_S)
+                self._allowed.owe(host, (thread_time() - begun_s) / SHARE_S)
         response.force_close()
         return response
 

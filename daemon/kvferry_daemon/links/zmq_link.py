@@ -21,7 +21,7 @@ NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 # The property of a message that the doorkeeper's answer set; as bytes, or it is encoded each time.
 USER: Any = b"User-Id"
 FROM: Any = b"__fd"  # the descriptor of the connection that it came by
-FRAMES_MAX = 8  # our messages have two, the route included
+FRAMES_MAX = 16  # ours have two, the route included; what libzmq asks the doorkeeper has nine
 
 
 class ZmqLink:
