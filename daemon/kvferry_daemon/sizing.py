@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from kvferry_proto.layout import Dtype
 
 BLOCK_TOKENS = 128
-WINDOW_MIN_TOKENS = 2048  # below it the worker's own time for a window costs more than 5 %
+WINDOW_MIN_TOKENS = 2048  # below it what each window takes of the worker's time costs speed
 WITH_TOKENS = {"full_attention", "sliding_attention", "chunked_attention"}
 # What makes a cache of a kind that is not known here: an indexer's keys, other heads in some layers.
 NOT_KNOWN = ("index_topk", "global_head_dim", "num_global_key_value_heads", "block_configs")
