@@ -99,17 +99,19 @@ class World:
 
     # --- workers ---
 
-    def hello(self, name: str, route: bytes, kind: Layout | None = None) -> worker.Welcome:
+    def hello(
+        self, name: str, route: bytes, kind: Layout | None = None, user: str = ""
+    ) -> worker.Welcome:
         """A worker joins."""
         call = worker.Hello(lock=f"lock{route.hex()}", layout=kind or layout())
-        self.feed(name, out.WorkerCalled(route, call, lock_held=True))
+        self.feed(name, out.WorkerCalled(route, call, lock_held=True, user=user))
         reply = self.machines[name].inbox[route].pop()
         assert isinstance(reply, worker.Welcome), reply
         return reply
 
-    def call(self, name: str, route: bytes, call: out.WorkerCall) -> Any:
+    def call(self, name: str, route: bytes, call: out.WorkerCall, user: str = "") -> Any:
         """A worker's call and its answer (None: the answer waits)."""
-        self.feed(name, out.WorkerCalled(route, call))
+        self.feed(name, out.WorkerCalled(route, call, user=user))
         inbox = self.machines[name].inbox.setdefault(route, [])
         return inbox.pop() if inbox else None
 

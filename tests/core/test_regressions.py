@@ -190,3 +190,21 @@ def test_a_sink_has_one_shape_for_as_long_as_it_lives() -> None:
     said = peer.Pulls(source_boot_id="a" * 16, sink_boot_id="c" * 16, pulls=pulls)
     world.feed("a", out.SinkSaid(b"c", said))
     assert shapes.cache_info().misses == before + 1
+
+
+def test_a_retry_by_another_user_does_not_end_somebodys_transfer() -> None:
+    """Whoever knew an id could end its transfer by opening a higher attempt."""
+    world = World()
+    world.hello("a", SOURCE, user="1:1:10")
+    world.hello("a", b"stranger", user="2:2:20")
+    world.hello("a", b"next life", user="1:1:11")
+    world.call("a", SOURCE, worker.Send(transfer_id="t"), user="1:1:10")
+    retry = worker.Send(transfer_id="t", attempt=1)
+    refused = world.call("a", b"stranger", retry, user="2:2:20")
+    assert refused.error.code == Code.NOT_YOUR_TRANSFER
+    first = world.machines["a"].node.transfers[Key(Role.SOURCE, "t", 0)]
+    assert not first.ended
+    [snapshot] = world.call("a", b"next life", retry, user="1:1:11").transfers
+    assert snapshot.state is State.BOOTSTRAPPING
+    assert first.error is not None
+    assert first.error.code == Code.SUPERSEDED

@@ -35,6 +35,7 @@ class Openings:
         newest = node.current.get((role, call.transfer_id), -1)
         if call.attempt < newest:
             raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
+        self._check_retry(session, key, newest)
         if self._is_repeated(session, key, call):
             if isinstance(call, worker.Send) and call.world_size > 1:
                 node.run_now(key, _told(call))  # its own: no parameters of the group
@@ -67,6 +68,15 @@ class Openings:
         node.open(source, call)
         node.run_now(key, told)
         node.sources.replay_unmet(key)
+
+    def _check_retry(self, session: Session, key: ev.Key, newest: int) -> None:
+        """A higher attempt ends the one before it, which only its own user may do."""
+        before = self._node.transfers.get(key._replace(attempt=newest))
+        if before is None or before.ended:
+            return
+        owner = self._node.sessions.get(before.opening.session)
+        if owner is not None and not owner.belongs_to(session.user):
+            raise FerryError(Code.NOT_YOUR_TRANSFER, f"attempt {newest} was opened by another user")
 
     def _supersede(self, key: ev.Key, newest: int) -> None:
         """A higher attempt has come: the one before it ends."""
