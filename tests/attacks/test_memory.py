@@ -17,8 +17,8 @@ from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
 
 MIB = 1 << 20
-POURED_MIB = 600
-BOUND_MIB = 400  # more than the daemon had, at any time
+POURED_MIB = 1500
+BOUND_MIB = 1000  # more than it had, at any time; busy cores let in 450, quiet ones 200
 POLLS = 3000
 UNREAD_MIB = 160
 WAIT_S = 20.0
