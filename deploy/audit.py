@@ -5,6 +5,7 @@ and ends well: a machine without that network can still be worked on.
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,11 @@ ASK = [
     *(sys.executable, "-m", "pip_audit", "--require-hashes", "--disable-pip"),
     *("--timeout", "5", "--progress-spinner", "off", "--format", "json", "-r"),
 ]
+# What pip-audit says of a service that cannot be reached, sends elsewhere, or answers with an error.
+NOBODY = re.compile(
+    r"requests\.exceptions\.|pip_audit\._service\.interface\.(ConnectionError|ServiceError)\b"
+    r"|ERROR:pip_audit\._cli:(Tip: your network|Could not connect to |.* is not redirecting properly)"
+)
 
 
 def main(requirements: str) -> int:
@@ -27,9 +33,10 @@ def main(requirements: str) -> int:
     try:
         found = json.loads(done.stdout)["dependencies"]
     except ValueError:
-        (*_, last) = ["no word", *filter(None, done.stderr.splitlines())]
-        if last.startswith("requests.exceptions."):
-            print(f"audit: skipped, nobody can be asked: {last[:200]}")
+        lines = ["no word", *filter(None, done.stderr.splitlines())]
+        if NOBODY.match(lines[-1]):
+            reason = next(filter(NOBODY.match, lines))  # the last may be no more than advice
+            print(f"audit: skipped, nobody can be asked: {reason[:200]}")
             return 0
         print(f"audit: pip-audit failed: {done.stderr}", file=sys.stderr)
         return 2

@@ -29,6 +29,17 @@ threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 sys.argv[1:] = ["serve", "--payload-encryption=tls", "--runtime-dir", sys.argv[1]]
 main()
 """
+TIMED_OUT = """ERROR:pip_audit._cli:Could not connect to PyPI's vulnerability feed
+ERROR:pip_audit._cli:Tip: your network may be blocking this service. Try again with `-s osv`
+"""
+UNAVAILABLE = """Traceback (most recent call last):
+requests.exceptions.HTTPError: 503 Server Error: Service Unavailable for url: https://example.org
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+pip_audit._service.interface.ServiceError
+"""
 CYCLONEDX = TOP / ".venv-supply" / "bin" / "cyclonedx-py"
 
 
@@ -105,6 +116,9 @@ def test_a_daemon_runs_as_nobody_on_a_file_system_that_it_cannot_write_to(tmp_pa
         ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', "", 0, "nothing known"),
         ('{"dependencies": [{"name": "a", "skip_reason": "not found"}]}', "", 0, "skipped, nothing"),
         ("", "requests.exceptions.ConnectionError: no route", 0, "skipped, nobody can be asked"),
+        ("", TIMED_OUT, 0, "nobody can be asked: ERROR:pip_audit._cli:Could not connect to PyPI"),
+        ("", UNAVAILABLE, 0, "nobody can be asked: requests.exceptions.HTTPError: 503"),
+        ("", "ERROR:pip_audit._cli:PyPI is not redirecting properly", 0, "nobody can be asked"),
         ("", "ERROR: it is no requirements file", 2, "pip-audit failed"),
         ("", "", 2, "pip-audit failed"),
     ],
