@@ -34,7 +34,11 @@ MIB, GIB = 1 << 20, 1 << 30
     show_default=True,
     help="tensor-parallel workers at this daemon",
 )
-@click.option("--dtype", type=click.Choice([*Dtype]), help="the cache's [default: the model's]")
+@click.option(
+    "--dtype",
+    type=click.Choice([one.value for one in Dtype]),  # of an enum it takes the members' names
+    help="the cache's [default: the model's]",
+)
 @click.option(
     "--resume-ms",
     type=POSITIVE,

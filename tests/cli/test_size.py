@@ -140,6 +140,15 @@ def test_the_verb_answers_in_words_and_as_json(tmp_path: Path) -> None:
     assert answer["cache"]["sliding_layers"] == 52
 
 
+def test_the_caches_dtype_is_named_as_in_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["Llama 3 8B"]))
+    (words,) = re.findall(r"`(--dtype .*?)`", PAGE)
+    answer = kvferry("size", "--model", path, "--json", *words.split())
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["plan"]["token_bytes"] == 64 * 1024
+
+
 def test_the_settings_it_prints_are_a_config_that_a_daemon_takes(tmp_path: Path) -> None:
     model, config = tmp_path / "config.json", tmp_path / "kvferry.toml"
     model.write_text(json.dumps(MODELS["Llama 3 8B"]))
