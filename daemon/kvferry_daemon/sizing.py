@@ -15,8 +15,19 @@ from kvferry_proto.layout import Dtype
 BLOCK_TOKENS = 128
 WINDOW_MIN_TOKENS = 2048  # below it what each window takes of the worker's time costs speed
 WITH_TOKENS = {"full_attention", "sliding_attention", "chunked_attention"}
-# What makes a cache of a kind that is not known here: an indexer's keys, other heads in some layers.
-NOT_KNOWN = ("index_topk", "global_head_dim", "num_global_key_value_heads", "block_configs")
+# What makes a cache of a kind that is not known here: an indexer's keys, other heads in some layers,
+# layers without a state per token, KV heads under another name.
+NOT_KNOWN = (
+    "index_topk",
+    "global_head_dim",
+    "num_global_key_value_heads",
+    "block_configs",
+    "num_kv_heads",
+    "multi_query_group_num",
+    "attn_layer_period",
+    "hybrid_override_pattern",
+    "linear_attn_config",
+)
 
 
 class ModelRefused(Exception):
@@ -68,10 +79,10 @@ def cache_of(model: Mapping[str, Any], ranks: int = 1, dtype: Dtype | None = Non
 
     ``dtype`` is the cache's, if it is not the model's.
     """
-    found = [name for name in NOT_KNOWN if model.get(name) is not None]
+    found = [name for name in NOT_KNOWN if model.get(name) is not None] or _differing(model)
     if found:
         raise ModelRefused(f"{found[0]}: a cache of a kind whose size is not known here")
-    layers = _count(model, "num_hidden_layers") - (model.get("num_kv_shared_layers") or 0)
+    layers = _own_layers(model)
     kinds = (model.get("layer_types") or [])[:layers]
     without = set(kinds) - WITH_TOKENS
     if without:
@@ -105,6 +116,29 @@ def plan(cache: Cache, *, link_gbit: float, concurrent: int, ranks: int, resume_
         role_bytes=role_bytes,
         budget_bytes=2 * role_bytes,
     )
+
+
+def _differing(model: Mapping[str, Any]) -> list[str]:
+    """Settings that are known, but for their values: heads or layers that are not all alike."""
+    interval = model.get("full_attention_interval")
+    sliding_heads, value_dim = model.get("swa_num_key_value_heads"), model.get("v_head_dim")
+    is_latent = model.get("kv_lora_rank") is not None  # no head of values is kept
+    found = {
+        "multi_query": bool(model.get("multi_query")),
+        "attn_type_list": any(kind != 1 for kind in model.get("attn_type_list") or []),
+        "full_attention_interval": interval is not None and not model.get("layer_types"),
+        "swa_num_key_value_heads": sliding_heads not in (None, model.get("num_key_value_heads")),
+        "v_head_dim": value_dim is not None and not is_latent and value_dim != _head_dim(model),
+    }
+    return [name for name, differs in found.items() if differs]
+
+
+def _own_layers(model: Mapping[str, Any]) -> int:
+    """Layers with a cache of their own: the last ones may read an earlier one's."""
+    layers, shared = _count(model, "num_hidden_layers"), model.get("num_kv_shared_layers") or 0
+    if type(shared) is not int or not 0 <= shared < layers:
+        raise ModelRefused(f"num_kv_shared_layers: {shared!r} of {layers} layers")
+    return layers - shared
 
 
 def _heads(model: Mapping[str, Any], ranks: int) -> int:

@@ -98,6 +98,18 @@ def test_sliding_layers_take_their_room_in_every_block() -> None:
         ({"num_key_value_heads": [8, 4]}, r"num_key_value_heads: \[8, 4\]"),
         ({"head_dim": 0}, "head_dim: 0"),
         ({"index_topk": 2048}, "index_topk: a cache of a kind"),
+        ({"multi_query": True}, "multi_query: a cache of a kind"),
+        ({"num_kv_heads": 8}, "num_kv_heads: a cache of a kind"),
+        ({"multi_query_group_num": 2}, "multi_query_group_num: a cache of a kind"),
+        ({"attn_layer_period": 8}, "attn_layer_period: a cache of a kind"),
+        ({"full_attention_interval": 4}, "full_attention_interval: a cache of a kind"),
+        ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern: a cache of a kind"),
+        ({"attn_type_list": [0, 1]}, "attn_type_list: a cache of a kind"),
+        ({"linear_attn_config": {}}, "linear_attn_config: a cache of a kind"),
+        ({"swa_num_key_value_heads": 4}, "swa_num_key_value_heads: a cache of a kind"),
+        ({"v_head_dim": 64}, "v_head_dim: a cache of a kind"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers: 2 of 2 layers"),
+        ({"num_kv_shared_layers": -1}, "num_kv_shared_layers: -1 of 2 layers"),
         ({"kv_lora_rank": 512}, "qk_rope_head_dim: None"),
         ({"dtype": None}, "dtype: None"),
     ],
@@ -105,6 +117,16 @@ def test_sliding_layers_take_their_room_in_every_block() -> None:
 def test_what_cannot_be_told_is_refused_by_name(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelRefused, match=words):
         cache_of({**grouped(2, 8, 128), **changed})
+
+
+def test_settings_under_which_all_layers_are_alike_are_counted() -> None:
+    """As of models whose layers could differ, but do not; and a latent has no heads of values."""
+    alike = {"multi_query": False, "attn_type_list": [1, 1], "swa_num_key_value_heads": 8}
+    periodic = {"full_attention_interval": 1, "layer_types": ["full_attention"] * 2}
+    model = grouped(2, 8, 128, v_head_dim=128, **alike, **periodic)
+    assert cache_of(model) == cache_of(grouped(2, 8, 128))
+    latent = MODELS["DeepSeek V3"]
+    assert cache_of({**latent, "v_head_dim": 64}) == cache_of(latent)
 
 
 def test_a_multimodal_model_is_sized_by_its_language_part(tmp_path: Path) -> None:
