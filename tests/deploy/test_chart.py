@@ -96,7 +96,8 @@ def test_helm_finds_nothing_to_complain_about(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_it_makes_is_what_kubernetes_takes(name: str) -> None:
     objects = made(CASES[name])
-    assert {"NetworkPolicy", "PodDisruptionBudget"} <= set(objects)
+    is_scaled = "Deployment" in objects  # of others no controller counts the pods that may go
+    assert ("NetworkPolicy" in objects, "PodDisruptionBudget" in objects) == (True, is_scaled)
     for kind in objects.keys() - CUSTOM:
         version = kubernetes_validate.latest_version()
         kubernetes_validate.validate(objects[kind], version, strict=True)
@@ -132,9 +133,16 @@ def test_a_worker_starts_after_its_daemon_and_sees_its_directory() -> None:
     assert daemon["restartPolicy"] == "Always"
     assert worker["volumeMounts"] == daemon["volumeMounts"][:1]
     assert worker["env"][0] == daemon["env"][0]
-    assert pod["terminationGracePeriodSeconds"] > int(
-        daemon["lifecycle"]["preStop"]["exec"]["command"][-1]
-    )
+
+
+@needs_helm
+@pytest.mark.parametrize(("config", "stop_s"), [({}, 30), ({"stop_s": 90.5}, 91)])
+def test_a_pod_has_time_to_drain_and_then_to_stop(config: dict[str, Any], stop_s: int) -> None:
+    """And some more, so that the daemon ends by itself."""
+    assert Config.model_fields["stop_s"].default == 30
+    pod = pod_of(made({**CASES["sidecar, keys"], "config": config, "drainS": 7}))
+    assert pod["initContainers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1] == "7"
+    assert pod["terminationGracePeriodSeconds"] == 7 + stop_s + 15
 
 
 @needs_helm
@@ -149,7 +157,7 @@ def test_daemon_and_workers_see_each_others_processes_where_pools_lie_in_a_gpu()
 def test_the_network_policy_lets_in_peers_prometheus_and_who_asks_the_engine() -> None:
     policy = made(CASES["sidecar, keys"])["NetworkPolicy"]["spec"]
     ports = [[port["port"] for port in rule["ports"]] for rule in policy["ingress"]]
-    assert ports == [["peer", "data"], ["metrics"], [8000]]
+    assert ports == [[7000, 7001], [9464], [8000]]
     assert [("from" in rule) for rule in policy["ingress"]] == [True, True, False]
 
 

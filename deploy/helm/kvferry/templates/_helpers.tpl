@@ -67,7 +67,7 @@ volumeMounts:
 
 {{/* What is the same of both modes' pods. */}}
 {{- define "kvferry.pod" -}}
-terminationGracePeriodSeconds: {{ add .Values.drainS 30 }}
+terminationGracePeriodSeconds: {{ add .Values.drainS (.Values.config.stop_s | default 30 | float64 | ceil) 15 }}
 automountServiceAccountToken: false
 securityContext:
   runAsUser: {{ .Values.uid }}
