@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
         "worker": {**WORKER, "command": ["vllm"], "args": ["serve"], "resources": {"limits": {}}},
         "config": {"stall_s": 1.5, "copy_cpus": "0-3"},
         "imagePullSecrets": [{"name": "registry"}],
+        "supplementalGroups": [20001, 1000660000],
     },
     "sidecar, GPU": {"mode": "sidecar", "keys": KEYS, "worker": WORKER, "gpu": {"enabled": True}},
 }
@@ -146,6 +147,25 @@ def test_a_pod_has_time_to_drain_and_then_to_stop(config: dict[str, Any], stop_s
 
 
 @needs_helm
+def test_a_worker_goes_on_while_its_daemon_drains() -> None:
+    """All hooks before a pod's end run at once, and the worker is told to end behind its own."""
+    values = yaml.safe_load((DEPLOY / "helm" / "sidecar.values.yaml").read_text())
+    ready = {"httpGet": {"path": "/health", "port": "http"}}
+    pod = pod_of(made({**values, "worker": {**values["worker"], "readinessProbe": ready}}))
+    (daemon,), (worker,) = pod["initContainers"], pod["containers"]
+    drain, sleep = (one["lifecycle"]["preStop"]["exec"]["command"] for one in (daemon, worker))
+    assert sleep == ["sleep", drain[-1]]
+    assert worker["readinessProbe"] == ready
+
+
+@needs_helm
+def test_a_daemon_is_a_member_of_the_groups_that_were_given() -> None:
+    groups = pod_of(made(CASES["sidecar, keys"]))["securityContext"]["supplementalGroups"]
+    assert groups == [20001, 1000660000]
+    assert "supplementalGroups" not in pod_of(made(CASES["daemonset, keys"]))["securityContext"]
+
+
+@needs_helm
 def test_daemon_and_workers_see_each_others_processes_where_pools_lie_in_a_gpu() -> None:
     assert pod_of(made(CASES["sidecar, GPU"]))["shareProcessNamespace"] is True
     node = pod_of(made(CASES["daemonset, GPU"]))
@@ -173,6 +193,7 @@ def test_the_network_policy_lets_in_peers_prometheus_and_who_asks_the_engine() -
         ({"insecure": "yes"}, "/insecure"),
         ({"insecure": True, "ports": {"peer": 80}}, "/ports/peer"),
         ({"insecure": True, "gpu": {"device": "gpu0"}}, "/gpu/device"),
+        ({"insecure": True, "supplementalGroups": ["kvferry"]}, "/supplementalGroups/0"),
         ({"insecure": True, "key": KEYS}, "additional properties 'key'"),
     ],
 )

@@ -73,6 +73,12 @@ securityContext:
   runAsUser: {{ .Values.uid }}
   runAsGroup: {{ .Values.uid }}
   fsGroup: {{ .Values.uid }}
+  {{- with .Values.supplementalGroups }}
+  supplementalGroups:
+    {{- range . }}
+    - {{ int64 . }}
+    {{- end }}
+  {{- end }}
   runAsNonRoot: true
   seccompProfile: {type: RuntimeDefault}
 {{- with .Values.imagePullSecrets }}
