@@ -68,17 +68,21 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
         write(config.model_dump_json(indent=2))
         return
     from kvferry_daemon.daemon import run
+    from kvferry_daemon.http.listen import HttpMissing
     from kvferry_daemon.keys import KeysRefused
     from kvferry_daemon.memory.placement import PlacementRefused
     from kvferry_daemon.runtime_dir import DirectoryTaken
-    from kvferry_daemon.transports.nixl.agent import NixlFailed
+    from kvferry_daemon.traces import TracesRefused
+    from kvferry_daemon.transports.nixl.agent import NixlFailed, NixlMissing
     from kvferry_daemon.transports.tcp.tls import EncryptionFailed
 
     try:
         sys.exit(run(config))
     except (KeysRefused, PlacementRefused) as error:
         stop(Exit.USAGE, f"config: {error}")
-    except (DirectoryTaken, EncryptionFailed, NixlFailed, OSError, zmq.ZMQError) as error:
+    except (EncryptionFailed, HttpMissing, NixlMissing, TracesRefused) as error:  # needs an extra
+        stop(Exit.USAGE, f"config: {error}")
+    except (DirectoryTaken, NixlFailed, OSError, zmq.ZMQError) as error:
         stop(Exit.SERVE, f"cannot start: {error}")
 
 

@@ -10,11 +10,15 @@ class HttpRefused(OSError):
     """There is no HTTP as it was asked for; the message says why and what to do."""
 
 
+class HttpMissing(HttpRefused):
+    """What it needs is not installed."""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. HttpRefused if that cannot be."""
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
-        raise HttpRefused(
+        raise HttpMissing(
             f"http_port needs {' and '.join(absent)}: pip install 'kvferry[http]', or leave it out"
         )
     try:

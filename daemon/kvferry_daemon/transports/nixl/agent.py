@@ -35,6 +35,10 @@ class NixlFailed(Exception):
     """NIXL says no; the message is its own."""
 
 
+class NixlMissing(NixlFailed):
+    """It is not installed."""
+
+
 def load() -> Any:
     """Load NIXL; raise NixlFailed with the reason if that cannot be."""
     try:

@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 from pathlib import Path
 
-from kvferry_daemon.transports.nixl.agent import NixlFailed, load
+from kvferry_daemon.transports.nixl.agent import NixlFailed, NixlMissing, load
 from kvferry_daemon.transports.nixl.poller import Poller
 from kvferry_daemon.transports.tcp.events import Enter, stay
 from kvferry_proto.peer import Encryption, Ways
@@ -39,7 +39,7 @@ def begin(
         return Ways(wish="tcp", why="payload_encryption is tls", payload_encryption="tls"), None
     found = ways(wish, device_memory)
     if wish == "nixl" and not found.nixl:
-        raise NixlFailed(f"transport is set to nixl, but {found.why}: pip install 'kvferry[nixl]'")
+        raise NixlMissing(f"transport is set to nixl, but {found.why}: pip install 'kvferry[nixl]'")
     if not found.nixl:
         return found, None
     if wish == "auto" and not found.fast:  # loaded only if a peer insists
