@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,9 @@ def test_as_the_page_says(guide: Guide) -> None:
     for daemon in daemons:
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(WAIT_S) == 0
+
+
+def test_the_table_has_every_extra_but_those_of_the_project_itself() -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    told = re.findall(r"^\| `kvferry\[(\w+)\]` \|", PAGE.read_text(), re.MULTILINE)
+    assert set(told) == set(project["optional-dependencies"]) - {"dev", "docs"}
