@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from time import monotonic, thread_time
+from typing import cast
 
 from aiohttp import web
 
@@ -88,5 +89,4 @@ class HttpDoor:
 
 class _Closed(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
+        cast(asyncio.Transport, transport).abort()  # uvloop's is none by its class
