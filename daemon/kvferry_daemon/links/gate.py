@@ -5,6 +5,7 @@ bound is shut down at once, before its handshake has begun. A thread listens: li
 for who is told, so a loop that stands still would hold all sockets up.
 """
 
+import errno
 import logging
 import os
 import resource
@@ -13,6 +14,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from stat import S_ISSOCK
 from time import monotonic
 
 import zmq
@@ -120,6 +122,8 @@ class Gate:
 @contextmanager
 def opened(descriptor: int) -> Iterator[socket.socket]:
     """A socket of libzmq's, for a moment; OSError if it is none any more."""
+    if not S_ISSOCK(os.fstat(descriptor).st_mode):  # to close a copy of a file drops its locks
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
     copy = os.dup(descriptor)
     try:
         connection = socket.socket(fileno=copy)
