@@ -19,6 +19,7 @@ from time import monotonic
 
 import zmq
 
+from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
 from kvferry_daemon.links.zap import CONTROL, PEER, WORKER
 
@@ -58,9 +59,11 @@ class Gate:
         self._listening = listening
         self._name = name
         self._crowd = crowd
+        self._lock = threading.Lock()  # of the crowd: the loop and the watch of memory ask too
         self._endpoint = ""  # known with the first connection
         self._told_at_s = -TELL_S
         self._told_of = 0  # by the log
+        self._faults_told = Allowances(1 / TELL_S)
         self._monitor = listening.get_monitor_socket(HEARD)
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._thread = threading.Thread(target=self._run, name=f"kvferry-gate-{name}", daemon=True)
@@ -69,7 +72,8 @@ class Gate:
     @property
     def connections(self) -> list[int]:
         """Descriptors of those that are in."""
-        return self._crowd.numbers
+        with self._lock:
+            return self._crowd.numbers
 
     def cut(self, descriptor: int) -> None:
         """End a connection, if it is still one of ours; libzmq lets go of what it has of it."""
@@ -79,7 +83,8 @@ class Gate:
 
     def throw_out(self, descriptor: int) -> None:
         """End the connection of somebody who cannot be honest, and let him wait before the next."""
-        self._crowd.bar(descriptor, monotonic())
+        with self._lock:
+            self._crowd.bar(descriptor, monotonic())
         self.cut(descriptor)
 
     def close(self) -> None:
@@ -92,19 +97,29 @@ class Gate:
             while True:
                 facts, endpoint = self._monitor.recv_multipart()
                 event, descriptor = EVENT.unpack(facts)
-                if event == zmq.EVENT_ACCEPTED:
-                    self._endpoint = endpoint.decode()
-                    self._arrived(descriptor)
-                elif event == zmq.EVENT_DISCONNECTED:
-                    self._crowd.left(descriptor)
-                else:
+                if event == zmq.EVENT_MONITOR_STOPPED:
                     return
+                try:
+                    self._heard(event, descriptor, endpoint.decode())
+                except Exception:  # a fault of ours: without this thread libzmq's stands still
+                    if not self._faults_told.wait_s("", monotonic()):
+                        log.exception("lost count of connections to the %s socket", self._name)
+
+    def _heard(self, event: int, descriptor: int, endpoint: str) -> None:
+        if event == zmq.EVENT_ACCEPTED:
+            self._endpoint = endpoint
+            self._arrived(descriptor)
+        else:
+            with self._lock:
+                self._crowd.left(descriptor)
 
     def _arrived(self, descriptor: int) -> None:
         with suppress(OSError), opened(descriptor) as connection:
             if not self._endpoint.endswith(listening_at(connection)):
                 return  # it has ended by itself, and its number is another one's by now
-            why = self._crowd.arrived(descriptor, source_of(connection), monotonic())
+            source = source_of(connection)
+            with self._lock:
+                why = self._crowd.arrived(descriptor, source, monotonic())
             if why:
                 self.refused += 1
                 self._tell(why)
