@@ -127,6 +127,26 @@ def test_messages_go_through_beside_those_that_are_cut(house: House) -> None:
         one.close()
 
 
+def test_who_is_thrown_out_is_who_sent_it_and_not_who_has_his_number_now(house: House) -> None:
+    somebody_else = "localhost:1:1:1" if house.endpoint.startswith("ipc") else "127.0.0.9"
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.RECONNECT_IVL, -1)
+        dealer.connect(house.endpoint)
+        dealer.send(b"hello")
+        frame = house.socket.recv_multipart(copy=False)[-1]
+        number, address = int(frame.get("__fd")), str(frame.get("Peer-Address"))
+        house.gate.throw_out_sender(number, somebody_else)
+        with plain(house) as other:
+            assert greeted(other)
+            wait_until(house, 2)
+        wait_until(house, 1)
+        house.gate.throw_out_sender(number, address)
+        wait_until(house, 0)
+        with plain(house) as other:
+            assert is_cut(other)
+        dealer.close(linger=0)
+
+
 class Faulty(Crowd):
     """A fault of ours, at the first connection."""
 

@@ -21,7 +21,7 @@ import zmq
 
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
-from kvferry_daemon.links.zap import CONTROL, PEER, WORKER
+from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
 
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 EVENT = struct.Struct("=Hi")  # which, and the descriptor
@@ -70,22 +70,30 @@ class Gate:
         self._thread.start()
 
     @property
-    def connections(self) -> list[int]:
-        """Descriptors of those that are in."""
+    def connections(self) -> dict[int, str]:
+        """Descriptors of those that are in, and who opened each."""
         with self._lock:
-            return self._crowd.numbers
+            return self._crowd.inside
 
-    def cut(self, descriptor: int) -> None:
-        """End a connection, if it is still one of ours; libzmq lets go of what it has of it."""
+    def cut(self, descriptor: int, source: str) -> None:
+        """End a connection, if it is still theirs; libzmq lets go of what it has of it."""
         with suppress(OSError), opened(descriptor) as connection:
-            if self._endpoint.endswith(listening_at(connection)):
+            is_ours = self._endpoint.endswith(listening_at(connection))
+            if is_ours and source_of(connection) == source:
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def throw_out(self, descriptor: int) -> None:
-        """End the connection of somebody who cannot be honest, and let him wait before the next."""
+    def throw_out(self, descriptor: int, source: str) -> None:
+        """End the connection of somebody who cannot be honest, and let him wait before the next.
+
+        It may have ended, and its descriptor be another one's by now.
+        """
         with self._lock:
-            self._crowd.bar(descriptor, monotonic())
-        self.cut(descriptor)
+            self._crowd.bar(source, monotonic())
+        self.cut(descriptor, source)
+
+    def throw_out_sender(self, descriptor: int, address: str) -> None:
+        """The same, by the ``Peer-Address`` of a message that he sent."""
+        self.throw_out(descriptor, source_named(address))
 
     def close(self) -> None:
         """Before the socket closes."""
@@ -161,5 +169,16 @@ def source_of(connection: socket.socket) -> str:
     if connection.family == socket.AF_UNIX:
         said = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         pid, uid, _ = CREDENTIALS.unpack(said)
-        return f"pid {pid} of uid {uid}" if pid else ANYBODY  # 0: in a namespace that is not ours
+        return process(pid, uid)
     return str(connection.getpeername()[0])
+
+
+def source_named(address: str) -> str:
+    """The same, of the connection that brought a message with this ``Peer-Address``."""
+    found = LOCAL.fullmatch(address)
+    return process(int(found[3]), int(found[1])) if found else address
+
+
+def process(pid: int, uid: int) -> str:
+    """A source's name."""
+    return f"pid {pid} of uid {uid}" if pid else ANYBODY  # 0: in a namespace that is not ours

@@ -73,9 +73,9 @@ class Pressure:
         others = [one for one in seen if one.may_be_it or (not pouring and not one.has_spoken)]
         others = [one for one in others if one not in pouring]
         for one in pouring:
-            one.throw_out(one.descriptor)
+            one.throw_out(one.descriptor, one.source)
         for one in others:
-            one.cut(one.descriptor)
+            one.cut(one.descriptor, one.source)
         self.cuts += len(pouring) + len(others)
         log.warning(
             "memory grew by %d MiB: cut %d connections that brought no end of a message, and %d "
@@ -95,11 +95,11 @@ class Pressure:
         for link in links:
             link.heard = set()
         seen = [
-            Seen(one, gate.cut, gate.throw_out)
+            Seen(one, source, gate.cut, gate.throw_out)
             for gate, _ in self._doors
-            for one in gate.connections
+            for one, source in gate.connections.items()
         ]
-        seen += [Seen(one, cut, cut) for one, cut in connections_to(sources)]
+        seen += [Seen(one, at, cut_from, cut_from) for one, at in connections_to(sources)]
         for _ in range(LOOKS):
             self._stopping.wait(WATCH_S / LOOKS)
             for one in seen:
@@ -125,8 +125,9 @@ class Seen:
     """A connection, for as long as it is watched."""
 
     descriptor: int
-    cut: Callable[[int], None]
-    throw_out: Callable[[int], None]
+    source: str  # who opened it, or the endpoint that we opened it to
+    cut: Callable[[int, str], None]
+    throw_out: Callable[[int, str], None]
     has_spoken: bool = False  # it brought a whole message
     sending: int = 0  # looks at which there was more of it to read
     unread: int = 0  # looks at which it had much to take
@@ -147,21 +148,22 @@ class Seen:
         return self.unread == LOOKS or self.sending == LOOKS
 
 
-def connections_to(sources: list[PeerLink]) -> list[tuple[int, Callable[[int], None]]]:
-    """Descriptors of links that we made, and what cuts one; libzmq then connects anew."""
+def connections_to(sources: list[PeerLink]) -> list[tuple[int, str]]:
+    """Descriptors of links that we made, and the endpoint of each."""
     endpoints = {one.endpoint for one in sources}
-
-    def cut(descriptor: int) -> None:
-        with suppress(OSError), opened(descriptor) as connection:
-            if connected_to(connection) in endpoints:
-                connection.shutdown(socket.SHUT_RDWR)
-
-    found: list[tuple[int, Callable[[int], None]]] = []
+    found: list[tuple[int, str]] = []
     for name in os.listdir("/proc/self/fd") if sources else ():
         with suppress(OSError), opened(int(name)) as connection:
-            if connected_to(connection) in endpoints:
-                found.append((int(name), cut))
+            if (at := connected_to(connection)) in endpoints:
+                found.append((int(name), at))
     return found
+
+
+def cut_from(descriptor: int, endpoint: str) -> None:
+    """Cut a link that we made; libzmq then connects anew."""
+    with suppress(OSError), opened(descriptor) as connection:
+        if connected_to(connection) == endpoint:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def connected_to(connection: socket.socket) -> str:
