@@ -84,6 +84,8 @@ class WriterThread(logging.Handler):
             self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._dropped += 1
+        except Exception:  # noqa: BLE001 - as every handler: a wrong line must not fail whoever wrote it
+            self.handleError(record)
 
     def close(self) -> None:
         """Write what is left, for a while."""
