@@ -122,8 +122,9 @@ class ZmqLink:
             self._skipping = True
             if self._throw_out is not None:
                 self._throw_out(int(frame.get(FROM)), str(frame.get(ADDRESS)))
-        if self.heard is not None:
-            self.heard.add(int(frame.get(FROM)))
+        heard = self.heard  # once: the watch of memory takes it back from its thread
+        if heard is not None:
+            heard.add(int(frame.get(FROM)))
         if (
             self._names_users
         ):  # of the connection it came by: a route says less, it may be taken over
