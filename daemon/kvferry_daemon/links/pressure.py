@@ -20,6 +20,7 @@ from fcntl import ioctl
 from pathlib import Path
 from termios import FIONREAD
 from termios import TIOCOUTQ as SIOCOUTQ
+from time import monotonic
 
 from kvferry_daemon.links.gate import Gate, opened
 from kvferry_daemon.links.peer_link import PeerLink
@@ -31,6 +32,7 @@ WATCH_S, LOOKS = 0.1, 4
 LOOP_S = 2.0
 RELIEF_S = 0.3  # until libzmq has let go of it
 FULL_BYTES = 1 << 15  # of what a connection has not taken yet
+TELL_S = 60.0
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 STATM = Path("/proc/self/statm")
 log = logging.getLogger(__name__)
@@ -58,13 +60,22 @@ class Pressure:
         self._thread.join()
 
     def _run(self) -> None:
+        told_at_s = -TELL_S
         while not self._stopping.wait(LOOK_S):
-            now_bytes = own_bytes()
-            self._base_bytes = min(self._base_bytes, now_bytes)
-            if now_bytes - self._base_bytes < GROWTH_BYTES:
-                continue
-            if not self._relieve(now_bytes - self._base_bytes):
-                self._base_bytes = own_bytes()  # what is left, something of ours needs
+            try:
+                self._look()
+            except Exception:  # no descriptor left, or a fault of ours: that must not end the watch
+                if monotonic() - told_at_s >= TELL_S:
+                    told_at_s = monotonic()
+                    log.exception("could not watch memory")
+
+    def _look(self) -> None:
+        now_bytes = own_bytes()
+        self._base_bytes = min(self._base_bytes, now_bytes)
+        if now_bytes - self._base_bytes < GROWTH_BYTES:
+            return
+        if not self._relieve(now_bytes - self._base_bytes):
+            self._base_bytes = own_bytes()  # what is left, something of ours needs
 
     def _relieve(self, grown_bytes: int) -> bool:
         """Cut who may be the cause; return whether it is evident that somebody was."""
