@@ -2,8 +2,8 @@
 
 libzmq keeps what it has of a message until all of it is there, and what it has for somebody until he
 reads it, both without a bound in bytes. While memory grows that is no pool's, who goes on with a
-message that has no end is thrown out. If nobody does, whoever brings no whole message is cut, and
-who takes too little or sends too much: honest ones connect again, and their calls are repeated.
+message that has no end is thrown out. Who takes too little or sends too much is cut, and if neither is
+seen, whoever brings no whole message: honest ones connect again, and their calls are repeated.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ class Pressure:
         self._sources = sources
         self.cuts = 0
         self._base_bytes = own_bytes()
+        self._spared = False  # idle connections, since memory was as it should be
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvferry-pressure", daemon=True)
         self._thread.start()
@@ -73,15 +74,21 @@ class Pressure:
         now_bytes = own_bytes()
         self._base_bytes = min(self._base_bytes, now_bytes)
         if now_bytes - self._base_bytes < GROWTH_BYTES:
+            self._spared = False
             return
         if not self._relieve(now_bytes - self._base_bytes):
             self._base_bytes = own_bytes()  # what is left, something of ours needs
 
     def _relieve(self, grown_bytes: int) -> bool:
-        """Cut who may be the cause; return whether it is evident that somebody was."""
+        """Cut who may be the cause; return whether it is evident that somebody was.
+
+        Idle ones are spared then; of one who takes nothing once only: he may be there to hide another.
+        """
         seen = self._watch()
         pouring = [one for one in seen if one.is_pouring]
-        others = [one for one in seen if one.may_be_it or (not pouring and not one.has_spoken)]
+        takes_none = any(one.unread == LOOKS for one in seen)
+        spares = bool(pouring) or (takes_none and not self._spared)
+        others = [one for one in seen if one.may_be_it or not (spares or one.has_spoken)]
         others = [one for one in others if one not in pouring]
         for one in pouring:
             one.throw_out(one.descriptor, one.source)
@@ -97,7 +104,8 @@ class Pressure:
         )
         self._stopping.wait(RELIEF_S)
         ctypes.CDLL(None).malloc_trim(0)
-        return bool(pouring)
+        self._spared = spares and not pouring
+        return spares
 
     def _watch(self) -> list["Seen"]:
         """What connections do for a while."""
