@@ -6,10 +6,10 @@ from time import monotonic
 
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.deeds import Deed
-from kvferry_daemon.logs import fields
+from kvferry_daemon.logs import AUDIT, fields
 
 LINES_A_S = 50  # of each kind: a flood of one hides no other
-log = logging.getLogger("kvferry.audit")
+log = logging.getLogger(AUDIT)
 
 
 class Audit:

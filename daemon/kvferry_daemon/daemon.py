@@ -154,19 +154,19 @@ class Daemon:
             self._peer_socket,
             lambda frames: self._inbound.on_peer(frames, self._peers.user),
             names_users=self._keys is not None,
-            throw_out=self._gates[PEER].throw_out,
+            throw_out=self._gates[PEER].throw_out_sender,
         )
         self._workers = ZmqLink(
             self._bound(self.directory.worker_socket, WORKER),
             lambda frames: self._inbound.on_worker(frames, self._workers.user),
             names_users=True,
-            throw_out=self._gates[WORKER].throw_out,
+            throw_out=self._gates[WORKER].throw_out_sender,
         )
         self._control = ZmqLink(
             self._bound(self.directory.control_socket, CONTROL),
             self._on_control,
             names_users=True,
-            throw_out=self._gates[CONTROL].throw_out,
+            throw_out=self._gates[CONTROL].throw_out_sender,
         )
         links = {PEER: self._peers, WORKER: self._workers, CONTROL: self._control}
         self._pressure = Pressure(

@@ -87,9 +87,9 @@ class Inbound:
         """A daemon that pulls from us; in clear it has no key, and is its connection."""
         name = "" if self._keys is None else self._keys.name_of(key)
         if name is None:  # any more: it was when it connected
-            self._answers.to_sink(
-                out.ToSink(frames[0], self.distrusted("your key is not trusted here"))
-            )
+            if not self._told.wait_s(("not trusted", key), self._now_s()):
+                refusal = self.distrusted("your key is not trusted here")
+                self._answers.to_sink(out.ToSink(frames[0], refusal))
             return
         who = name or frames[0]
         wait_s = self._peers.wait_s(who, self._now_s())
@@ -124,7 +124,8 @@ class Inbound:
             message = peer.MESSAGES.decode(single([b"", *frames]))
         except FerryError as error:
             self._node.counters["bad_messages_peer"] += 1
-            log.warning("%s sent what we cannot read: %s", address, error)
+            if not self._told.wait_s(("source", address), self._now_s()):
+                log.warning("%s sent what we cannot read: %s", address, error)
             return
         self._feed(out.SourceSaid(address, message))
 

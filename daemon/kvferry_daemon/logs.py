@@ -16,6 +16,7 @@ from kvferry_daemon.plain import plain
 log = logging.getLogger(__name__)
 transfers = logging.getLogger("kvferry_daemon.transfers")
 Format = Literal["auto", "human", "json"]
+AUDIT = "kvferry.audit"
 LINES_MAX = 2048
 CLOSE_S = 1.0
 FIELDS = "kvferry_fields"  # of a record: what else is told, by name
@@ -83,6 +84,8 @@ class WriterThread(logging.Handler):
             self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._dropped += 1
+        except Exception:  # noqa: BLE001 - as every handler: a wrong line must not fail whoever wrote it
+            self.handleError(record)
 
     def close(self) -> None:
         """Write what is left, for a while."""
@@ -118,6 +121,7 @@ def begin(level: str, form: Format) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    logging.getLogger(AUDIT).setLevel(logging.INFO)  # whoever sets the level must not silence it
     logging.captureWarnings(True)
     sys.excepthook = _crashed
     threading.excepthook = _thread_crashed

@@ -97,6 +97,15 @@ def test_what_operators_did(tmp_path: Path) -> None:
         wait_for(daemon, by + 'abort_transfer transfer_id=t why="it is stuck"')
 
 
+def test_the_logs_level_silences_no_deed(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a", log_level="warning") as daemon:
+        for verb in (["logs", "level", "error"], ["drain"]):
+            assert kvferry(*verb, "--runtime-dir", daemon.directory).returncode == 0
+        by = rf"what=operator user={os.getuid()}:{os.getgid()}:\d+ asked="
+        wait_for(daemon, by + "set_log_level.*")
+        wait_for(daemon, by + "set_draining")
+
+
 def test_no_secret_and_no_payload_is_in_the_log(tmp_path: Path) -> None:
     """Not even where a call is refused that bears one."""
     payload = b"payload-that-nobody-may-see"

@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from attacks.scene import without
-from http_daemon import metrics_of
+from http_daemon import get, metrics_of
 from live import LiveDaemon
 
 CONNECTIONS = 128
@@ -54,6 +54,17 @@ def test_connections_are_bounded_and_silent_ones_are_cut(tmp_path: Path) -> None
                     assert time.monotonic() < until_s, refused(daemon)
                     time.sleep(0.1)
                 assert "kvferry_build_info" in metrics_of(daemon)
+                assert '"level": "error"' not in daemon.log()  # each would cost as much as it saves
+
+
+def test_who_asked_for_what_is_not_there_leaves_his_place(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a", http_port=0) as daemon:
+        for number in range(CONNECTIONS + 1):
+            method, path, status = (("GET", "/nope", 404), ("PUT", "/", 405))[number % 2]
+            with connected(daemon) as one:
+                one.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                assert f" {status} ".encode() in one.recv(1 << 12)
+        assert get(daemon, "/healthz") == (200, "ok\n")
 
 
 def test_requests_behind_the_first_one_are_not_kept(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_who_does_not_take_his_answers_is_cut(tmp_path: Path) -> None:
                     assert time.monotonic() < until_s, most
                 assert (most - before < UNREAD_MIB) is is_bound
             if is_bound:
-                assert daemon.status().counters["connections_cut_for_memory"] >= 1
+                assert daemon.status().counters["connections_cut_for_memory"] == 1  # not the idle
 
 
 def stays_away(address: str) -> bool:

@@ -15,6 +15,7 @@ from kvferry_proto.states import Role, State
 from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
 
 SILENT_MS = 1500
+REPEATED = 900
 WAIT_S = 10.0
 OTHER_ID = "cd" * 16
 
@@ -72,6 +73,13 @@ def test_a_key_that_is_not_trusted_any_more_is_served_no_more(tmp_path: Path) ->
             wait_for_keys(daemon, 0)
             answer = one.say(peer.Ping(**one.boots()))
             assert answer.kind == told
+            answers = 0
+            for _ in range(REPEATED if defence is None else 0):
+                one.socket.send(peer.MESSAGES.encode(peer.Ping(**one.boots())))
+            while defence is None and one.socket.poll(SILENT_MS):
+                one.next()
+                answers += 1
+            assert answers < REPEATED / 5  # ten a second
             one.close()
             if defence is None:
                 assert answer.error.code == "not_trusted"

@@ -44,7 +44,7 @@ def test_connections_of_one_and_of_all_are_bounded() -> None:
     assert crowd.arrived(3, "a", 0.0) == "a: over 2 connections at once"
     assert crowd.arrived(4, "b", 0.0) == ""
     assert crowd.arrived(5, "c", 0.0) == "over 3 connections at once"
-    assert sorted(crowd.numbers) == [1, 2, 4]
+    assert crowd.inside == {1: "a", 2: "a", 4: "b"}
     crowd.left(1)
     crowd.left(3)  # was never in
     assert crowd.arrived(6, "a", 0.0) == ""
@@ -81,9 +81,8 @@ def test_who_is_not_known_has_only_the_bounds_of_all() -> None:
 def test_who_was_thrown_out_stays_away_for_a_while() -> None:
     crowd = a_crowd()
     assert [crowd.arrived(1, "a", 0.0), crowd.arrived(2, ANYBODY, 0.0)] == ["", ""]
-    crowd.bar(1, 0.0)
-    crowd.bar(2, 0.0)  # nobody knows who that is
-    crowd.bar(99, 0.0)  # it has ended
+    crowd.bar("a", 0.0)
+    crowd.bar(ANYBODY, 0.0)  # nobody knows who that is
     assert crowd.arrived(3, "a", BAR_S - 1) == f"a: has to stay away for {BAR_S:g} s"
     assert [crowd.arrived(4, "b", BAR_S - 1), crowd.arrived(5, ANYBODY, BAR_S - 1)] == ["", ""]
     assert crowd.arrived(6, "a", BAR_S) == ""

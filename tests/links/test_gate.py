@@ -18,8 +18,13 @@ WAIT_S = 5.0
 class House:
     """A ROUTER behind a gate."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self.crowd = Crowd(Bounds(at_once=8, of_one=4, a_s=1000, of_one_a_s=1000))
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        crowd: type[Crowd] = Crowd,
+    ) -> None:
+        self.crowd = crowd(Bounds(at_once=8, of_one=4, a_s=1000, of_one_a_s=1000))
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.gate = Gate(self.socket, "test", self.crowd)
@@ -120,3 +125,51 @@ def test_messages_go_through_beside_those_that_are_cut(house: House) -> None:
         dealer.close(linger=0)
     for one in many:
         one.close()
+
+
+def test_who_is_thrown_out_is_who_sent_it_and_not_who_has_his_number_now(house: House) -> None:
+    somebody_else = "localhost:1:1:1" if house.endpoint.startswith("ipc") else "127.0.0.9"
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.RECONNECT_IVL, -1)
+        dealer.connect(house.endpoint)
+        dealer.send(b"hello")
+        frame = house.socket.recv_multipart(copy=False)[-1]
+        number, address = int(frame.get("__fd")), str(frame.get("Peer-Address"))
+        house.gate.throw_out_sender(number, somebody_else)
+        with plain(house) as other:
+            assert greeted(other)
+            wait_until(house, 2)
+        wait_until(house, 1)
+        house.gate.throw_out_sender(number, address)
+        wait_until(house, 0)
+        with plain(house) as other:
+            assert is_cut(other)
+        dealer.close(linger=0)
+
+
+class Faulty(Crowd):
+    """A fault of ours, at the first connection."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        super().__init__(bounds)
+        self.failed = False
+
+    def arrived(self, number: int, source: str, now_s: float) -> str:
+        if not self.failed:
+            self.failed = True
+            raise ValueError("a fault of ours")
+        return super().arrived(number, source, now_s)
+
+
+def test_a_fault_in_the_gate_is_told_and_the_socket_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with zmq.Context() as context:
+        house = House(context, f"ipc://{tmp_path / 's'}", Faulty)
+        many = [plain(house) for _ in range(3)]
+        wait_until(house, 2)
+        for one in many:
+            one.close()
+        wait_until(house, 0)
+        house.close()
+    assert [str(one.exc_info[1]) for one in caplog.records if one.exc_info] == ["a fault of ours"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry_daemon.links.liveness import UNSEEN_S, Liveness
+from kvferry_daemon.links.liveness import KEPT_MAX, UNSEEN_S, Liveness
 
 
 @pytest.fixture
@@ -136,3 +136,37 @@ def test_what_is_held_watched_or_no_file_is_not_swept(liveness: Liveness, tmp_pa
     liveness.dead()
     liveness.sweep()
     assert not (tmp_path / "unseen").exists()
+
+
+def test_many_names_of_one_lock_cost_no_descriptors(liveness: Liveness, tmp_path: Path) -> None:
+    before = descriptors()
+    descriptor = held(tmp_path / "w")
+    for number in range(50):
+        os.link(tmp_path / "w", tmp_path / f"w{number}")
+    age(tmp_path / "w")
+    liveness.sweep()
+    assert descriptors() <= before + 2
+    assert len(os.listdir(tmp_path)) <= 1
+    os.close(descriptor)
+
+
+def test_locks_of_no_session_are_kept_open_up_to_a_bound(
+    liveness: Liveness, tmp_path: Path
+) -> None:
+    locks = [held(tmp_path / f"w{number}") for number in range(KEPT_MAX + 20)]
+    before = descriptors()
+    for path in tmp_path.iterdir():
+        age(path)
+    assert liveness.is_held("w0")
+    liveness.watch("session", "w0")
+    for number in range(1, KEPT_MAX + 20):
+        assert liveness.is_held(f"w{number}")  # as of a hello
+    liveness.sweep()
+    assert descriptors() - before == KEPT_MAX + 1
+    assert liveness.dead() == []
+    for lock in locks:
+        os.close(lock)
+    assert liveness.dead() == ["session"]
+    for _ in range(2):  # it looks at so many a beat
+        liveness.sweep()
+    assert os.listdir(tmp_path) == ["w0"]

@@ -1,6 +1,8 @@
 """The log of a real daemon: one event a line, each with its transfer, and the same for people."""
 
+import io
 import json
+import logging
 import os
 import pty
 import re
@@ -10,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cli.processes import kvferry
 from faults.processes import until
-from kvferry_daemon.logs import LINES_MAX
+from kvferry_daemon.logs import LINES_MAX, JsonLines, WriterThread
 from kvferry_proto import worker
 from kvferry_proto.states import Role
 from live import BLOCK, WAIT_S, LiveDaemon, RawWorker
@@ -70,7 +74,7 @@ def test_every_line_is_an_object_and_names_its_transfer(tmp_path: Path) -> None:
     failed = of["transfer failed", "stuck", "sink"]
     assert (failed["level"], failed["attempt"], failed["error"]) == ("warning", 3, "aborted")
     assert "why not" in failed["why"]
-    (said,) = [line for line in lines if "an operator" in line["event"]]
+    (said,) = [line for line in lines if line["event"] == "operator"]
     assert (said["transfer_id"], said["user"].split(":")[0]) == ("stuck", str(os.getuid()))
     assert lines[-1]["event"] == "stopped"
 
@@ -166,3 +170,13 @@ def on_terminal(directory: Path, *flags: str) -> str:
     daemon.stdout.close()
     assert daemon.wait(WAIT_S) == 0
     return said.decode().replace("\r\n", "\n")
+
+
+def test_a_line_that_cannot_be_made_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    handler = WriterThread(stream, JsonLines())
+    for words, args in (("%d of them", ("no number",)), ("next", ())):
+        handler.handle(logging.makeLogRecord({"msg": words, "args": args}))
+    handler.close()
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["next"]
+    assert "no number" in capsys.readouterr().err, "where and what it was is told"

@@ -33,9 +33,9 @@ class Crowd:
         return len(self._of)
 
     @property
-    def numbers(self) -> list[int]:
-        """The connections that there are."""
-        return list(self._of)
+    def inside(self) -> dict[int, str]:
+        """The connections that there are, and who opened each."""
+        return dict(self._of)
 
     def arrived(self, number: int, source: str, now_s: float) -> str:
         """Take a connection in, or say which bound it is over.
@@ -58,9 +58,8 @@ class Crowd:
         self._counts[source] += 1
         return ""
 
-    def bar(self, number: int, now_s: float) -> None:
-        """Whoever has this connection may not come again for a while."""
-        source = self._of.get(number, ANYBODY)
+    def bar(self, source: str, now_s: float) -> None:
+        """Whoever this is may not come again for a while."""
         if source != ANYBODY:
             self._barred[source] = now_s + BAR_S
 

@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from time import monotonic, thread_time
+from typing import cast
 
 from aiohttp import web
 
@@ -66,15 +67,26 @@ class HttpDoor:
                 headers={"Retry-After": str(math.ceil(wait_s))},
             )
         else:
-            begun_s = thread_time()
-            response = await handler(request)
-            if not response.prepared:  # a stream's time is not the loop's
-                self._allowed.owe(host, (thread_time() - begun_s) / SHARE_S)
+            response = await self._handled(request, handler, host)
         response.force_close()
+        return response
+
+    async def _handled(
+        self, request: web.Request, handler: Handler, host: str
+    ) -> web.StreamResponse:
+        response: web.StreamResponse | None = None
+        begun_s = thread_time()
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:  # aiohttp's own: nothing is there, or not that way
+            headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+            response = web.Response(text=error.text, status=error.status, headers=headers)
+        finally:
+            if response is None or not response.prepared:  # a stream's time is not the loop's
+                self._allowed.owe(host, (thread_time() - begun_s) / SHARE_S)
         return response
 
 
 class _Closed(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
+        cast(asyncio.Transport, transport).abort()  # uvloop's is none by its class

@@ -59,7 +59,9 @@ class HttpServer:
         self._files = {path: files(__package__).joinpath(PAGE[path]).read_text() for path in PAGE}
         self._door: HttpDoor | None = None
         self._listening: asyncio.Server | None = None
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUT_S)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=SHUT_S, keepalive_timeout=0
+        )
 
     @classmethod
     async def start(cls, listener: socket.socket, node: Node, facts: Facts) -> Self:

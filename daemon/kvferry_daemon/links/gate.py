@@ -5,6 +5,7 @@ bound is shut down at once, before its handshake has begun. A thread listens: li
 for who is told, so a loop that stands still would hold all sockets up.
 """
 
+import errno
 import logging
 import os
 import resource
@@ -13,12 +14,14 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from stat import S_ISSOCK
 from time import monotonic
 
 import zmq
 
+from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
-from kvferry_daemon.links.zap import CONTROL, PEER, WORKER
+from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
 
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 EVENT = struct.Struct("=Hi")  # which, and the descriptor
@@ -56,29 +59,41 @@ class Gate:
         self._listening = listening
         self._name = name
         self._crowd = crowd
+        self._lock = threading.Lock()  # of the crowd: the loop and the watch of memory ask too
         self._endpoint = ""  # known with the first connection
         self._told_at_s = -TELL_S
         self._told_of = 0  # by the log
+        self._faults_told = Allowances(1 / TELL_S)
         self._monitor = listening.get_monitor_socket(HEARD)
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._thread = threading.Thread(target=self._run, name=f"kvferry-gate-{name}", daemon=True)
         self._thread.start()
 
     @property
-    def connections(self) -> list[int]:
-        """Descriptors of those that are in."""
-        return self._crowd.numbers
+    def connections(self) -> dict[int, str]:
+        """Descriptors of those that are in, and who opened each."""
+        with self._lock:
+            return self._crowd.inside
 
-    def cut(self, descriptor: int) -> None:
-        """End a connection, if it is still one of ours; libzmq lets go of what it has of it."""
+    def cut(self, descriptor: int, source: str) -> None:
+        """End a connection, if it is still theirs; libzmq lets go of what it has of it."""
         with suppress(OSError), opened(descriptor) as connection:
-            if self._endpoint.endswith(listening_at(connection)):
+            is_ours = self._endpoint.endswith(listening_at(connection))
+            if is_ours and source_of(connection) == source:
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def throw_out(self, descriptor: int) -> None:
-        """End the connection of somebody who cannot be honest, and let him wait before the next."""
-        self._crowd.bar(descriptor, monotonic())
-        self.cut(descriptor)
+    def throw_out(self, descriptor: int, source: str) -> None:
+        """End the connection of somebody who cannot be honest, and let him wait before the next.
+
+        It may have ended, and its descriptor be another one's by now.
+        """
+        with self._lock:
+            self._crowd.bar(source, monotonic())
+        self.cut(descriptor, source)
+
+    def throw_out_sender(self, descriptor: int, address: str) -> None:
+        """The same, by the ``Peer-Address`` of a message that he sent."""
+        self.throw_out(descriptor, source_named(address))
 
     def close(self) -> None:
         """Before the socket closes."""
@@ -90,19 +105,29 @@ class Gate:
             while True:
                 facts, endpoint = self._monitor.recv_multipart()
                 event, descriptor = EVENT.unpack(facts)
-                if event == zmq.EVENT_ACCEPTED:
-                    self._endpoint = endpoint.decode()
-                    self._arrived(descriptor)
-                elif event == zmq.EVENT_DISCONNECTED:
-                    self._crowd.left(descriptor)
-                else:
+                if event == zmq.EVENT_MONITOR_STOPPED:
                     return
+                try:
+                    self._heard(event, descriptor, endpoint.decode())
+                except Exception:  # a fault of ours: without this thread libzmq's stands still
+                    if not self._faults_told.wait_s("", monotonic()):
+                        log.exception("lost count of connections to the %s socket", self._name)
+
+    def _heard(self, event: int, descriptor: int, endpoint: str) -> None:
+        if event == zmq.EVENT_ACCEPTED:
+            self._endpoint = endpoint
+            self._arrived(descriptor)
+        else:
+            with self._lock:
+                self._crowd.left(descriptor)
 
     def _arrived(self, descriptor: int) -> None:
         with suppress(OSError), opened(descriptor) as connection:
             if not self._endpoint.endswith(listening_at(connection)):
                 return  # it has ended by itself, and its number is another one's by now
-            why = self._crowd.arrived(descriptor, source_of(connection), monotonic())
+            source = source_of(connection)
+            with self._lock:
+                why = self._crowd.arrived(descriptor, source, monotonic())
             if why:
                 self.refused += 1
                 self._tell(why)
@@ -120,6 +145,8 @@ class Gate:
 @contextmanager
 def opened(descriptor: int) -> Iterator[socket.socket]:
     """A socket of libzmq's, for a moment; OSError if it is none any more."""
+    if not S_ISSOCK(os.fstat(descriptor).st_mode):  # to close a copy of a file drops its locks
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
     copy = os.dup(descriptor)
     try:
         connection = socket.socket(fileno=copy)
@@ -142,5 +169,16 @@ def source_of(connection: socket.socket) -> str:
     if connection.family == socket.AF_UNIX:
         said = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         pid, uid, _ = CREDENTIALS.unpack(said)
-        return f"pid {pid} of uid {uid}" if pid else ANYBODY  # 0: in a namespace that is not ours
+        return process(pid, uid)
     return str(connection.getpeername()[0])
+
+
+def source_named(address: str) -> str:
+    """The same, of the connection that brought a message with this ``Peer-Address``."""
+    found = LOCAL.fullmatch(address)
+    return process(int(found[3]), int(found[1])) if found else address
+
+
+def process(pid: int, uid: int) -> str:
+    """A source's name."""
+    return f"pid {pid} of uid {uid}" if pid else ANYBODY  # 0: in a namespace that is not ours

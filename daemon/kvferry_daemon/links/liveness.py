@@ -9,6 +9,8 @@ from pathlib import Path
 
 UNSEEN_S = 5.0  # a lock without a hello for so long, that nobody holds, is a dead worker's
 
+KEPT_MAX = 256  # files that are held, of no session: each is a descriptor of ours
+
 
 class Liveness:
     """Watches the lock files of worker sessions.
@@ -35,6 +37,7 @@ class Liveness:
                     return False
                 raise
             self._open[name] = descriptor
+            self._keep_few()
         if not _take(descriptor):
             return True
         if name not in self._watched.values():
@@ -69,15 +72,24 @@ class Liveness:
         dead one does. One that is that slow is told ``worker_not_locked`` and takes a new file.
         """
         ours = self._open.keys() | self._watched.values()
+        looked = 0
         with os.scandir(self._directory) as found:
             entries = list(found)
         for entry in entries:
             # Its worker was the quicker one, or it is one of another user that we may not look at.
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                if entry.name not in ours and entry.is_file(follow_symlinks=False):
-                    made_s = entry.stat(follow_symlinks=False).st_mtime
-                    if time.time() - made_s > UNSEEN_S and not self.is_held(entry.name):
-                        os.unlink(entry.path)
+                if entry.name in ours or not entry.is_file(follow_symlinks=False):
+                    continue
+                facts = entry.stat(follow_symlinks=False)
+                if time.time() - facts.st_mtime <= UNSEEN_S:
+                    continue
+                if facts.st_nlink == 1:  # else no worker of ours made it, held or not
+                    looked += 1
+                    if looked > KEPT_MAX:
+                        break  # the others at the next beat
+                    if self.is_held(entry.name):
+                        continue
+                os.unlink(entry.path)
 
     def forget(self, session: str) -> None:
         """The session is over; remove its file."""
@@ -93,6 +105,12 @@ class Liveness:
         self._watched.clear()
         for name in list(self._open):
             self._close(name)
+
+    def _keep_few(self) -> None:
+        """Of those that no session has; who comes later with one that was closed has it opened."""
+        if len(self._open) > len(self._watched) + KEPT_MAX:
+            of_sessions = set(self._watched.values())
+            self._close(next(name for name in self._open if name not in of_sessions))
 
     def _close(self, name: str) -> None:
         os.close(self._open.pop(name))

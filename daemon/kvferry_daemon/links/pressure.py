@@ -2,8 +2,8 @@
 
 libzmq keeps what it has of a message until all of it is there, and what it has for somebody until he
 reads it, both without a bound in bytes. While memory grows that is no pool's, who goes on with a
-message that has no end is thrown out. If nobody does, whoever brings no whole message is cut, and
-who takes too little or sends too much: honest ones connect again, and their calls are repeated.
+message that has no end is thrown out. Who takes too little or sends too much is cut, and if neither is
+seen, whoever brings no whole message: honest ones connect again, and their calls are repeated.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from fcntl import ioctl
 from pathlib import Path
 from termios import FIONREAD
 from termios import TIOCOUTQ as SIOCOUTQ
+from time import monotonic
 
 from kvferry_daemon.links.gate import Gate, opened
 from kvferry_daemon.links.peer_link import PeerLink
@@ -31,6 +32,7 @@ WATCH_S, LOOKS = 0.1, 4
 LOOP_S = 2.0
 RELIEF_S = 0.3  # until libzmq has let go of it
 FULL_BYTES = 1 << 15  # of what a connection has not taken yet
+TELL_S = 60.0
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 STATM = Path("/proc/self/statm")
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Pressure:
         self._sources = sources
         self.cuts = 0
         self._base_bytes = own_bytes()
+        self._spared = False  # idle connections, since memory was as it should be
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvferry-pressure", daemon=True)
         self._thread.start()
@@ -58,24 +61,39 @@ class Pressure:
         self._thread.join()
 
     def _run(self) -> None:
+        told_at_s = -TELL_S
         while not self._stopping.wait(LOOK_S):
-            now_bytes = own_bytes()
-            self._base_bytes = min(self._base_bytes, now_bytes)
-            if now_bytes - self._base_bytes < GROWTH_BYTES:
-                continue
-            if not self._relieve(now_bytes - self._base_bytes):
-                self._base_bytes = own_bytes()  # what is left, something of ours needs
+            try:
+                self._look()
+            except Exception:  # no descriptor left, or a fault of ours: that must not end the watch
+                if monotonic() - told_at_s >= TELL_S:
+                    told_at_s = monotonic()
+                    log.exception("could not watch memory")
+
+    def _look(self) -> None:
+        now_bytes = own_bytes()
+        self._base_bytes = min(self._base_bytes, now_bytes)
+        if now_bytes - self._base_bytes < GROWTH_BYTES:
+            self._spared = False
+            return
+        if not self._relieve(now_bytes - self._base_bytes):
+            self._base_bytes = own_bytes()  # what is left, something of ours needs
 
     def _relieve(self, grown_bytes: int) -> bool:
-        """Cut who may be the cause; return whether it is evident that somebody was."""
+        """Cut who may be the cause; return whether it is evident that somebody was.
+
+        Idle ones are spared then; of one who takes nothing once only: he may be there to hide another.
+        """
         seen = self._watch()
         pouring = [one for one in seen if one.is_pouring]
-        others = [one for one in seen if one.may_be_it or (not pouring and not one.has_spoken)]
+        takes_none = any(one.unread == LOOKS for one in seen)
+        spares = bool(pouring) or (takes_none and not self._spared)
+        others = [one for one in seen if one.may_be_it or not (spares or one.has_spoken)]
         others = [one for one in others if one not in pouring]
         for one in pouring:
-            one.throw_out(one.descriptor)
+            one.throw_out(one.descriptor, one.source)
         for one in others:
-            one.cut(one.descriptor)
+            one.cut(one.descriptor, one.source)
         self.cuts += len(pouring) + len(others)
         log.warning(
             "memory grew by %d MiB: cut %d connections that brought no end of a message, and %d "
@@ -86,7 +104,8 @@ class Pressure:
         )
         self._stopping.wait(RELIEF_S)
         ctypes.CDLL(None).malloc_trim(0)
-        return bool(pouring)
+        self._spared = spares and not pouring
+        return spares
 
     def _watch(self) -> list["Seen"]:
         """What connections do for a while."""
@@ -95,11 +114,11 @@ class Pressure:
         for link in links:
             link.heard = set()
         seen = [
-            Seen(one, gate.cut, gate.throw_out)
+            Seen(one, source, gate.cut, gate.throw_out)
             for gate, _ in self._doors
-            for one in gate.connections
+            for one, source in gate.connections.items()
         ]
-        seen += [Seen(one, cut, cut) for one, cut in connections_to(sources)]
+        seen += [Seen(one, at, cut_from, cut_from) for one, at in connections_to(sources)]
         for _ in range(LOOKS):
             self._stopping.wait(WATCH_S / LOOKS)
             for one in seen:
@@ -125,8 +144,9 @@ class Seen:
     """A connection, for as long as it is watched."""
 
     descriptor: int
-    cut: Callable[[int], None]
-    throw_out: Callable[[int], None]
+    source: str  # who opened it, or the endpoint that we opened it to
+    cut: Callable[[int, str], None]
+    throw_out: Callable[[int, str], None]
     has_spoken: bool = False  # it brought a whole message
     sending: int = 0  # looks at which there was more of it to read
     unread: int = 0  # looks at which it had much to take
@@ -147,21 +167,22 @@ class Seen:
         return self.unread == LOOKS or self.sending == LOOKS
 
 
-def connections_to(sources: list[PeerLink]) -> list[tuple[int, Callable[[int], None]]]:
-    """Descriptors of links that we made, and what cuts one; libzmq then connects anew."""
+def connections_to(sources: list[PeerLink]) -> list[tuple[int, str]]:
+    """Descriptors of links that we made, and the endpoint of each."""
     endpoints = {one.endpoint for one in sources}
-
-    def cut(descriptor: int) -> None:
-        with suppress(OSError), opened(descriptor) as connection:
-            if connected_to(connection) in endpoints:
-                connection.shutdown(socket.SHUT_RDWR)
-
-    found: list[tuple[int, Callable[[int], None]]] = []
+    found: list[tuple[int, str]] = []
     for name in os.listdir("/proc/self/fd") if sources else ():
         with suppress(OSError), opened(int(name)) as connection:
-            if connected_to(connection) in endpoints:
-                found.append((int(name), cut))
+            if (at := connected_to(connection)) in endpoints:
+                found.append((int(name), at))
     return found
+
+
+def cut_from(descriptor: int, endpoint: str) -> None:
+    """Cut a link that we made; libzmq then connects anew."""
+    with suppress(OSError), opened(descriptor) as connection:
+        if connected_to(connection) == endpoint:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def connected_to(connection: socket.socket) -> str:

@@ -21,6 +21,7 @@ NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 # The property of a message that the doorkeeper's answer set; as bytes, or it is encoded each time.
 USER: Any = b"User-Id"
 FROM: Any = b"__fd"  # the descriptor of the connection that it came by
+ADDRESS: Any = b"Peer-Address"
 FRAMES_MAX = 16  # ours have two, the route included; what libzmq asks the doorkeeper has nine
 
 
@@ -33,11 +34,12 @@ class ZmqLink:
         on_message: Callable[[list[bytes]], None],
         *,
         names_users: bool = False,
-        throw_out: Callable[[int], None] | None = None,
+        throw_out: Callable[[int, str], None] | None = None,
     ) -> None:
         """``names_users``: the socket is guarded; see ``user``.
 
-        ``throw_out`` is told the descriptor of a connection that sends messages of no end.
+        ``throw_out`` is told the descriptor of a connection that sends messages of no end, and the
+        address of whoever opened it: it may have ended by then.
         """
         self._socket = socket
         self._names_users = names_users
@@ -119,9 +121,10 @@ class ZmqLink:
         if frame.more:
             self._skipping = True
             if self._throw_out is not None:
-                self._throw_out(int(frame.get(FROM)))
-        if self.heard is not None:
-            self.heard.add(int(frame.get(FROM)))
+                self._throw_out(int(frame.get(FROM)), str(frame.get(ADDRESS)))
+        heard = self.heard  # once: the watch of memory takes it back from its thread
+        if heard is not None:
+            heard.add(int(frame.get(FROM)))
         if (
             self._names_users
         ):  # of the connection it came by: a route says less, it may be taken over
