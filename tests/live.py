@@ -86,8 +86,15 @@ class LiveDaemon:
         self.process.stdout.close()
 
     def log(self) -> str:
-        """What it wrote to stderr."""
+        """What it wrote to stderr. A thread of it writes, so the last lines may be a moment late."""
         return (self.directory.parent / f"{self.directory.name}.log").read_text()
+
+    def wait_for_log(self, words: str) -> None:
+        """Until it has written this."""
+        until_s = time.monotonic() + WAIT_S
+        while words not in self.log():
+            assert time.monotonic() < until_s, self.log()
+            time.sleep(0.01)
 
     def again(self) -> "LiveDaemon":
         """Wait for its end, and start it again in the same directory with the same flags."""

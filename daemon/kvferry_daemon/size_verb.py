@@ -37,7 +37,8 @@ MIB, GIB = 1 << 20, 1 << 30
 @click.option(
     "--dtype",
     type=click.Choice([one.value for one in Dtype]),  # of an enum it takes the members' names
-    help="the cache's [default: the model's]",
+    metavar="DTYPE",  # all of them are too long a word for a page
+    help="the cache's, such as bfloat16 or float8_e4m3fn [default: the model's]",
 )
 @click.option(
     "--resume-ms",

@@ -72,7 +72,7 @@ def test_who_may_work_read_and_operate(place: Path) -> None:
             OPERATORS: ["nothing", "status", "draining"],
         }
         assert daemon.status().counters["operators_refused"] == 1
-        assert f"{NOBODY}:{WORKERS}" in daemon.log()
+        daemon.wait_for_log(f"{NOBODY}:{WORKERS}")
 
 
 def test_a_worker_of_the_group_maps_its_pool_and_its_board(place: Path) -> None:

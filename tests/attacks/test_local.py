@@ -35,7 +35,7 @@ def test_a_refused_user_is_in_the_log(place: Path) -> None:
     with LiveDaemon(place / "a") as daemon:
         open_to_all(daemon)
         stranger(NOBODY, "hello", daemon.directory)
-        assert f"uid {NOBODY}, gid {NOBODY}" in daemon.log()
+        daemon.wait_for_log(f"uid {NOBODY}, gid {NOBODY}")
 
 
 def test_another_users_session_is_not_taken_up_with_its_secret(place: Path) -> None:

@@ -180,7 +180,7 @@ def test_clear_text_off_loopback_is_seen_in_the_status_and_the_log(
         security = daemon.status().security
         assert security is not None
         assert security.insecure
-        assert "INSECURE" in daemon.log()
+        daemon.wait_for_log("INSECURE")
 
 
 def move(

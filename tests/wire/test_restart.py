@@ -230,7 +230,7 @@ def test_a_ledger_that_cannot_be_trusted_is_set_aside(tmp_path: Path, how: str) 
     with client:
         damage(daemon.directory, how)
         daemon = daemon.again()
-        assert "beginning anew" in daemon.log()
+        daemon.wait_for_log("beginning anew")
         assert (how == "of another format") == ("its format is 99, not" in daemon.log())
         assert (daemon.directory / "ledger.bad.db").exists()
         watched = worker.Watched(role=Role.SOURCE, transfer_id="t")
