@@ -11,6 +11,7 @@ import pytest
 
 from attacks.test_peers import keys_of, move
 from kvferry_daemon.keys import trust
+from kvferry_daemon.output import Exit
 from kvferry_proto import peer
 from live import BOOT_ID, LiveDaemon, RawPeer, RawWorker
 from tcp.relay import PAYLOAD_BYTES, Scene
@@ -121,7 +122,7 @@ def test_a_daemon_that_cannot_make_a_certificate_does_not_start(tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-c", code, "serve", *flags], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 3
+    assert done.returncode == Exit.USAGE
     assert "pip install 'kvferry[tls]'" in done.stderr
     assert not (tmp_path / "a").exists()
 
