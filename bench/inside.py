@@ -20,6 +20,7 @@ from typing import Any
 
 from kvferry_daemon import daemon as daemon_module
 from kvferry_daemon.config import Config
+from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.daemon import Daemon
 
 OURS = ("kvferry_daemon.", "kvferry_proto.")
@@ -32,7 +33,8 @@ def books(root: object) -> dict[str, int]:
     """The length of every container held by ``root`` or an object of ours that it holds.
 
     What lies inside a container is not walked: there are as many as there are transfers, and
-    ``objects`` counts them. A Counter's keys are names that we wrote, not what traffic brings.
+    ``objects`` counts them. A Counter's keys are names that we wrote, not what traffic brings. A book
+    of rates is not looked at: it forgets its oldest name over a bound of its own, and only then.
     """
     found: dict[str, int] = {}
     seen = {id(root)}
@@ -43,6 +45,8 @@ def books(root: object) -> dict[str, int]:
             at = f"{path}.{name}".lstrip(".")
             if isinstance(value, CONTAINERS) and not isinstance(value, Counter):
                 found[at] = len(value)
+            elif isinstance(value, Allowances):
+                continue
             elif _is_ours(value) and id(value) not in seen:
                 seen.add(id(value))
                 waiting.append((at, value))

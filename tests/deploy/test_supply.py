@@ -146,7 +146,11 @@ def test_an_audit_that_could_not_be_made_is_told_from_one_that_found_something(
 @pytest.mark.skipif(not CYCLONEDX.exists(), reason="not installed: make sbom")
 def test_the_bill_of_materials_names_every_package_and_its_hash(tmp_path: Path) -> None:
     made = subprocess.run(
-        ["make", "-n", "sbom"], cwd=TOP, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "sbom"],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     command = made.stdout.replace("\\\n", " ").replace(
         "build/sbom.json", str(tmp_path / "sbom.json")
