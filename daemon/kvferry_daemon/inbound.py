@@ -88,7 +88,7 @@ class Inbound:
         name = "" if self._keys is None else self._keys.name_of(key)
         if name is None:  # any more: it was when it connected
             if not self._told.wait_s(("not trusted", key), self._now_s()):
-                refusal = self.distrusted("your key is not trusted here")
+                refusal = self.distrusted("your key is not trusted here", key)
                 self._answers.to_sink(out.ToSink(frames[0], refusal))
             return
         who = name or frames[0]
@@ -110,11 +110,11 @@ class Inbound:
         refusal = peer.PeerRefused(boot_id=boot_id, error=ErrorInfo.of_error(error))
         self._answers.to_sink(out.ToSink(route, refusal))
 
-    def distrusted(self, why: str) -> peer.PeerRefused:
-        """What a daemon gets whose key is not in the list."""
+    def distrusted(self, why: str, key: str = "") -> peer.PeerRefused:
+        """What a daemon gets whose key is not in the list, or that has none."""
         self._node.counters["peers_not_trusted"] += 1
         code = Code.NOT_TRUSTED.value
-        self._node.deeds.append(Deed("peer_refused", "", code=code, why=why))
+        self._node.deeds.append(Deed("peer_refused", key, code=code, why=why))
         info = ErrorInfo.of(Code.NOT_TRUSTED, why)
         return peer.PeerRefused(boot_id=self._node.settings.boot_id, error=info)
 

@@ -30,10 +30,12 @@ class LoopBridge(Generic[Event]):
 
     def _drain(self) -> None:
         self._woken = False  # before the look: an event posted from here on wakes again
-        for _ in range(EVENTS_A_TURN):
-            if not self._events:
-                return
-            self._handle(self._events.popleft())
-        if self._events and not self._woken:
-            self._woken = True
-            self._loop.call_soon(self._drain)
+        try:
+            for _ in range(EVENTS_A_TURN):
+                if not self._events:
+                    return
+                self._handle(self._events.popleft())
+        finally:  # an event that could not be handled holds up none of those behind it
+            if self._events and not self._woken:
+                self._woken = True
+                self._loop.call_soon(self._drain)
