@@ -1,6 +1,7 @@
 """What the attacks need: daemons with a defence switched off, and another user to attack as."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,18 @@ def without(defence: str | None) -> type[LiveDaemon]:
         return LiveDaemon
 
     return type("Weak", (LiveDaemon,), {"program": (str(HERE / "weak.py"), defence)})
+
+
+def ends(one: socket.socket) -> bool:
+    """Whether the other side closes before the timeout that the socket has."""
+    try:
+        while one.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
 
 
 def open_to_all(daemon: LiveDaemon) -> None:

@@ -5,7 +5,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from attacks.scene import without
+from attacks.scene import ends, without
 from http_daemon import get, metrics_of
 from live import LiveDaemon
 
@@ -19,18 +19,6 @@ def connected(daemon: LiveDaemon) -> socket.socket:
     one = socket.create_connection((host, int(port)))
     one.settimeout(WAIT_S)
     return one
-
-
-def ends(one: socket.socket) -> bool:
-    """Whether the other side closes."""
-    try:
-        while one.recv(1 << 16):
-            pass
-    except TimeoutError:
-        return False
-    except ConnectionResetError:
-        pass
-    return True
 
 
 def refused(daemon: LiveDaemon) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bench.zmtp import MORE, frame, joined, shake_hands
 
-from attacks.scene import without
+from attacks.scene import ends, without
 from kvferry_client import connect
 from kvferry_proto import worker
 from kvferry_proto.layout import Layout
@@ -46,14 +46,7 @@ def poured(one: socket.socket, data: bytes, times: int, look: Callable[[], float
 def is_cut(one: socket.socket) -> bool:
     """Whether the connection ends, after what was said on it before."""
     one.settimeout(WAIT_S)
-    try:
-        while one.recv(1 << 16):
-            pass
-    except TimeoutError:
-        return False
-    except ConnectionResetError:
-        pass
-    return True
+    return ends(one)
 
 
 @pytest.mark.parametrize("to", ["worker", "control", "peer"])
