@@ -100,11 +100,11 @@ def test_a_source_that_sends_a_message_without_an_end_is_cut(tmp_path: Path) -> 
 
 def test_a_message_of_far_too_many_frames_ends_its_connection(tmp_path: Path) -> None:
     many = frame(b"x", MORE) * 20_000 + frame(b"x", 0)
-    for defence, ends in (("any_number_of_frames", False), (None, True)):
+    for defence, is_cut_off in (("any_number_of_frames", False), (None, True)):
         with without(defence)(tmp_path / str(defence)) as daemon:
             with joined(f"ipc://{daemon.directory / 'worker.sock'}") as one:
                 one.sendall(many)
-                if ends:
+                if is_cut_off:
                     assert is_cut(one)
                     assert stays_away(f"ipc://{daemon.directory / 'worker.sock'}")
                 else:
