@@ -79,13 +79,19 @@ class WriterThread(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Format it now: what it is about may change."""
+        """Format it now: what it is about may change.
+
+        A line that cannot be made is told of as one of ours. ``logging`` itself would be silent:
+        NIXL's import turns ``logging.raiseExceptions`` off for the whole process.
+        """
         try:
-            self._lines.put_nowait(self.format(record))
+            line = self.format(record)
+        except Exception as error:  # noqa: BLE001 - a wrong line must not fail whoever wrote it
+            line = self.format(_line_not_made(record, error))
+        try:
+            self._lines.put_nowait(line)
         except queue.Full:
             self._dropped += 1
-        except Exception:  # noqa: BLE001 - as every handler: a wrong line must not fail whoever wrote it
-            self.handleError(record)
 
     def close(self) -> None:
         """Write what is left, for a while."""
@@ -149,9 +155,19 @@ def tell(event: Told) -> None:
 
 
 def _line_of_dropped(count: int) -> logging.LogRecord:
-    words = f"{count} lines were dropped: nobody read them"
-    about = {"name": log.name, "levelno": logging.WARNING, "levelname": "WARNING", "msg": words}
-    return logging.makeLogRecord(about)
+    return _own_line(logging.WARNING, f"{count} lines were dropped: nobody read them")
+
+
+def _line_not_made(record: logging.LogRecord, error: Exception) -> logging.LogRecord:
+    at = f"{record.pathname}:{record.lineno}"
+    return _own_line(
+        logging.ERROR, f"a log line of {at} could not be made: {record.msg!r}: {error!r}"
+    )
+
+
+def _own_line(level: int, words: str) -> logging.LogRecord:
+    about = {"name": log.name, "levelno": level, "levelname": logging.getLevelName(level)}
+    return logging.makeLogRecord({**about, "msg": words})
 
 
 def _fields_of(record: logging.LogRecord) -> dict[str, object]:

@@ -173,11 +173,17 @@ def on_terminal(directory: Path, *flags: str) -> str:
     return said.decode().replace("\r\n", "\n")
 
 
-def test_a_line_that_cannot_be_made_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("raises", [True, False])  # NIXL's import sets it to False
+def test_a_line_that_cannot_be_made_is_told_of_and_fails_nobody(
+    raises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", raises)
     stream = io.StringIO()
     handler = WriterThread(stream, JsonLines())
     for words, args in (("%d of them", ("no number",)), ("next", ())):
-        handler.handle(logging.makeLogRecord({"msg": words, "args": args}))
+        handler.handle(logging.makeLogRecord({"msg": words, "args": args, "pathname": "here.py"}))
     handler.close()
-    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["next"]
-    assert "no number" in capsys.readouterr().err, "where and what it was is told"
+    failed, after = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (failed["level"], after["event"]) == ("error", "next")
+    assert "here.py" in failed["event"]
+    assert "%d of them" in failed["event"]
