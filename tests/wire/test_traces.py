@@ -12,6 +12,7 @@ import pytest
 
 from client.payloads import LAYOUT, payload, pieces
 from kvferry_client import connect
+from kvferry_daemon.output import Exit
 from kvferry_proto import worker
 from kvferry_proto.states import Role
 from live import WAIT_S, WINDOW, LiveDaemon, RawWorker
@@ -159,7 +160,7 @@ def test_without_the_extra_the_daemon_says_what_to_install(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S, check=False
     )
-    assert (done.returncode, done.stdout) == (3, "")
+    assert (done.returncode, done.stdout) == (Exit.USAGE, "")
     assert "pip install 'kvferry[otel]'" in done.stderr
 
 
