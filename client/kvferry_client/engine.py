@@ -87,13 +87,16 @@ class Ferry(FerryThread):
         total_tokens: int | None,
         attempt: int = 0,
         identity: Identity = NOTHING,
+        traceparent: str | None = None,
     ) -> Outgoing:
         """Send a request's pages as they are computed: see ``Outgoing.computed``.
 
         ``total_tokens``: None if it is told with the last of them.
         ``identity``: what the payload is of, such as the model; one text for each name of the layout.
+        ``traceparent``: the request's W3C trace context, for a daemon that makes traces.
         """
         side = Outgoing(self._pages, transfer_id, attempt, identity, total_tokens)
+        side.traceparent = traceparent
         self.start(side)
         return side
 
@@ -112,6 +115,7 @@ class Ferry(FerryThread):
         least_tokens: int | None = None,
         attempt: int = 0,
         identity: Identity = NOTHING,
+        traceparent: str | None = None,
     ) -> Incoming:
         """Fetch tokens [first_token, end_token) of a payload of ``end_token`` into an engine's pages.
 
@@ -119,10 +123,11 @@ class Ferry(FerryThread):
 
         No other token is written, so that pages may be shared below ``first_token``. None at all
         tells the source that nobody will fetch what it holds. Where the source tells another
-        ``identity``, nothing is written, and the error has what differs.
+        ``identity``, nothing is written, and the error has what differs. ``traceparent``: see ``send``.
         """
         tokens = range(first_token, end_token)
         side = Incoming(self._pages, transfer_id, attempt, identity, source, tables, tokens)
         side.least_tokens = end_token if least_tokens is None else least_tokens
+        side.traceparent = traceparent
         self.start(side)
         return side

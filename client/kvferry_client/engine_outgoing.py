@@ -140,6 +140,7 @@ class Outgoing(Side):
             world_size=self._pages.world_size,
             total_tokens=self.total_tokens,
             aux=self._aux,
+            traceparent=self.traceparent,
         )
         try:
             async with sending:

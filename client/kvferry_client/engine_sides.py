@@ -34,6 +34,7 @@ class Side:
         self.transfer_id = transfer_id
         self.attempt = attempt
         self.error: FerryError | None = None
+        self.traceparent: str | None = None
         self.reason = "the engine is stopping"
         self.tell: Callable[[Callable[[], object]], object] = lambda _: None  # set by the ferry
         self.task: asyncio.Task[None] | None = None  # the same, once it has begun
@@ -135,6 +136,7 @@ class Fetching(Side):
             rank=self._memory.rank,
             world_size=self._memory.world_size,
             start_tokens=self._start_tokens,
+            traceparent=self.traceparent,
         )
         try:
             async with receiving:

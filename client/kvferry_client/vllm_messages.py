@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvferry_client.engine import NO_BLOCK
 
 BlockIds = tuple[list[int], ...]  # a block table for each group of layers
+TRACEPARENT_CHARS_MAX = 128  # the daemon takes no more
 NULL_BLOCK = 0  # vLLM's block that stands where a sliding window has let go of one
 
 
@@ -21,6 +22,7 @@ class Transfer(NamedTuple):
     transfer_id: str
     attempt: int
     source: str | None  # the prefill daemon's peer address; the sink needs it
+    traceparent: str | None = None  # the router's trace, W3C
 
 
 class Load(NamedTuple):
@@ -84,4 +86,16 @@ def transfer_of(params: dict[str, Any], default_id: str | None = None) -> Transf
         raise ValueError(f"attempt is a number from 0, not {attempt!r}")
     if source is not None and not isinstance(source, str):
         raise ValueError(f"source is the prefill daemon's address, not {source!r}")
-    return Transfer(transfer_id, attempt, source)
+    return Transfer(transfer_id, attempt, source, _traceparent(params))
+
+
+def told(transfer: Transfer) -> dict[str, Any]:
+    """What a router carries from prefill to decode."""
+    named = {name: value for name, value in transfer._asdict().items() if value is not None}
+    return {"do_remote_prefill": True, "do_remote_decode": False, **named}
+
+
+def _traceparent(params: dict[str, Any]) -> str | None:
+    """No request fails for its trace: what cannot be one is left out, as W3C asks for."""
+    told = params.get("traceparent")
+    return told if isinstance(told, str) and len(told) <= TRACEPARENT_CHARS_MAX else None

@@ -13,6 +13,7 @@ from kvferry_client.vllm_messages import (
     StepMeta,
     Transfer,
     tables_of,
+    told,
     transfer_of,
 )
 
@@ -173,14 +174,16 @@ class SchedulerSide:
         if self.peer_address is None:
             logger.warning("request %s is sent to nobody: no daemon was met", request_id)
             return outbound.is_known, None
-        transfer = outbound.transfer._replace(source=self.peer_address)
-        told = {"do_remote_prefill": True, "do_remote_decode": False, **transfer._asdict()}
-        return outbound.is_known, told
+        return outbound.is_known, told(outbound.transfer._replace(source=self.peer_address))
 
 
 def _read(request: Any, default_id: str | None = None) -> Transfer | None:
     """The transfer that a request's params name; with a warning, None if they do not."""
     params = request.kv_transfer_params
+    if (
+        "traceparent" not in params
+    ):  # vLLM has it from the request's header, if it makes traces itself
+        params = {**params, "traceparent": (request.trace_headers or {}).get("traceparent")}
     try:
         return transfer_of(params, default_id)
     except ValueError as error:

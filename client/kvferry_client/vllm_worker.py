@@ -115,6 +115,7 @@ class WorkerSide:
             first_token=load.first_token if load else 0,
             end_token=load.end_token if load else 0,
             identity={**self._model, PROMPT: load.prompt} if load else self._model,
+            traceparent=transfer.traceparent,
         )
 
     def begin(self, meta: StepMeta) -> None:
@@ -154,6 +155,7 @@ class WorkerSide:
             attempt=save.transfer.attempt,
             total_tokens=self._cache.rounded(save.total_tokens),
             identity={**self._model, PROMPT: save.prompt},
+            traceparent=save.transfer.traceparent,
         )
         self._started_s[outgoing] = time.monotonic()
         return outgoing
