@@ -44,7 +44,8 @@ class ControlDesk:
         wait_s = self._allowed.wait_s(user, self._loop.time())
         if wait_s:
             self._node.counters["messages_over_rate_control"] += 1
-            raise exhausted(f"more than {ASKS_A_S} requests a second from one process", wait_s)
+            words = f"more than {ASKS_A_S} requests a second, or what takes a quarter of our time,"
+            raise exhausted(f"{words} from one process", wait_s)
         if isinstance(request, control.CHANGES):
             if not self._operators.has(user):
                 self._node.counters["operators_refused"] += 1
@@ -98,7 +99,7 @@ class ControlDesk:
                 Code.DRAINING, "the daemon was told to end and takes no more transfers"
             )
         self._feed(out.DrainBegun() if request.draining else out.DrainEnded())
-        unsettled = sum(not transfer.settled for transfer in node.transfers.values())
+        unsettled = node.census.unsettled
         return control.Draining(call=request.call, draining=node.draining, unsettled=unsettled)
 
     def _abort(self, request: control.AbortTransfer, now_s: float) -> control.Aborted:

@@ -260,7 +260,9 @@ def test_who_asks_early_is_kept_for_as_long_as_he_asks() -> None:
     world.call("b", SINK, worker.Abort(transfer_id="ends", role=Role.SINK))
     world.wait(0.1)
     assert node.sources.unmet == 2
-    del world.machines["b"].node.transfers[Key(Role.SINK, "vanishes", 0)]
+    sinks, gone = world.machines["b"].node, Key(Role.SINK, "vanishes", 0)
+    del sinks.transfers[gone]
+    sinks.census.gone(gone)
     beat(world, 64)
     assert node.sources.unmet == 1
 

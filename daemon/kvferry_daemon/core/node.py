@@ -14,6 +14,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
+from kvferry_daemon.core.census import Census
 from kvferry_daemon.core.chronicle import Chronicle
 from kvferry_daemon.core.deeds import KEPT_MAX, Deed
 from kvferry_daemon.core.effects_of import EffectDesk
@@ -112,6 +113,7 @@ class Node:
         self.sessions: dict[str, Session] = {}
         self.transfers: dict[ev.Key, AnyTransfer] = {}
         self.current: dict[tuple[Role, str], int] = {}  # the newest attempt of an id
+        self.census = Census()
         self.tombstones = Tombstones(settings.timing.tombstone_s)
         self.polls = Polls()
         self.boards = Boards()
@@ -189,14 +191,15 @@ class Node:
         return min(self._timers[0][0] if self._timers else NEVER_S, self._sweep_at_s)
 
     def check(self) -> None:
-        """Raise if the books of a pool do not add up (I1, I8). For tests: costs every block."""
+        """Raise if the books of a pool do not add up (I1, I8), or the census. For tests."""
         for book in self.books.values():
             book.pool.check()
+        self.census.check(self.transfers.values())
 
     @property
     def idle(self) -> bool:
         """Whether no transfer is live or still draining."""
-        return all(transfer.settled for transfer in self.transfers.values())
+        return not self.census.unsettled
 
     # --- running transfers ---
 
@@ -305,6 +308,7 @@ class Node:
             if transfer.slots:
                 self.boards.changed(transfer)
         self.notes.moved(transfer)
+        self.census.changed(transfer)
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
         else:
@@ -321,6 +325,7 @@ class Node:
         self._effects_of.forget(transfer)
         self.sinks.forget(key)
         del self.transfers[key]
+        self.census.gone(key)
         for secret in sessions:
             if secret in self.sessions:
                 self.sessions[secret].keys.discard(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -30,11 +31,12 @@ def status(
     log_level: str,
     now_s: float,
 ) -> control.Status:
-    """The daemon as a whole. Costs a walk over all transfers; only operators ask."""
-    unsettled = sum(not transfer.settled for transfer in node.transfers.values())
-    states = Counter(t.state for t in node.transfers.values())
-    states.update(s.state for s in node.tombstones.snapshots())
-    stalls = Counter(t.stall for t in node.transfers.values())
+    """The daemon as a whole. However many transfers there are, it takes the loop no longer."""
+    states, stalls = +node.tombstones.states, Counter[StallReason]()
+    for kind, count in node.census.kinds.items():
+        states[kind.state] += count
+        if kind.stall is not None:
+            stalls[kind.stall] += count
     return control.Status(
         call=call,
         version=our_version(),
@@ -51,11 +53,11 @@ def status(
         blocks_total=sum(book.pool.blocks for book in node.books.values()),
         blocks_free=sum(book.pool.free_blocks for book in node.books.values()),
         transfers={state.name.lower(): states[state] for state in sorted(states)},
-        stalls={stall.value: stalls[stall] for stall in sorted(filter(None, stalls))},
+        stalls={stall.value: stalls[stall] for stall in sorted(stalls)},
         counters=dict(sorted(node.counters.items())),
         pools=[_pool(node, book) for book in node.books.values()],
         peers=[_peer(node, address) for address in sorted(node.sinks.peers)],
-        unsettled=unsettled,
+        unsettled=node.census.unsettled,
         log_level=log_level,
         sessions=[_worker(one) for one in list(node.sessions.values())[-SESSIONS_SHOWN_MAX:]],
     )
@@ -240,8 +242,9 @@ def _transport(node: Node, transfer: AnyTransfer) -> str:
     return "handoff" if not isinstance(transfer, SinkTransfer) or transfer.takes_over else "copy"
 
 
+@cache
 def our_version() -> str:
-    """The installed version."""
+    """The installed version. Looked up once: it is parsed out of a file, which takes a millisecond."""
     try:
         return version("kvferry")
     except PackageNotFoundError:

@@ -132,6 +132,7 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
         for lease in leases:
             book.pool.quarantine(lease)
     node.transfers[key] = transfer
+    node.census.changed(transfer)
     name = (key.role, key.transfer_id)
     node.current[name] = max(key.attempt, node.current.get(name, 0))
     node.workers.openings.opened_by[key] = told.call

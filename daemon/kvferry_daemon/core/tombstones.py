@@ -1,6 +1,6 @@
 """What is remembered of ended transfers, so that late messages get the right answer."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from kvferry_daemon.core.events import Done, Key
@@ -50,6 +50,7 @@ class Tombstones:
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._stones: OrderedDict[Key, Tombstone] = OrderedDict()
+        self.states: Counter[State] = Counter()  # how many of each: operators ask often
 
     def __len__(self) -> int:
         return len(self._stones)
@@ -75,12 +76,13 @@ class Tombstones:
         left: Left | None = None,
     ) -> None:
         """Remember how a transfer ended."""
-        self._stones.pop(key, None)
-        self._stones[key] = Tombstone(snapshot, sessions, now_s + self._keep_s, left)
+        self.put(key, Tombstone(snapshot, sessions, now_s + self._keep_s, left))
 
     def put(self, key: Key, stone: Tombstone) -> None:
-        """Take up one of an earlier life, in the order of their expiry."""
+        """Take one up, in the order of their expiry; it replaces what was remembered before."""
+        self._drop(key)
         self._stones[key] = stone
+        self.states[stone.snapshot.state] += 1
 
     def add_unknown(self, key: Key, done: Done, now_s: float) -> None:
         """The sink has ended an attempt that no worker here has opened yet."""
@@ -100,6 +102,8 @@ class Tombstones:
         stone = self._stones[key]
         error = stone.snapshot.error
         if done.state is State.SUCCESS and error and error.code == Code.LEASE_EXPIRED:
+            self.states[State.FAILED] -= 1
+            self.states[State.SUCCESS] += 1
             stone.snapshot = stone.snapshot.model_copy(
                 update={
                     "state": State.SUCCESS,
@@ -115,6 +119,11 @@ class Tombstones:
             key, stone = next(iter(self._stones.items()))
             if stone.until_s > now_s and len(self._stones) <= TOMBSTONES_MAX:
                 break
-            del self._stones[key]
+            self._drop(key)
             gone.append(key)
         return gone
+
+    def _drop(self, key: Key) -> None:
+        stone = self._stones.pop(key, None)
+        if stone is not None:
+            self.states[stone.snapshot.state] -= 1

@@ -74,7 +74,12 @@ class NodeCollector(Collector):
         now = GaugeMetricFamily(
             "kvferry_transfers", "Transfers that are in the books now", labels=("role", "state")
         )
-        states = Counter((t.key.role, t.state) for t in live)
+        states: Counter[tuple[Role, State]] = Counter()
+        stalls: Counter[Stall] = Counter()
+        for kind, count in self._node.census.kinds.items():
+            states[kind.role, kind.state] += count
+            if kind.stall is not None:
+                stalls[kind.role, kind.stall] += count
         for role in Role:
             for state in State:
                 now.add_metric((role.value, state.name.lower()), states[role, state])
@@ -82,7 +87,6 @@ class NodeCollector(Collector):
         waiting = GaugeMetricFamily(
             "kvferry_transfers_stalled", "Of them those that wait", labels=("role", "reason")
         )
-        stalls = Counter((t.key.role, t.stall) for t in live)
         for role, reason in _waits():
             waiting.add_metric((role.value, reason.value), stalls[role, reason])
         yield waiting
