@@ -13,6 +13,7 @@ from kvferry_proto.worker import DeviceMemory
 Kind = Literal["whole", "urgent", "more"]  # all or none; holds none yet; could go on with more
 KINDS: tuple[Kind, ...] = ("whole", "urgent", "more")
 OVERTAKEN_MAX = 32
+SHARES = 16  # of a role's blocks: nobody is kept waiting for more, and nobody is fed with less
 
 
 class Zeroing(NamedTuple):
@@ -100,8 +101,12 @@ class PoolBook:
         self._arrivals += 1
         self._arrived[key] = self._arrivals
 
-    def grants(self) -> Iterator[tuple[Key, Grant]]:
+    def grants(self, *, crumbs: bool = False) -> Iterator[tuple[Key, Grant]]:
         """Hand out what can be handed out now, first come, first served.
+
+        Where many wait, a block for each as soon as one is free would keep all windows at a block,
+        and every block costs a round trip then. So who is next waits for a share of the pool, or
+        for all it wants. ``crumbs``: for less, too; those who hold the rest may not move at all.
 
         One that needs all of its blocks at once may be overtaken by those that can go on with
         fewer, but only OVERTAKEN_MAX times; then everybody waits until there is room for it.
@@ -109,11 +114,12 @@ class PoolBook:
         if not self._arrived:
             return  # nobody waits, as mostly
         for role in Role:
-            while self.pool.room(role) and (found := self._next(role)) is not None:
+            while self.pool.room(role) and (found := self._next(role, crumbs)) is not None:
                 key, level = found
                 blocks = min(self._room(key), level.blocks) // level.ranks
                 if level.urgent and not level.whole and self._queues[role, "more"]:
-                    blocks = 1  # that is enough to go on with; for the rest it stands in line
+                    enough = self._share(role, level) // level.ranks
+                    blocks = min(blocks, enough)  # to go on with; for the rest it stands in line
                 grant = self._grant(key, blocks, level.ranks)
                 left = level.blocks - sum(lease.run.blocks for lease in grant.leases)
                 assert not (level.whole and left), (key, level, left)
@@ -133,15 +139,21 @@ class PoolBook:
             tuple([run for grant in grants for run in grant.dirty]),
         )
 
-    def _next(self, role: Role) -> tuple[Key, WantBlocks] | None:
+    def _share(self, role: Role, level: WantBlocks) -> int:
+        """Blocks that are worth a round trip: no more than it wants, and one a rank at least."""
+        return max(level.ranks, min(level.blocks, self.quota(role) // SHARES))
+
+    def _next(self, role: Role, crumbs: bool) -> tuple[Key, WantBlocks] | None:
         """Who is served next. Looks at heads of queues only: waiting costs nothing."""
         whole = _head(self._queues[role, "whole"])
         some = _head(self._queues[role, "urgent"]) or _head(self._queues[role, "more"])
         fits = whole is not None and self._room(whole[0]) >= whole[1].blocks
-        if some is not None and self._room(some[0]) < some[1].ranks:
-            if whole is None or self._arrived[some[0]] < self._arrived[whole[0]]:
-                return None  # a group that came first: it needs a block a rank
-            some = None
+        if some is not None:
+            least = some[1].ranks if crumbs else self._share(role, some[1])
+            if self._room(some[0]) < least:
+                if whole is None or self._arrived[some[0]] < self._arrived[whole[0]]:
+                    return None  # it came first
+                some = None
         if whole is None or some is None:
             return whole if fits else some
         if self._arrived[some[0]] < self._arrived[whole[0]]:

@@ -86,9 +86,14 @@ class EffectDesk:
         book.forget(transfer.key)
         self._hand_out(book)
 
-    def _hand_out(self, book: PoolBook) -> None:
+    def hand_out_crumbs(self) -> None:
+        """From time to time: whatever is left, however little, is better than to stand still."""
+        for book in self._node.books.values():
+            self._hand_out(book, crumbs=True)
+
+    def _hand_out(self, book: PoolBook, *, crumbs: bool = False) -> None:
         node = self._node
-        for key, grant in book.grants():
+        for key, grant in book.grants(crumbs=crumbs):
             blocks = sum(lease.run.blocks for lease in grant.leases)
             book.on_the_way(key, blocks)
             if not grant.dirty:

@@ -389,6 +389,7 @@ class Node:
             self.workers.openings.forget(key)
             self.notes.stone_gone(key)
         self.sources.expire()
+        self._effects_of.hand_out_crumbs()
 
     def _on_drain_begun(self, _event: out.DrainBegun) -> None:
         self.draining = True

@@ -1,0 +1,76 @@
+"""Many that wait for a small pool: windows do not shrink to a block each, and nobody stands still."""
+
+from kvferry_daemon.core.blocks import SHARES, PoolBook
+from kvferry_daemon.core.events import Key, WantBlocks
+from kvferry_daemon.core.pool import BlockPool, Lease
+from kvferry_proto.states import Role
+from world import layout
+
+SHARE = 4
+QUOTA = SHARE * SHARES
+
+
+class Waiting:
+    """A book whose blocks are all held by one that is nobody's business, and who waits for them."""
+
+    def __init__(self) -> None:
+        self.pool = BlockPool(2 * QUOTA, QUOTA, QUOTA)
+        self.book = PoolBook("p", "/p", "cpu", layout(), self.pool, QUOTA, QUOTA)
+        (self.held,) = self.pool.grant(99, Role.SINK, QUOTA).leases
+
+    def want(self, name: str, blocks: int, *, urgent: bool = True, ranks: int = 1) -> None:
+        key = Key(Role.SINK, name, 0)
+        self.book.want(key, WantBlocks(blocks * ranks, urgent=urgent, ranks=ranks))
+
+    def free(self, blocks: int) -> None:
+        rest = self.pool.free_front(self.held, blocks)
+        self.held = rest if rest is not None else Lease(0, 0, Role.SINK, self.held.run)
+
+    def given(self, *, crumbs: bool = False) -> list[tuple[str, int]]:
+        found = self.book.grants(crumbs=crumbs)
+        return [(key[1], sum(one.run.blocks for one in grant.leases)) for key, grant in found]
+
+
+def test_who_is_next_gets_a_share_or_all_it_wants() -> None:
+    """Blocks come free one by one. With one for each, every block cost a round trip of its own."""
+    waiting = Waiting()
+    waiting.want("long", 64)
+    waiting.want("short", SHARE - 1)
+    waiting.want("other", 64)
+    seen = []
+    for _ in range(3 * SHARE - 1):
+        waiting.free(1)
+        seen.append(waiting.given())
+    assert [(n + 1, given) for n, given in enumerate(seen) if given] == [
+        (SHARE, [("long", SHARE)]),
+        (2 * SHARE - 1, [("short", SHARE - 1)]),
+        (3 * SHARE - 1, [("other", SHARE)]),
+    ]
+
+
+def test_one_that_begins_leaves_the_rest_to_those_that_stand_in_line() -> None:
+    waiting = Waiting()
+    waiting.want("goes on", 2 * SHARE, urgent=False)
+    waiting.want("begins", 64)
+    waiting.free(3 * SHARE)
+    assert waiting.given() == [("begins", SHARE), ("goes on", 2 * SHARE)]
+
+
+def test_less_than_a_share_is_given_where_nothing_else_comes_free() -> None:
+    """The others may not move at all, and what they leave would lie about until their deadlines."""
+    waiting = Waiting()
+    waiting.want("long", 64)
+    waiting.free(1)
+    assert waiting.given() == []
+    assert waiting.given(crumbs=True) == [("long", 1)]
+
+
+def test_a_group_gets_as_much_for_each_rank() -> None:
+    waiting = Waiting()
+    waiting.want("group", 32, ranks=3)
+    waiting.want("more", 64, urgent=False)
+    for _ in range(SHARE - 1):
+        waiting.free(1)
+        assert waiting.given() == []
+    waiting.free(1)
+    assert waiting.given() == [("group", 3)], "what cannot be halved stays for others"
