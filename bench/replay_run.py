@@ -16,6 +16,7 @@ from bench.replay_plan import Job, Model
 from bench.replay_worker import LAYOUT
 from bench.served import ROOT
 from bench.watched import WatchedDaemon
+from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Mode
 
 BEGIN_AFTER_S = 0.5
@@ -77,10 +78,17 @@ class PoolSampler(threading.Thread):
         self.used_tokens: list[int] = []
         self._daemon = daemon
         self._stopping = threading.Event()
+        self._error: FerryError | None = None
 
     def run(self) -> None:
         while not self._stopping.wait(SAMPLE_S):
-            status = self._daemon.status()
+            try:
+                status = self._daemon.status()
+            except FerryError as error:
+                if error.code is Code.RESOURCE_EXHAUSTED:  # the next one will do
+                    continue
+                self._error = error
+                return
             used = status.blocks_total - status.blocks_free
             self.used_tokens.append(used * LAYOUT.block_size_tokens)
 
@@ -88,6 +96,8 @@ class PoolSampler(threading.Thread):
         """Peak and mean of what was seen."""
         self._stopping.set()
         self.join()
+        if self._error is not None:
+            raise self._error
         seen = self.used_tokens or [0]
         return {"peak_tokens": max(seen), "mean_tokens": round(sum(seen) / len(seen))}
 
