@@ -123,7 +123,8 @@ class Board:
         entry = self._entries.get(name)
         if entry is None or watched.after > entry.told:
             return None
-        if not 0 <= monotonic_ns() - self._words[BEAT_WORD] <= self._stale_ns:
+        beat_ns = self._words[BEAT_WORD]  # before the clock: a beat may come in between
+        if not 0 <= monotonic_ns() - beat_ns <= self._stale_ns:
             self._say(BoardTrouble.STALE)
             return None
         if self.trouble is not None:
@@ -137,7 +138,8 @@ class Board:
         """Whether it is worth while to ask for a slot."""
         if not self._slots:
             return False
-        fresh = 0 <= monotonic_ns() - self._words[BEAT_WORD] <= self._stale_ns
+        beat_ns = self._words[BEAT_WORD]  # before the clock, as above
+        fresh = 0 <= monotonic_ns() - beat_ns <= self._stale_ns
         self._say(None if fresh else BoardTrouble.STALE)
         return fresh
 

@@ -27,6 +27,7 @@ from kvferry_client import (
     State,
     connect,
 )
+from kvferry_client import board as boards
 from kvferry_client.board import Board
 from kvferry_daemon.memory.board import Board as WrittenBoard
 from kvferry_proto import worker
@@ -538,6 +539,28 @@ def test_a_slot_that_stays_half_written_is_asked_for(
     assert board.look(SINK) is None
     daemons.show(board_writer.state(6))
     assert board.look(SINK) is not None
+
+
+def test_a_beat_that_comes_while_one_looks_makes_the_board_no_staler(
+    written: tuple[WrittenBoard, Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemons, board = written
+    daemons.show(board_writer.state(4))
+    board.note(board_writer.state(4), -1)
+
+    def clock() -> int:
+        """The daemon beats as soon as the time has been read."""
+        now_ns = time.monotonic_ns()
+        while time.monotonic_ns() == now_ns:
+            pass
+        daemons.beat()
+        return now_ns
+
+    monkeypatch.setattr(boards, "monotonic_ns", clock)
+    for _ in range(2):
+        assert board.look(SINK) is not None
+        assert board.is_kept()
+        assert board.trouble is None
 
 
 def test_a_cleared_slot_is_nobodys(written: tuple[WrittenBoard, Board]) -> None:
