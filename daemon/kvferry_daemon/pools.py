@@ -146,28 +146,50 @@ class Pools:
         self._drops.append(self._threads.submit(work))
 
     def make(self, effect: out.MakePool) -> None:
-        """Make a pool; PoolMade or PoolNotMade follows."""
+        """Make a pool; PoolMade or PoolNotMade follows, whatever happens: workers wait for it."""
         path = self._directory / effect.pool_id
         drops = list(self._drops)  # began before; their room is ours
 
         def work() -> out.NodeEvent:
             wait(drops)
-            refused: out.PoolNotMade | None = None
             try:
-                pool = self._new_in_time(effect, path)
-            except NotShared as error:
-                refused = out.PoolNotMade(effect.pool_id, str(error), Code.POOL_UNREACHABLE)
+                return self._made(effect, path)
             except (MemoryRefused, OSError) as error:
-                refused = out.PoolNotMade(effect.pool_id, str(error))
-            if refused is not None:
-                if self._device is not None:  # now: the error held what had been allocated
-                    self._device.give_back()
-                return refused
-            self._have(effect.pool_id, pool)
-            memory = pool.memory if isinstance(pool, DevicePool) else None
-            return out.PoolMade(effect.pool_id, str(path), memory)
+                refused = self._why_not(effect.pool_id, error)
+            except Exception as error:
+                log.exception("our own fault: cannot make pool %s", effect.pool_id)
+                words = f"{type(error).__name__}: {error}"
+                refused = out.PoolNotMade(effect.pool_id, words, Code.INTERNAL)
+            self._clear_up(effect.pool_id)  # now: the error held what had been allocated
+            return refused
 
         self._off_loop(work)
+
+    def _made(self, effect: out.MakePool, path: Path) -> out.PoolMade:
+        pool = self._new_in_time(effect, path)
+        self._have(effect.pool_id, pool)
+        memory = pool.memory if isinstance(pool, DevicePool) else None
+        return out.PoolMade(effect.pool_id, str(path), memory)
+
+    def _why_not(self, pool_id: str, error: MemoryRefused | OSError) -> out.PoolNotMade:
+        if isinstance(error, NotShared):
+            return out.PoolNotMade(pool_id, str(error), Code.POOL_UNREACHABLE)
+        if isinstance(error, DeviceError) and not isinstance(error, NoRoom):
+            log.error("cannot make pool %s: %s", pool_id, error)
+            usable = self._device is not None and self._device.works()
+            return out.PoolNotMade(pool_id, str(error), Code.DEVICE_FAILED, usable)
+        return out.PoolNotMade(pool_id, str(error))
+
+    def _clear_up(self, pool_id: str) -> None:
+        """Of a pool that was not made nothing stays. What goes wrong here keeps nobody waiting."""
+        pool = self._pools.pop(pool_id, None)
+        try:
+            if pool is not None:
+                pool.remove()
+            elif self._device is not None:
+                self._device.give_back()
+        except Exception:
+            log.exception("our own fault: cannot clear up after pool %s", pool_id)
 
     def _new_in_time(self, effect: out.MakePool, path: Path) -> Pool:
         """Workers close what an earlier life gave them at their next beat: room may come by that."""

@@ -25,6 +25,7 @@ class Devices(World):
         super().__init__(window_tokens=WINDOW)
         self.rows: dict[str, dict[str, bytes]] = {"a": {}, "b": {}}
         self.dropped: list[str] = []
+        self.not_made: tuple[str, Code, bool] | None = None  # message, code, usable: of any pool
         for name in on_device:
             node = self.machines[name].node
             node.settings = replace(node.settings, device="cuda:0")
@@ -39,6 +40,8 @@ class Devices(World):
                         self.rows[name][row] = body
             case out.DropPool():
                 self.dropped.append(effect.pool_id)
+            case out.MakePool() if self.not_made is not None:
+                return [out.PoolNotMade(effect.pool_id, *self.not_made)]
             case out.MakePool() if me.node.settings.device != "host":
                 return [out.PoolMade(effect.pool_id, f"/{name}", MEMORY)]
         return super()._perform(name, me, effect)
@@ -212,6 +215,30 @@ def test_a_device_that_is_lost_takes_no_pool_until_the_daemon_is_restarted() -> 
     world.restart("b")
     world.hello("b", AGAIN)
     world.run(1, SOURCE, AGAIN)
+
+
+def test_a_device_that_ends_while_a_pool_is_made_takes_none_until_the_daemon_is_restarted() -> None:
+    world = Devices("b")
+    world.not_made = "no 8 bytes of cuda:0: x", Code.DEVICE_FAILED, False
+    for kind in (layout(), layout(), layout(block=2 * BLOCK)):
+        error = world.refused_hello("b", AGAIN, kind=kind)
+        assert error.code == Code.DEVICE_FAILED
+        assert error.message == (
+            "no 8 bytes of cuda:0: x; the daemon has lost the device and must be restarted"
+        )
+        world.not_made = None  # the others are not tried
+    assert not world.machines["b"].node.books
+    world.restart("b")
+    world.hello("b", AGAIN)
+
+
+def test_a_pool_that_a_device_that_works_could_not_make_is_tried_again() -> None:
+    world = Devices("b")
+    world.not_made = "no 8 bytes of cuda:0: x", Code.DEVICE_FAILED, True
+    error = world.refused_hello("b", AGAIN)
+    assert (error.code, error.message) == (Code.DEVICE_FAILED, "no 8 bytes of cuda:0: x")
+    world.not_made = None
+    world.hello("b", AGAIN)
 
 
 def test_a_sinks_pool_ends_with_its_daemons_life() -> None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from contract.conftest import Flow
+from dead_cuda import bring_back, end_context
 from kvferry_daemon.config import Config
 from kvferry_daemon.daemon import Daemon
+from kvferry_daemon.memory.device import Device
 from kvferry_daemon.memory.device_pool import DevicePool
 from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
@@ -122,15 +124,18 @@ def test_blocks_of_another_transfer_are_wiped_before_they_are_another_ones(flow:
         assert not any(flow.source.block(block))
 
 
-def test_heads_of_another_order_and_block_size_arrive(daemons: list[InThread]) -> None:
-    """Slices, which the device collects."""
+@pytest.mark.parametrize("within", [False, True], ids=["two daemons", "one"])
+def test_heads_of_another_order_and_block_size_arrive(
+    daemons: list[InThread], within: bool
+) -> None:
+    """Slices, which the device collects; within a daemon they do not leave it."""
     plane = Plane(name="k", dtype=Dtype.INT16, shape=(2, 3), heads_total=2)
     here = Layout(planes=(plane,), block_size_tokens=4)
     there = Layout(planes=(plane.model_copy(update={"order": Order.HND}),), block_size_tokens=8)
-    source, sink = daemons
+    source, sink = (daemons[0], daemons[0]) if within else daemons
     with DeviceWorker(source, here) as one, DeviceWorker(sink, there) as two:
         one.snapshot(worker.Send(transfer_id="t", total_tokens=16))
-        two.snapshot(worker.Receive(transfer_id="t", source=source.address))
+        two.snapshot(worker.Receive(transfer_id="t", source=None if within else source.address))
         seen = one.wait_for(Role.SOURCE, lambda seen: seen.allocated_tokens == 16)
         for token, block in enumerate(b for first, n in seen.runs for b in range(first, first + n)):
             content = bytes(range(token * 48, (token + 1) * 48))  # 4 tokens of 2 heads of 3 items
@@ -210,3 +215,42 @@ def test_after_a_restart_its_transfers_are_lost_and_their_next_attempt_succeeds(
         next_try = Flow(flow.source, consumer, daemons[0].address, "t", WINDOW + 5, attempt=1)
         next_try.open()
         next_try.run()
+
+
+def refusal(daemon: InThread) -> Any:
+    """The error with which a worker is sent away."""
+    with RawWorker(daemon.directory, hello=False) as one:
+        reply = one.call(worker.Hello(lock=one.lock_name, layout=LAYOUT))
+        assert isinstance(reply, worker.Failure), reply
+        return reply.error
+
+
+def device_of(daemon: InThread) -> Device:
+    device = daemon.daemon.effects.pools._device
+    assert device is not None
+    return device
+
+
+def test_who_comes_when_the_device_is_lost_is_told_so(
+    daemons: list[InThread], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where giving its memory back fails, as all else there does."""
+    end_context(device_of(daemons[0]))
+    for _ in range(2):
+        error = refusal(daemons[0])
+        assert error.code == "device_failed"
+        assert "an illegal memory access was encountered" in error.message
+        assert "the daemon has lost the device and must be restarted" in error.message
+    assert "cpu keeps what this process has freed" in caplog.text
+
+
+def test_a_pool_that_our_own_fault_keeps_from_being_made_is_refused_and_can_be_made_later(
+    daemons: list[InThread], caplog: pytest.LogCaptureFixture
+) -> None:
+    device = device_of(daemons[0])
+    end_context(device, TypeError)
+    assert refusal(daemons[0]).code == "internal"
+    assert "our own fault: cannot make pool" in caplog.text
+    bring_back(device)
+    with DeviceWorker(daemons[0]) as one:
+        assert one.snapshot(worker.Send(transfer_id="t")).state is State.BOOTSTRAPPING

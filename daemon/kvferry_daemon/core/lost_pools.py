@@ -38,6 +38,13 @@ class LostPools:
             if transfer.opening.pool_id == event.pool_id:
                 node.post(key, ev.Fail(Code.DEVICE_FAILED, self._what_to_do(event.message)))
 
+    def on_not_made(self, event: out.PoolNotMade) -> str:
+        """Take note if no pool can be made any more; return what its workers are told."""
+        if event.usable:
+            return event.message
+        self._dead = event.message
+        return self._what_to_do(event.message)
+
     def _what_to_do(self, message: str) -> str:
         if self._dead:
             return f"{message}; the daemon has lost the device and must be restarted"

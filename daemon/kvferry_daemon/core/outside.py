@@ -64,6 +64,7 @@ class PoolNotMade:
     pool_id: str
     message: str
     code: Code = Code.POOL_REFUSED
+    usable: bool = True  # the device for this process, as in PoolBroken
 
 
 @dataclass(frozen=True, slots=True)

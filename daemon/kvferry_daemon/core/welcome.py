@@ -139,8 +139,9 @@ class Welcomer:
     def on_pool_not_made(self, event: out.PoolNotMade) -> None:
         """Tell all who waited why there is no pool."""
         _, _, waiting = self._being_made.pop(event.pool_id)
+        message = self.lost_pools.on_not_made(event)
         for route, hello in waiting.items():
-            self._node.workers.refuse(route, hello.call.call, FerryError(event.code, event.message))
+            self._node.workers.refuse(route, hello.call.call, FerryError(event.code, message))
 
     def _welcome(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         node, route = self._node, event.route

@@ -115,9 +115,13 @@ class Device:
             self._torch.cuda.set_device(self._device)
 
     def give_back(self) -> None:
-        """Let other processes have what is not used any more."""
-        if self.is_cuda:
+        """Let other processes have what is not used any more, if the device still does that."""
+        if not self.is_cuda:
+            return
+        try:
             self._torch.cuda.empty_cache()
+        except RuntimeError as error:
+            log.error("%s keeps what this process has freed: %s", self.name, _words(error))
 
     def shared(self, arena: Tensor) -> DeviceMemory | None:
         """How workers open an arena; NotShared if they cannot. None: not a GPU's.
