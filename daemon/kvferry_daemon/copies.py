@@ -17,6 +17,7 @@ from typing import NamedTuple
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.logs import about
+from kvferry_daemon.memory.device_pool import DevicePlace
 from kvferry_daemon.transports.tcp.bridge import LoopBridge
 from kvferry_daemon.transports.tcp.events import Enter, stay
 from kvferry_daemon.transports.tcp.staging import (
@@ -110,6 +111,13 @@ def copy(source: Place, sink: Place, staging: Staging) -> None:
         raise ValueError(f"{size_bytes} bytes into {payload_bytes_of(sink)}")
     if isinstance(source, list) and isinstance(sink, list):
         _copy_views(source, sink)
+        return
+    if (
+        isinstance(source, DevicePlace)
+        and isinstance(sink, DevicePlace)
+        and source.pool.device is sink.pool.device
+    ):
+        source.copy_to(sink)
         return
     buffer = staging.view(size_bytes)
     if isinstance(source, list):

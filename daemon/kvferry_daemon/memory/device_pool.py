@@ -106,40 +106,70 @@ class DevicePool:
             )
 
 
-class DeviceSpans:
+class DevicePlace:
+    """Bytes in a device pool that are one chunk on the wire."""
+
+    payload_bytes: int
+
+    def __init__(self, pool: DevicePool) -> None:
+        self.pool = pool
+
+    def copy_to(self, sink: DevicePlace) -> None:
+        """Copy into another place of the same device: no byte crosses the bus; DeviceError.
+
+        Through a chunk in the device, as both are cut in other places: each side's failure is its own.
+        """
+        with self.pool.copying():
+            chunk = self.pool.device.scratch(self.payload_bytes)
+            self._collect(chunk)
+        with sink.pool.copying():
+            sink._spread(chunk)
+
+    def _collect(self, chunk: Tensor) -> None:
+        for in_pool, in_chunk in self._pairs(chunk):
+            in_chunk.copy_(in_pool, non_blocking=True)
+
+    def _spread(self, chunk: Tensor) -> None:
+        for in_pool, in_chunk in self._pairs(chunk):
+            in_pool.copy_(in_chunk, non_blocking=True)
+
+    def _pairs(self, chunk: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
+
+class DeviceSpans(DevicePlace):
     """Byte ranges of a device pool, copied one by one."""
 
     def __init__(self, pool: DevicePool, spans: Sequence[Span]) -> None:
-        self._pool = pool
+        super().__init__(pool)
         self._spans = spans
         self.payload_bytes = sum(length for _, length in spans)
 
     def gather(self, out: memoryview) -> None:
         """Fill ``out``, of exactly ``payload_bytes``, from the pool; DeviceError."""
-        with self._pool.copying():
-            for in_pool, staged in self._pairs(out):
-                staged.copy_(in_pool, non_blocking=True)
+        _check_size(self.payload_bytes, out)
+        with self.pool.copying():
+            self._collect(self.pool.device.staged(out))
 
     def scatter(self, data: memoryview) -> None:
         """Write ``data``, exactly ``payload_bytes``, into the pool; DeviceError."""
-        with self._pool.copying():
-            for in_pool, staged in self._pairs(data):
-                in_pool.copy_(staged, non_blocking=True)
+        _check_size(self.payload_bytes, data)
+        with self.pool.copying():
+            self._spread(self.pool.device.staged(data))
 
-    def _pairs(self, buffer: memoryview) -> Iterator[tuple[Tensor, Tensor]]:
-        _check_size(self.payload_bytes, buffer)
-        arena, staged = self._pool.arena, self._pool.device.staged(buffer)
+    def _pairs(self, chunk: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        arena = self.pool.arena
         at = 0
         for offset, length in self._spans:
-            yield arena[offset : offset + length], staged[at : at + length]
+            yield arena[offset : offset + length], chunk[at : at + length]
             at += length
 
 
-class DeviceSlices:
+class DeviceSlices(DevicePlace):
     """Slices of blocks: collected in the device, so that one copy crosses to the host."""
 
     def __init__(self, pool: DevicePool, plan: SlicePlan, areas: list[Area], tokens: int) -> None:
-        self._pool = pool
+        super().__init__(pool)
         self._plan = plan
         self._areas = areas
         self.payload_bytes = plan.chunk_bytes(tokens)
@@ -147,25 +177,23 @@ class DeviceSlices:
     def gather(self, out: memoryview) -> None:
         """Fill ``out``, of exactly ``payload_bytes``, from the pool; DeviceError."""
         _check_size(self.payload_bytes, out)
-        device = self._pool.device
-        with self._pool.copying():
+        device = self.pool.device
+        with self.pool.copying():
             chunk = device.scratch(self.payload_bytes)
-            for in_pool, in_chunk in self._pairs(chunk):
-                in_chunk.copy_(in_pool)
+            self._collect(chunk)
             device.staged(out).copy_(chunk, non_blocking=True)
 
     def scatter(self, data: memoryview) -> None:
         """Write ``data``, exactly ``payload_bytes``, into the pool; DeviceError."""
         _check_size(self.payload_bytes, data)
-        device = self._pool.device
-        with self._pool.copying():
+        device = self.pool.device
+        with self.pool.copying():
             chunk = device.scratch(self.payload_bytes)
             chunk.copy_(device.staged(data), non_blocking=True)
-            for in_pool, in_chunk in self._pairs(chunk):
-                in_pool.copy_(in_chunk)
+            self._spread(chunk)
 
     def _pairs(self, chunk: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        arena = self._pool.arena
+        arena = self.pool.arena
         for one in self._plan.strided(self._areas):
             item = _item_bytes(one)
             yield (
