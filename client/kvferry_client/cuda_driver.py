@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,6 +15,33 @@ log = logging.getLogger(__name__)
 
 class DriverError(OSError):
     """The driver refused a call, or is not there."""
+
+
+class Closing:
+    """What waits for memory to be closed. A finalizer may come in the midst of it: it has no lock."""
+
+    def __init__(self) -> None:
+        self._is_closed = False
+        self._waiting: list[Callable[[], None]] = []
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Call it as soon as the memory is closed: now, or in the thread that closes it."""
+        self._waiting.append(call)
+        if self._is_closed:
+            self._call_all()
+
+    def closed(self) -> None:
+        """It is."""
+        self._is_closed = True
+        self._call_all()
+
+    def _call_all(self) -> None:
+        while True:
+            try:
+                call = self._waiting.pop()  # atomic: each is called once
+            except IndexError:
+                return
+            call()
 
 
 class Opened:
@@ -37,8 +64,9 @@ class Opened:
             "data": (address.value, False),
             "version": 2,
         }
+        self.closing = Closing()
         # Not at exit: the process's end closes it, and the driver may be gone by then.
-        weakref.finalize(self, _close, index, address.value).atexit = False
+        weakref.finalize(self, _close, index, address.value, self.closing).atexit = False
 
 
 class _Handle(ctypes.Structure):
@@ -59,13 +87,15 @@ def device_with(uuid: bytes) -> int | None:
     return None
 
 
-def _close(index: int, address: int) -> None:
+def _close(index: int, address: int, closing: Closing) -> None:
     try:
         with _context(index):
             _call("cuCtxSynchronize")  # what the GPU was given before the last tensor went
             _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
     except DriverError as error:  # of a finalizer nobody hears an exception
-        log.warning("the daemon's memory stays open in this process: %s", error)
+        log.warning("the daemon's memory stays open until this process ends: %s", error)
+    else:
+        closing.closed()
 
 
 @contextmanager

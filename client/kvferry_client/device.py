@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvferry_client.arrays import Bits, bits_of, checked
-from kvferry_client.cuda_driver import DriverError, Opened, device_with
+from kvferry_client.cuda_driver import Closing, DriverError, Opened, device_with
 from kvferry_client.views import GpuWork, Pool, Run
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout, Order, Plane
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 class DevicePool(Pool):
     """``memory`` is the pool as uint8; it is open as long as a tensor of it lives."""
 
-    def __init__(self, info: PoolInfo, layout: Layout, memory: Tensor) -> None:
+    def __init__(self, info: PoolInfo, layout: Layout, memory: Tensor, closing: Closing) -> None:
         self.info = info
         self.layout = layout
         self._opened: Tensor | None = memory
+        self._closing = closing
         self._why_left = Code.CLIENT_CLOSED
 
     @property
@@ -111,6 +113,10 @@ class DevicePool(Pool):
         if memory is not None and memory.device.type == "cuda":
             GpuWork(lambda: torch.cuda.synchronize(memory.device)).wait()
 
+    def when_closed(self, then: Callable[[], None]) -> None:
+        """Call it once no tensor is left. The daemon must not free what is open in a worker."""
+        self._closing.then(then)
+
 
 def open_pool(info: PoolInfo, layout: Layout) -> Pool:
     """Map the pool's file, or open its device memory.
@@ -125,16 +131,16 @@ def open_pool(info: PoolInfo, layout: Layout) -> Pool:
                 Code.POOL_UNREACHABLE, f"cannot map the pool's file {info.path}: {error}"
             ) from error
     try:
-        memory = _open(info.device, info.blocks * info.block_bytes)
+        memory, closing = _open(info.device, info.blocks * info.block_bytes)
     except (ImportError, DriverError, RuntimeError, AssertionError) as error:
         raise FerryError(
             Code.POOL_UNREACHABLE,
             f"cannot open the pool in the daemon's {info.device.device}: {error}",
         ) from error
-    return DevicePool(info, layout, memory)
+    return DevicePool(info, layout, memory, closing)
 
 
-def _open(device: DeviceMemory, size_bytes: int) -> Tensor:
+def _open(device: DeviceMemory, size_bytes: int) -> tuple[Tensor, Closing]:
     import torch
 
     index = device_with(device.uuid)
@@ -143,11 +149,14 @@ def _open(device: DeviceMemory, size_bytes: int) -> Tensor:
     name = f"cuda:{index}"
     torch.empty(1, device=name)  # torch begins with the device
     opened = Opened(index, device.handle, size_bytes)
-    with torch.cuda.device(index):
-        tensor = torch.as_tensor(opened, device=name)
-    if tensor.data_ptr() != opened.address:
-        raise DriverError("torch has copied the pool instead of showing it")
-    return tensor
+    try:
+        with torch.cuda.device(index):
+            tensor = torch.as_tensor(opened, device=name)
+        if tensor.data_ptr() != opened.address:
+            raise DriverError("torch has copied the pool instead of showing it")
+        return tensor, opened.closing
+    finally:
+        del opened  # else an error would keep it open, and the lock is let go of
 
 
 def _dtype(plane: Plane) -> Any:

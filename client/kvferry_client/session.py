@@ -5,6 +5,7 @@ import itertools
 import os
 import secrets
 import threading
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,11 +128,14 @@ class Session:
             member.pool.leave(Code.POOL_LOST)
 
     def close(self) -> None:
-        """The worker is gone."""
-        if self.member is not None:
-            self.member.board.leave()
-            self.member.pool.leave()
-        self.lock.release(is_known=self.member is not None)
+        """The worker is gone. Its lock stays held as long as it has a device's memory open."""
+        member = self.member
+        if member is None:
+            self.lock.release(is_known=False)
+            return
+        member.board.leave()
+        member.pool.leave()
+        member.pool.when_closed(partial(self.lock.release, is_known=True))
 
     def unreachable(self, waited_s: float) -> FerryError:
         """Nobody answered."""

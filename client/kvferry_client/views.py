@@ -122,6 +122,10 @@ class Pool:
     def leave(self, why: Code = Code.CLIENT_CLOSED) -> None:
         """This process is to touch the pool no more; ``why`` is what it is told if it tries to."""
 
+    def when_closed(self, then: Callable[[], None]) -> None:
+        """Call it when the daemon may free the pool: now, what is mapped of a file outlives it."""
+        then()
+
     def plane_named(self, name: str) -> Plane:
         """A plane of the layout; FerryError(bad_array) names those that there are."""
         found = self._found.get(name)

@@ -12,6 +12,7 @@ import torch
 from kvferry_client import FerryError, Pool, WindowView
 from kvferry_client.aio import AsyncClient
 from kvferry_client.board import Board
+from kvferry_client.cuda_driver import Closing
 from kvferry_client.device import DevicePool, open_pool
 from kvferry_client.logic import ReceiveLogic, SendLogic
 from kvferry_client.session import Member, Session, check_same_pool
@@ -41,7 +42,8 @@ def device_pool() -> DevicePool:
     info = worker.PoolInfo(
         path="", blocks=BLOCKS, block_bytes=LAYOUT.block_bytes, window_tokens=4, device=MEMORY
     )
-    return DevicePool(info, LAYOUT, torch.zeros(BLOCKS * LAYOUT.block_bytes, dtype=torch.uint8))
+    memory = torch.zeros(BLOCKS * LAYOUT.block_bytes, dtype=torch.uint8)
+    return DevicePool(info, LAYOUT, memory, Closing())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Real daemons with pools in a GPU, and workers that open them: this process, and ones that die."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -237,6 +238,24 @@ def test_numpy_is_refused_and_host_arrays_are_copied(daemons: Daemons) -> None:
         with pytest.raises(FerryError) as refused:
             window.numpy_runs("ids")
         assert refused.value.code == "device_only"
+
+
+def test_a_client_that_is_closed_is_gone_with_its_last_tensor(daemons: Daemons) -> None:
+    """The daemon would free what is open there."""
+    a, _ = daemons
+    client = connect(a.directory, LAYOUT)
+    kept = client.pool.torch_blocks()
+    client.close()
+    workers = a.directory / "workers"
+    [name] = os.listdir(workers)
+    with (workers / name).open() as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert a.status().workers == 1
+    del kept
+    until = time.monotonic() + 10
+    while a.status().workers:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 WORKER = """
