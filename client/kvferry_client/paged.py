@@ -213,23 +213,33 @@ class PagedCopy:
     def _pool_blocks(self, window: Window, first: int, end: int) -> NDArray[np.int64]:
         """The pool's blocks that hold tokens [first, end) of a window, in order."""
         size = self._pool.layout.block_size_tokens
-        found, at = [], first // size * size
-        for run in window.runs:
-            skip = (at - run.first_token) // size
-            if not 0 <= skip < run.blocks:
+        firsts, counts, at = [], [], first // size * size
+        for first_token, first_block, blocks in window.runs:
+            skip = (at - first_token) // size
+            if not 0 <= skip < blocks:
                 continue
-            blocks = min(run.blocks - skip, -(-(end - at) // size))
-            if run.first_block < 0 or run.first_block + run.blocks > self._pool.blocks:
+            if first_block < 0 or first_block + blocks > self._pool.blocks:
                 raise FerryError(
                     Code.BAD_ARRAY,
-                    f"a window in blocks {run.first_block} to {run.first_block + run.blocks}, of a "
-                    f"pool of {self._pool.blocks}",
+                    f"a window in blocks {first_block} to {first_block + blocks}, of a pool of "
+                    f"{self._pool.blocks}",
                 )
-            found.append(np.arange(blocks, dtype=np.int64) + run.first_block + skip)
-            at += blocks * size
+            count = min(blocks - skip, -(-(end - at) // size))
+            firsts.append(first_block + skip)
+            counts.append(count)
+            at += count * size
             if at >= end:
-                return np.concatenate(found)
+                return _spread(firsts, counts)
         raise FerryError(Code.BAD_ARRAY, f"no run of the window holds token {at}")
+
+
+def _spread(firsts: list[int], counts: list[int]) -> NDArray[np.int64]:
+    """``counts`` numbers from each of ``firsts`` on, without an array for each."""
+    if len(counts) == 1:  # mostly
+        return np.arange(firsts[0], firsts[0] + counts[0], dtype=np.int64)
+    sizes = np.array(counts, np.int64)
+    ends = np.cumsum(sizes)
+    return np.repeat(np.array(firsts, np.int64) - ends + sizes, sizes) + np.arange(ends[-1])
 
 
 def _token_major(name: str, plane: CachePlane) -> torch.Tensor:
