@@ -5,12 +5,14 @@
 Each of ``--prefill`` and ``--decode`` may stand several times; they take turns. A request goes to a
 prefill engine first, for one token, and then to a decode engine with what prefill answered. When
 either fails before a byte of the answer has gone out, the request is tried again as attempt + 1, the
-number by which both daemons know what is old. Needs aiohttp, which vLLM brings.
+number by which both daemons know what is old. An answer that breaks off later ends the connection.
+Needs aiohttp, which vLLM brings.
 """
 
 import argparse
 import itertools
 import json
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +23,7 @@ from aiohttp import web
 
 ATTEMPTS = 3
 ANSWER_S = 3600.0
+logger = logging.getLogger(__name__)
 
 
 class TryAgainError(Exception):
@@ -48,7 +51,7 @@ class Router:
             try:
                 params = await self._ask_prefill(request.path, body, transfer_id, attempt)
                 return await self._ask_decode(request, body, params)
-            except (TryAgainError, aiohttp.ClientError) as error:
+            except (TryAgainError, aiohttp.ClientError, TimeoutError) as error:
                 failure = f"attempt {attempt}: {type(error).__name__}: {error}"
         return web.json_response({"error": failure}, status=502)
 
@@ -76,11 +79,7 @@ class Router:
             if _is_failure(first):
                 raise TryAgainError(first[:300].decode(errors="replace"))
             answer = web.StreamResponse(headers={"Content-Type": response.content_type})
-            await answer.prepare(request)
-            await answer.write(first)
-            async for chunk in chunks:
-                await answer.write(chunk)
-            await answer.write_eof()
+            await _pass_on(request, answer, first, chunks)
             return answer
 
     @asynccontextmanager
@@ -94,6 +93,25 @@ class Router:
                     text=await response.text(), content_type="application/json"
                 )
             yield response
+
+
+async def _pass_on(
+    request: web.Request, answer: web.StreamResponse, first: bytes, rest: AsyncIterator[bytes]
+) -> None:
+    """Pass an answer on. If it breaks off, end the connection.
+
+    Half of it may be with the client, who must take neither that for all nor another one for its end.
+    """
+    try:
+        await answer.prepare(request)
+        await answer.write(first)
+        async for chunk in rest:
+            await answer.write(chunk)
+        await answer.write_eof()
+    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        logger.warning("an answer broke off: %s: %s", type(error).__name__, error)
+        if request.transport is not None:
+            request.transport.close()
 
 
 def _is_failure(first: bytes) -> bool:
