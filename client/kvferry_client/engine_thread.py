@@ -5,6 +5,7 @@ of a KV cache, and ``engine_embeddings`` for tensors. Needs torch.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from kvferry_proto.layout import Layout
 
 JOIN_AGAIN_S = 1.0
 JOIN_WAIT_S = 10.0  # how long a transfer waits for a daemon that has not been met yet
+# What a daemon answers and will answer again: we try on, but no transfer waits for that.
+LASTING = (Code.NO_COMMON_VERSION, Code.BAD_MESSAGE, Code.POOL_REFUSED)
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ class FerryThread:
         self._met = threading.Event()
         self._closing, self._closed = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
-        self._joined, self._stopped = asyncio.Event(), asyncio.Event()
+        self._answered, self._stopped = asyncio.Event(), asyncio.Event()
         self._thread = threading.Thread(target=self._serve, name="kvferry-engine", daemon=True)
         self._thread.start()
 
@@ -116,10 +119,14 @@ class FerryThread:
                     words = "kvferry's daemon is not joined yet; trying on: %s"
                     logger.warning(words, refusal, exc_info=refusal.code is Code.INTERNAL)
                 self._refusal = refusal
+                if refusal.code in LASTING:
+                    self._answered.set()
+                else:
+                    self._answered.clear()
                 await asyncio.sleep(JOIN_AGAIN_S)
             else:
                 self._refusal = None
-                self._joined.set()
+                self._answered.set()
                 self._met.set()
                 return
 
@@ -134,13 +141,12 @@ class FerryThread:
             side.end(error)
 
     async def _the_client(self) -> AsyncClient:
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOIN_WAIT_S):
-                await self._joined.wait()
-        except TimeoutError:
+                await self._answered.wait()
+        if self._client is None:
             where = self._arguments[0]
             raise self._refusal or FerryError(
                 Code.DAEMON_UNREACHABLE, f"no daemon has answered in {where}"
-            ) from None
-        assert self._client is not None
+            )
         return self._client

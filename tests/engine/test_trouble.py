@@ -10,8 +10,11 @@ import pytest
 
 from engine.pages import Pages, two_engines
 from kvferry_client.engine import Ferry
+from kvferry_client.engine_thread import JOIN_WAIT_S
 from kvferry_client.paged import PagedCache
 from live import BLOCK, WAIT_S, WINDOW, LiveDaemon
+
+AT_ONCE_S = JOIN_WAIT_S / 2
 
 
 @pytest.fixture
@@ -189,3 +192,42 @@ def test_the_daemons_address_can_be_asked_for_while_it_is_joined_anew(tmp_path: 
             thread.join()
             assert {type(one) for one in seen} <= {str, type(None)}
             assert ferry.peer_address == anew.address
+
+
+class DaemonOfTomorrow(LiveDaemon):
+    """A daemon that speaks none of our wire versions."""
+
+    program = (
+        "-c",
+        "from kvferry_proto import versions\n"
+        "versions.agree.__defaults__ = (versions.Versions(low=7, high=9),)\n"
+        "from kvferry_daemon.command import main\n"
+        "main()",
+    )
+
+
+@pytest.mark.parametrize("code", ["no_common_version", "pool_refused"])
+def test_what_a_daemon_refuses_for_good_is_said_at_once_and_tried_again(
+    tmp_path: Path, code: str
+) -> None:
+    """Waiting for a daemon that is there would cost every request the 10 s of one that is not."""
+    prefill = Pages()
+    other = code == "no_common_version"
+    refusing = DaemonOfTomorrow if other else LiveDaemon
+    flags = {} if other else {"pool_tokens": BLOCK}  # less than a window
+    with Ferry(tmp_path / "a", prefill.layout, [PagedCache(prefill.layers)]) as ferry:
+        waiting = ferry.send("waiting", total_tokens=1)  # from before there was a daemon
+        with refusing(tmp_path / "a", **flags):
+            assert waiting.wait(AT_ONCE_S)
+            begun = ferry.send("begun", total_tokens=1)
+            assert begun.wait(AT_ONCE_S)
+        for side in (waiting, begun):
+            assert side.error is not None
+            assert side.error.code == code
+        with LiveDaemon(tmp_path / "a"):
+            assert ferry.wait_until_joined(WAIT_S), ferry.refusal
+            table = prefill.take(1)
+            after = ferry.send("after", total_tokens=1)
+            after.computed([table], 1)
+            assert after.wait(WAIT_S)
+            assert after.error is None
