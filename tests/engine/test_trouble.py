@@ -194,16 +194,18 @@ def test_the_daemons_address_can_be_asked_for_while_it_is_joined_anew(tmp_path: 
             assert ferry.peer_address == anew.address
 
 
+SPEAKS_ANOTHER = """
+from kvferry_proto import versions
+versions.agree.__defaults__ = (versions.Versions(low=7, high=9),)
+from kvferry_daemon.command import main
+main()
+"""
+
+
 class DaemonOfTomorrow(LiveDaemon):
     """A daemon that speaks none of our wire versions."""
 
-    program = (
-        "-c",
-        "from kvferry_proto import versions\n"
-        "versions.agree.__defaults__ = (versions.Versions(low=7, high=9),)\n"
-        "from kvferry_daemon.command import main\n"
-        "main()",
-    )
+    program = ("-c", SPEAKS_ANOTHER)
 
 
 @pytest.mark.parametrize("code", ["no_common_version", "pool_refused"])
