@@ -31,7 +31,7 @@ def model_identity(vllm_config: Any, extra: Mapping[str, Any]) -> dict[str, str]
         "weights": _weights(model),
         "config": _digest(json.dumps(_stable(model.hf_config.to_dict()), default=str).encode()),
         "quantization": str(model.quantization),
-        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "cache_dtype": _cache_dtype(vllm_config.cache_config.cache_dtype, model.dtype),
     }
     return {f"model.{name}": found[name] for name in MODEL_FIELDS}
 
@@ -44,6 +44,12 @@ def prompt_identity(request: Any) -> str:
     lora = request.lora_request.lora_name if request.lora_request else ""
     tokens = np.asarray(request.prompt_token_ids or [], np.int64)
     return _digest(lora.encode() + b"\0" + tokens.tobytes())
+
+
+def _cache_dtype(told: str, model_dtype: Any) -> str:
+    """What an engine's cache holds, whichever of its names it was told by."""
+    told = {"auto": str(model_dtype), "fp8": "fp8_e4m3"}.get(told, told)
+    return told.removeprefix("torch.")
 
 
 def _weights(model: Any) -> str:
