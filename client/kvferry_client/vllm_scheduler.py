@@ -137,7 +137,9 @@ class SchedulerSide:
             end = min(computed[request_id] + scheduled_tokens, outbound.total_tokens)
             block_ids = output.kv_connector_block_state.get_block_ids(request_id)
             tables = tables_of(block_ids, self._groups)
-            first = min(computed[request_id], end)
+            # Not all that vLLM counts as computed: its prefix cache has blocks already which another
+            # request writes in this very step.
+            first = min(outbound.told_tokens, computed[request_id])
             meta.saves[request_id] = Save(
                 outbound.transfer, tables, first, end, outbound.total_tokens, outbound.prompt
             )

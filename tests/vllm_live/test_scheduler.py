@@ -1,0 +1,135 @@
+"""What the connector's scheduler side tells the workers, of steps that vLLM might schedule. No engine."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_live.asking import prompt, sending
+
+SIZE = 128
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@dataclass
+class Step:
+    """One of vLLM's, as far as a connector looks at it."""
+
+    new: dict[str, int] = field(default_factory=dict)  # how many tokens count as computed
+    cached: dict[str, int] = field(default_factory=dict)  # the same of requests known before
+    tokens: dict[str, int] = field(default_factory=dict)  # that it computes
+    preempted: set[str] = field(default_factory=set)
+    tables: dict[str, tuple[list[int], ...]] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Any:
+        """Named as in vLLM's SchedulerOutput."""
+        return SimpleNamespace(
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=name, num_computed_tokens=tokens)
+                for name, tokens in self.new.items()
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=list(self.cached), num_computed_tokens=list(self.cached.values())
+            ),
+            num_scheduled_tokens=self.tokens,
+            preempted_req_ids=self.preempted,
+            kv_connector_block_state=SimpleNamespace(get_block_ids=self._blocks),
+        )
+
+    def _blocks(self, name: str) -> tuple[list[int], ...]:
+        return self.tables.get(name, (list(range(1, 10)),) * 2)
+
+
+def side(groups: int = 1) -> Any:
+    """A scheduler side that has met its daemon."""
+    from kvferry_client.vllm_scheduler import SchedulerSide
+
+    made = SchedulerSide(tuple(range(groups)))
+    made.peer_address = "tcp://127.0.0.1:1"
+    return made
+
+
+def request(
+    name: str,
+    tokens: int,
+    params: dict[str, Any],
+    max_tokens: int = 1,
+    headers: dict[str, str] | None = None,
+) -> Any:
+    """vLLM's own, of so many tokens."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    sampling = SamplingParams(max_tokens=max_tokens, extra_args={"kv_transfer_params": params})
+    return Request(name, prompt(tokens), sampling, None, trace_headers=headers)
+
+
+def finished(told: Any, asked: Any) -> Any:
+    """What the router is told of a request that was served."""
+    from vllm.v1.request import RequestStatus
+
+    asked.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    return told.finished(asked)
+
+
+def spans(told: Any, step: Step) -> dict[str, tuple[int, int]]:
+    """Of each request that is sent: the first token that is not in its pages yet, and the last one."""
+    saves = told.step(step.output).saves
+    return {name: (save.first_token, save.computed_tokens) for name, save in saves.items()}
+
+
+def test_a_prefix_that_this_very_step_computes_is_not_told_as_computed() -> None:
+    """vLLM's prefix cache has a block as soon as a step that will write it is scheduled."""
+    told = side()
+    for name in ("first", "second"):
+        told.new_request(request(name, 600, sending(name)))
+    step = Step(new={"first": 0, "second": 512}, tokens={"first": 600, "second": 88})
+    assert spans(told, step) == {"first": (0, 600), "second": (0, 600)}
+
+
+def test_what_earlier_steps_computed_is_told_as_computed() -> None:
+    told = side()
+    told.new_request(request("t", 900, sending("t")))
+    assert spans(told, Step(new={"t": 256}, tokens={"t": 200})) == {"t": (0, 456)}
+    assert spans(told, Step(cached={"t": 456}, tokens={"t": 200})) == {"t": (456, 656)}
+    assert spans(told, Step(cached={"t": 656}, tokens={"t": 244})) == {"t": (656, 900)}
+    assert spans(told, Step(cached={"t": 900}, tokens={"t": 1})) == {}
+
+
+def test_after_a_preemption_nothing_counts_as_computed() -> None:
+    """What the prefix cache gives back may be written in the same step, by another request."""
+    told = side()
+    told.new_request(request("t", 900, sending("t")))
+    told.step(Step(new={"t": 0}, tokens={"t": 400}).output)
+    away = Step(preempted={"t"})
+    assert told.step(away.output).preempted == {"t"}
+    assert spans(told, Step(cached={"t": 384}, tokens={"t": 516})) == {"t": (0, 900)}
+
+
+def test_a_request_that_generates_on_is_sent_where_blocks_stay() -> None:
+    told = side()
+    asked = request("more", 600, sending("more"), 2)
+    told.new_request(asked)
+    assert spans(told, Step(new={"more": 0}, tokens={"more": 600})) == {"more": (0, 600)}
+    assert finished(told, asked)[0]
+
+
+@pytest.mark.parametrize("way", ["params", "header", "neither"])
+def test_a_routers_trace_goes_to_the_workers_and_on_to_decode(way: str) -> None:
+    told = side()
+    params = sending("t") | ({"traceparent": TRACE} if way == "params" else {})
+    headers = {"traceparent": TRACE} if way == "header" else None
+    asked = request("t", 600, params, headers=headers)
+    told.new_request(asked)
+    meta = told.step(Step(new={"t": 0}, tokens={"t": 600}).output)
+    expected = None if way == "neither" else TRACE
+    assert meta.saves["t"].transfer.traceparent == expected
+    _, answered = finished(told, asked)
+    assert answered.get("traceparent") == expected
+    fetching = request("d", 600, answered)
+    told.new_request(fetching)
+    blocks = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4, 5],))
+    told.allocated(fetching, blocks, 600)
+    assert told.step(Step().output).loads["d"].transfer.traceparent == expected
