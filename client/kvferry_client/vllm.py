@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvferry_client.vllm_cache import cache_of
+from kvferry_client.vllm_cache import cache_of, keeps_all_blocks
 from kvferry_client.vllm_identity import model_identity
 from kvferry_client.vllm_messages import Address, StepMeta
 from kvferry_client.vllm_scheduler import SchedulerSide
@@ -43,7 +43,10 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         check_version(vllm.__version__, self._extra)
         _check_parallel(vllm_config.parallel_config)
         self._groups = tuple(kv_cache_config.transfer_group_ids)
-        self._scheduler = SchedulerSide(self._groups) if role is KVConnectorRole.SCHEDULER else None
+        self._scheduler: SchedulerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            keeps_blocks = keeps_all_blocks(kv_cache_config)
+            self._scheduler = SchedulerSide(self._groups, keeps_blocks=keeps_blocks)
         self._worker: WorkerSide | None = None
         self._layers_tell = _runs_layers_once(vllm_config)
         self._told_address: str | None = None

@@ -13,13 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+)
 
 from kvferry_client.engine import layout_of
 from kvferry_client.paged import CachePlane, PagedCache
 from kvferry_client.vllm_identity import NAMES
 from kvferry_proto.layout import Layout, Order
 
+KEPT = (FullAttentionSpec, MLAAttentionSpec)  # and none of their kinds that drop blocks
 TOKENS_APART = ("FLASH_ATTN", "TRITON_ATTN")  # backends that keep a token's content together
 NAME_CHARS_MAX = 40  # of a layer; what can read it comes behind
 
@@ -79,6 +85,18 @@ def cache_of(
         groups, heads_total=heads_total, block_size_tokens=pool_block_tokens, identity=NAMES
     )
     return Cache(layout, [PagedCache(planes) for planes in groups], names, whole_tokens)
+
+
+def keeps_all_blocks(cache_config: Any) -> bool:
+    """Whether vLLM keeps all blocks of a prompt for as long as its request runs."""
+    groups = [cache_config.kv_cache_groups[one] for one in cache_config.transfer_group_ids]
+    specs = [spec for group in groups for spec in _specs(group.kv_cache_spec)]
+    return all(type(spec) in KEPT for spec in specs)
+
+
+def _specs(spec: Any) -> list[Any]:
+    """Of each layer, where they differ."""
+    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
 
 
 def _plane(layer: str, tensor: torch.Tensor, spec: Any) -> CachePlane:

@@ -51,9 +51,10 @@ class FirstOnes:
 class SchedulerSide:
     """One engine's. All blocks and tokens are vLLM's; nothing here touches a daemon."""
 
-    def __init__(self, groups: tuple[int, ...]) -> None:
-        """``groups``: of layers, those that travel."""
+    def __init__(self, groups: tuple[int, ...], *, keeps_blocks: bool = True) -> None:
+        """``groups``: of layers, those that travel. ``keeps_blocks``: see ``keeps_all_blocks``."""
         self.peer_address: str | None = None
+        self._keeps_blocks = keeps_blocks
         self._groups = groups
         self._outbound: dict[str, Outbound] = {}
         self._loading: set[str] = set()
@@ -69,7 +70,7 @@ class SchedulerSide:
         """
         params = request.kv_transfer_params or {}
         if params.get("do_remote_decode"):
-            transfer = _read(request, request.request_id)
+            transfer = self._to_send(request)
             if transfer is not None:
                 self._outbound[request.request_id] = outbound = Outbound(
                     transfer, request.num_prompt_tokens, prompt_identity(request)
@@ -85,6 +86,18 @@ class SchedulerSide:
             if first != request.request_id:
                 params["do_remote_prefill"] = False
                 self._twins[request.request_id] = first
+
+    def _to_send(self, request: Any) -> Transfer | None:
+        """The transfer of a request whose prompt can be sent.
+
+        A sliding window moves on while a request generates: vLLM gives blocks of the prompt to others,
+        which may not be copied yet.
+        """
+        if self._keeps_blocks or request.max_tokens == 1:
+            return _read(request, request.request_id)
+        words = "request %s goes on alone: with a sliding window max_tokens has to be 1, not %s"
+        logger.warning(words, request.request_id, request.max_tokens)
+        return None
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many more tokens than ``computed_tokens`` can be fetched, and that it takes a while.

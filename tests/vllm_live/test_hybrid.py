@@ -32,6 +32,10 @@ def test_layers_with_and_without_a_window_hand_over(tmp_path: Path) -> None:
         ]
         assert [answer.tokens for answer in got] == alone
         assert failed(decode.generate(prompt(500, seed=1), params=fetching("nobody", a)))
+        generated = prefill.generate(prompt(500, seed=2), 4, sending("on-and-on")).result()
+        assert generated["params"] is None
+        assert a.transfers("on-and-on") == []
+        assert "with a sliding window max_tokens has to be 1, not 4" in prefill.log()
         groups = {name.rpartition("layers.")[2][:1] for name in a.status().pools[0].planes}
         assert groups == set("0123")
         for engine, daemon in ((prefill, a), (decode, b)):

@@ -42,11 +42,11 @@ class Step:
         return self.tables.get(name, (list(range(1, 10)),) * 2)
 
 
-def side(groups: int = 1) -> Any:
+def side(groups: int = 1, *, keeps_blocks: bool = True) -> Any:
     """A scheduler side that has met its daemon."""
     from kvferry_client.vllm_scheduler import SchedulerSide
 
-    made = SchedulerSide(tuple(range(groups)))
+    made = SchedulerSide(tuple(range(groups)), keeps_blocks=keeps_blocks)
     made.peer_address = "tcp://127.0.0.1:1"
     return made
 
@@ -106,6 +106,19 @@ def test_after_a_preemption_nothing_counts_as_computed() -> None:
     away = Step(preempted={"t"})
     assert told.step(away.output).preempted == {"t"}
     assert spans(told, Step(cached={"t": 384}, tokens={"t": 516})) == {"t": (0, 900)}
+
+
+def test_a_request_that_generates_on_is_not_sent_where_blocks_are_let_go_of_meanwhile() -> None:
+    """A sliding window's blocks are another's before they are copied: nobody would notice."""
+    told = side(groups=2, keeps_blocks=False)
+    for name, max_tokens in (("one", 1), ("more", 2)):
+        asked = request(name, 600, sending(name), max_tokens)
+        told.new_request(asked)
+        sent = spans(told, Step(new={name: 0}, tokens={name: 600}))
+        assert sent == ({"one": (0, 600)} if name == "one" else {})
+        is_held, params = finished(told, asked)
+        assert is_held is (name == "one")
+        assert (params is None) is (name == "more")
 
 
 def test_a_request_that_generates_on_is_sent_where_blocks_stay() -> None:
