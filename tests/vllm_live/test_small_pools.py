@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import pytest
 
 from live import LiveDaemon
-from vllm_live.asking import fetching, prompt, sending, wait_until
+from vllm_live.asking import failed, fetching, prompt, sending, wait_until
 from vllm_live.engines import Engine, connector, make_model
 
 pytestmark = pytest.mark.timeout(900)
 AT_ONCE = 12
+HOLDERS = 2  # their windows are a half
 TOKENS = 1500  # a request's; a role's half of a pool has 1024
-FLAGS = {"window_tokens": 512, "pool_tokens": 2048, "lease_s": 8, "stall_s": 8}
+FLAGS = {"window_tokens": 512, "pool_tokens": 2048, "lease_s": 8}
+STALL_S = {"a": 8, "b": 16}
 
 
 @dataclass
@@ -36,8 +38,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     path = tmp_path_factory.mktemp("vllm")
     model = make_model(path / "model")
     with (
-        LiveDaemon(path / "a", **FLAGS) as a,
-        LiveDaemon(path / "b", **FLAGS) as b,
+        LiveDaemon(path / "a", **FLAGS, stall_s=STALL_S["a"]) as a,
+        LiveDaemon(path / "b", **FLAGS, stall_s=STALL_S["b"]) as b,
         Engine(path / "prefill.log", model, connector(a.directory, policy="recompute")) as prefill,
         Engine(path / "decode.log", model, connector(b.directory)) as decode,
     ):
@@ -57,22 +59,28 @@ def test_more_requests_than_the_pools_hold_take_turns(scene: Scene) -> None:
     scene.check_nothing_is_left()
 
 
-def test_requests_that_nobody_fetches_keep_others_out_no_longer_than_their_deadline(
-    scene: Scene,
-) -> None:
-    """Their windows fill the source's half; what waits for room fails or is served, by policy."""
-    for number in range(AT_ONCE):
-        scene.prefill.generate(prompt(900, seed=number), 1, sending(f"left-{number}"))
+def hold(engine: Engine, daemon: LiveDaemon, name: str) -> None:
+    """Fill the source's half of a pool with windows that nobody fetches."""
+    for number in range(HOLDERS):
+        engine.generate(prompt(900, seed=number), 1, sending(f"{name}-{number}"))
+    for number in range(HOLDERS):
+        daemon.wait_for_transfer(
+            f"{name}-{number}", lambda seen: seen.snapshot.available_tokens == 512
+        )
+
+
+def test_what_nobody_fetches_keeps_others_out_no_longer_than_its_deadline(scene: Scene) -> None:
+    """What waits for room meanwhile is served then, since its own deadline is later."""
+    hold(scene.prefill, scene.a, "left")
+    scene.a.wait_for_transfer("left-0", lambda seen: seen.idle_s > STALL_S["a"] / 2)
     asked = prompt(900, seed=99)
     scene.prefill.generate(asked, 1, sending("wanted"))
-    answer = scene.decode.generate(asked, params=fetching("wanted", scene.a)).result()
-    served = answer.get("reason") == "length"
-    if served:
-        wait_until(scene.decode.blocks_are_free)
-        assert answer["tokens"] == scene.decode.generate(asked).tokens
-    else:
-        assert "was not received" in scene.decode.log()
+    got = scene.decode.generate(asked, params=fetching("wanted", scene.a)).tokens
+    (sink,) = scene.b.transfers("wanted")
+    assert sink.snapshot.sent_tokens >= len(asked)
     scene.check_nothing_is_left()
+    assert got == scene.decode.generate(asked).tokens
+    wait_until(scene.decode.blocks_are_free)
     asked = prompt(TOKENS, seed=100)
     scene.prefill.generate(asked, 1, sending("after"))
     got = scene.decode.generate(asked, params=fetching("after", scene.a)).tokens
@@ -80,15 +88,43 @@ def test_requests_that_nobody_fetches_keep_others_out_no_longer_than_their_deadl
     assert got == scene.decode.generate(asked).tokens
 
 
-def test_a_sink_without_room_recomputes_or_fails_and_leaves_nothing(scene: Scene) -> None:
-    """Sinks hold the decode side's half, since their source stands still."""
-    scene.a.pause()
+def test_what_waits_for_a_sources_room_longer_than_its_deadline_is_computed(scene: Scene) -> None:
+    """The other way round: daemon b holds what nobody fetches longer than daemon a waits."""
+    hold(scene.decode, scene.b, "held")
+    asked = prompt(900, seed=101)
+    scene.decode.generate(asked, 1, sending("too-late"))
+    got = scene.prefill.generate(asked, params=fetching("too-late", scene.b)).tokens
+    (sink,) = scene.a.transfers("too-late")
+    assert sink.snapshot.error is not None
+    assert sink.snapshot.error.code == "stalled"
+    assert sink.snapshot.sent_tokens == 0
+    scene.check_nothing_is_left()
+    assert got == scene.decode.generate(asked).tokens
+    scene.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_sinks_without_room_end_as_the_policy_says_and_leave_nothing(
+    scene: Scene, policy: str
+) -> None:
+    """The first ones hold the sinks' half, since their source stands still. Prefill recomputes."""
+    is_fail = policy == "fail"
+    engine, sinks = (scene.decode, scene.b) if is_fail else (scene.prefill, scene.a)
+    source = scene.a if is_fail else scene.b
+    prompts = [prompt(900, seed=n) for n in range(AT_ONCE)]
+    alone = [answer.tokens for answer in [scene.decode.generate(one) for one in prompts]]
+    scene.check_nothing_is_left()
+    source.pause()
     stuck = [
-        scene.decode.generate(prompt(900, seed=n), params=fetching(f"stuck-{n}", scene.a))
-        for n in range(AT_ONCE)
+        engine.generate(one, params=fetching(f"stuck-{policy}-{n}", source))
+        for n, one in enumerate(prompts)
     ]
-    scene.b.wait_for_transfer("stuck-0", lambda seen: True)
-    outcomes = [answer.result() for answer in stuck]
-    assert all(said.get("reason") == "error" or "error" in said for said in outcomes)
-    scene.a.resume()
+    sinks.wait_for_transfer(f"stuck-{policy}-0", lambda seen: True)
+    if is_fail:
+        assert all(failed(answer) for answer in stuck)
+    else:
+        assert [answer.tokens for answer in stuck] == alone
+    source.resume()
+    for n in range(AT_ONCE):
+        assert f"transfer stuck-{policy}-{n}, attempt 0, was not received" in engine.log()
     scene.check_nothing_is_left()
