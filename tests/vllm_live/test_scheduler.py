@@ -8,7 +8,7 @@ import pytest
 
 from vllm_live.asking import prompt, sending
 
-SIZE = 128
+pytestmark = pytest.mark.filterwarnings("ignore")  # what importing vLLM warns of
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
