@@ -146,3 +146,30 @@ def test_a_routers_trace_goes_to_the_workers_and_on_to_decode(way: str) -> None:
     blocks = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4, 5],))
     told.allocated(fetching, blocks, 600)
     assert told.step(Step().output).loads["d"].transfer.traceparent == expected
+
+
+def test_a_sliding_window_lets_go_of_blocks_and_full_attention_does_not() -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+        UniformTypeKVCacheSpecs,
+    )
+
+    from kvferry_client.vllm_cache import keeps_all_blocks
+
+    shape: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=64)
+    unlike = {"a": full, "b": window}
+    for specs, expected in (
+        ([full], True),
+        ([full, window], False),
+        ([window], False),
+        ([UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": full, "b": full})], True),
+        ([UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=unlike)], False),
+    ):
+        groups = [KVCacheGroupSpec([f"layer.{n}"], spec) for n, spec in enumerate(specs)]
+        config = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups)
+        assert keeps_all_blocks(config) is expected, specs
