@@ -17,7 +17,7 @@ from kvferry_daemon import logs
 from kvferry_daemon.config import Config
 from kvferry_daemon.control_desk import ControlDesk, log_level
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.crowd import Crowd
+from kvferry_daemon.core.crowd import BAR_S, Crowd
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.records import HOST, RECORDS
@@ -118,6 +118,7 @@ class Daemon:
             self.peer_address += f"?key={self._keys.public}"
         self._liveness = Liveness(self.directory.workers)
         self._dealers: dict[str, PeerLink] = {}
+        self._shunned: dict[str, asyncio.TimerHandle] = {}
         self.node = Node(
             settings_of(config, self.peer_address, self.life.daemon_id, self.life.number),
             lambda: secrets.token_bytes(32),
@@ -243,6 +244,8 @@ class Daemon:
             gate.close()
         for link in (self._workers, self._control, self._peers, self._doorkeeper):
             link.close()
+        for timer in self._shunned.values():
+            timer.cancel()
         for dealer in self._dealers.values():
             dealer.close()
         self.streams.close()
@@ -383,6 +386,8 @@ class Daemon:
 
     def open_peer(self, address: str) -> None:
         """Connect; ZeroMQ goes on trying until close_peer."""
+        if address in self._shunned:
+            return  # it is opened in time
         on_message: Callable[[list[bytes]], None] = lambda frames: self._inbound.on_source(
             address, frames
         )
@@ -403,6 +408,19 @@ class Daemon:
         link = self._dealers.pop(address, None)
         if link is not None:
             link.close()
+
+    def shun_peer(self, address: str) -> None:
+        """Drop the link to a source that floods us; it may try again after a while."""
+        log.warning("%s goes on: its link is dropped for %g s", address, BAR_S)
+        self.node.counters["sources_shunned"] += 1
+        self.close_peer(address)
+        loop = asyncio.get_running_loop()
+        self._shunned[address] = loop.call_later(BAR_S, self._let_in_again, address)
+
+    def _let_in_again(self, address: str) -> None:
+        del self._shunned[address]
+        if address in self.node.sinks.peers and address not in self._dealers:
+            self.open_peer(address)
 
     def watch_worker(self, session: str, lock: str) -> None:
         """From now on its flock is looked at."""

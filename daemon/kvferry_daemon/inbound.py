@@ -11,19 +11,23 @@ from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.links.liveness import Liveness
+from kvferry_daemon.probe import key_of
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.fields import ErrorInfo
 
 TOLD_A_S = 10  # who sends too much is told so often, and is not read in between
+FLOOD_S = 2.0  # of a source that goes on, whatever we leave unread; then its link is dropped
+PAUSE_S = 0.5  # without a message too many: it has stopped
 log = logging.getLogger(__name__)
 
 
 class Answers(Protocol):
-    """Where refusals go out."""
+    """Where refusals go out, and where a link is dropped."""
 
     def to_worker(self, route: bytes, reply: out.WorkerReply) -> None: ...
     def to_sink(self, effect: out.ToSink) -> None: ...
+    def shun_peer(self, address: str) -> None: ...
 
 
 class Inbound:
@@ -38,7 +42,7 @@ class Inbound:
         keys: Keys | None,
         messages_a_s: float,
     ) -> None:
-        """``messages_a_s``: from one worker's process, and from one peer."""
+        """``messages_a_s``: from one worker's process, one peer, and one source."""
         self._node = node
         self._feed = feed
         self._answers = answers
@@ -48,6 +52,8 @@ class Inbound:
         self._messages_a_s = messages_a_s
         self._workers = Allowances(messages_a_s)
         self._peers = Allowances(messages_a_s)
+        self._sources = Allowances(messages_a_s)
+        self._floods: dict[str, tuple[float, float]] = {}  # of sources: first and last seen
         self._told = Allowances(TOLD_A_S)
 
     # --- workers ---
@@ -120,6 +126,9 @@ class Inbound:
 
     def on_source(self, address: str, frames: list[bytes]) -> None:
         """A daemon that we pull from."""
+        if self._sources.wait_s(address, self._now_s()):
+            self._on_too_many(address)
+            return
         try:
             message = peer.MESSAGES.decode(single([b"", *frames]))
         except FerryError as error:
@@ -130,6 +139,19 @@ class Inbound:
         self._feed(out.SourceSaid(address, message))
 
     # --- rates ---
+
+    def _on_too_many(self, address: str) -> None:
+        """A source is told nothing, since it asks nothing: the log is, and its link goes at last."""
+        now_s = self._now_s()
+        name = None if self._keys is None else self._keys.name_of(key_of(address))
+        if self._is_to_be_told("source", name or address):
+            log.warning("%s sends more than %g messages a second", address, self._messages_a_s)
+        going_on = {one: at for one, at in self._floods.items() if now_s - at[1] < PAUSE_S}
+        since_s, _ = going_on.get(address, (now_s, now_s))
+        self._floods = {**going_on, address: (since_s, now_s)}
+        if now_s - since_s >= FLOOD_S:
+            del self._floods[address]
+            self._answers.shun_peer(address)
 
     def _is_to_be_told(self, kind: str, who: str | bytes) -> bool:
         self._node.counters[f"messages_over_rate_{kind}"] += 1

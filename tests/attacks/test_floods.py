@@ -12,6 +12,8 @@ import zmq
 from bench.zmtp import GREETING, joined
 
 from attacks.scene import without
+from kvferry_daemon.core.crowd import BAR_S
+from kvferry_daemon.inbound import FLOOD_S
 from kvferry_daemon.keys import new_key
 from kvferry_proto import control, peer, worker
 from kvferry_proto.errors import Code
@@ -193,3 +195,64 @@ def test_an_honest_worker_works_beside_a_flood_of_connections(tmp_path: Path) ->
             with half_open(daemon, "worker", 100):
                 assert honest.call(worker.Heartbeat()).kind == "snapshots"
         assert daemon.status().counters["connections_over_bound_worker"] > 0
+
+
+class FloodingSource:
+    """A source's daemon that says welcome, and then what nobody asked for, without a pause."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.socket = socket
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self.address = f"tcp://127.0.0.1:{port}"
+
+    def welcome(self, wait_s: float) -> tuple[bytes, bytes]:
+        """Wait for a hello; the route of who said it, and a message for it."""
+        until_s = time.monotonic() + wait_s
+        while self.socket.poll(max(1, int((until_s - time.monotonic()) * 1000))):
+            route, frame = self.socket.recv_multipart()
+            said = peer.MESSAGES.decode(frame)
+            if isinstance(said, peer.PeerHello):
+                answer = peer.PeerWelcome(version=1, boot_id=BOOT_ID, sink_boot_id=said.boot_id)
+                self.socket.send_multipart([route, peer.MESSAGES.encode(answer)])
+                pong = peer.Pong(news=0, source_boot_id=BOOT_ID, sink_boot_id=said.boot_id)
+                return route, peer.MESSAGES.encode(pong)
+        raise AssertionError("nobody has said hello")
+
+    def flood(self, route: bytes, message: bytes, for_s: float) -> bool:
+        """Send far more than one may a second; whether its link was dropped."""
+        until_s = time.monotonic() + for_s
+        while time.monotonic() < until_s:
+            try:
+                for _ in range(FEW_A_S):
+                    self.socket.send_multipart([route, message], zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                if error.errno == zmq.EHOSTUNREACH:
+                    return True
+                if error.errno != zmq.EAGAIN:
+                    raise
+            while self.socket.poll(20):
+                self.socket.recv_multipart()
+        return False
+
+
+def test_a_source_that_sends_too_much_is_not_read_and_then_dropped(tmp_path: Path) -> None:
+    for defence, dropped in (("no_rates", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence), messages_a_s=4 * FEW_A_S) as daemon,
+            RawWorker(daemon.directory) as honest,
+            zmq.Context() as context,
+            context.socket(zmq.ROUTER) as router,
+        ):
+            hog = FloodingSource(router)
+            honest.snapshot(worker.Receive(transfer_id="t", source=hog.address))
+            known = hog.welcome(HANDSHAKE_S)
+            assert hog.flood(*known, for_s=4 * FLOOD_S) is dropped
+            assert honest.call(worker.Heartbeat()).kind == "snapshots"
+            counters = daemon.status().counters
+            assert (counters.get("messages_over_rate_source", 0) > MANY) is dropped
+            assert counters.get("sources_shunned", 0) == dropped
+            if dropped:
+                assert "too many messages a second" in daemon.log()
+                hog.welcome(2 * BAR_S)  # it may try again

@@ -34,8 +34,9 @@ REFUSALS = (  # counters of who was let in no further, by a bound or because he 
     "connections_refused", "connections_over_bound_worker", "connections_over_bound_peer",
     "connections_over_bound_control", "connections_cut_for_memory", "handshakes_refused",
     "http_refused", "messages_over_rate_worker", "messages_over_rate_peer",
-    "messages_over_rate_control", "refused_resource_exhausted", "operators_refused",
-    "peers_not_trusted", "refused_not_your_transfer",
+    "messages_over_rate_control", "messages_over_rate_source", "sources_shunned",
+    "refused_resource_exhausted", "operators_refused", "peers_not_trusted",
+    "refused_not_your_transfer",
 )  # fmt: skip
 LATE_MS = (2, 10, 100)
 EXEMPLAR_ID_MAX = 128 - len("transfer_id")  # a longer one makes the whole scrape invalid
