@@ -3,8 +3,11 @@
 import grp
 import os
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 ROOT = 0
+OVERFLOW = Path("/proc/sys/kernel/overflowuid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +16,11 @@ class Users:
 
     uids: frozenset[int]
     gids: frozenset[int] = frozenset()
+    but: int | None = None  # a user that is not let in for its group
 
     def include(self, uid: int, gid: int) -> bool:
         """Whether a process of this user, with this group, is one of them."""
-        return uid == ROOT or uid in self.uids or gid in self.gids
+        return uid == ROOT or uid in self.uids or (gid in self.gids and uid != self.but)
 
     def has(self, user: str) -> bool:
         """The same of a ``uid:gid:pid``."""
@@ -30,6 +34,7 @@ class Access:
 
     worker_gid: int | None = None
     operator_gid: int | None = None
+    by_tenant: bool = False  # workers of different users are strangers to each other
 
     @property
     def directory_gid(self) -> int | None:
@@ -39,7 +44,7 @@ class Access:
     @property
     def workers(self) -> Users:
         """Who may open transfers, and map pools."""
-        return _ours_and(self.worker_gid)
+        return _ours_and(self.worker_gid, but=overflow_uid() if self.by_tenant else None)
 
     @property
     def operators(self) -> Users:
@@ -48,12 +53,24 @@ class Access:
 
     @property
     def readers(self) -> Users:
-        """Who may read what operators read."""
+        """Who may read what operators read: a transfer's id is enough to pull it elsewhere."""
+        if self.by_tenant:
+            return self.operators
         return _ours_and(self.worker_gid, self.operator_gid)
 
 
-def _ours_and(*gids: int | None) -> Users:
-    return Users(frozenset((os.getuid(),)), frozenset(gid for gid in gids if gid is not None))
+def _ours_and(*gids: int | None, but: int | None = None) -> Users:
+    ours = frozenset((os.getuid(),))
+    return Users(ours, frozenset(gid for gid in gids if gid is not None), but)
+
+
+@cache
+def overflow_uid() -> int:
+    """What the kernel calls every user that has no number here: of another user namespace."""
+    try:
+        return int(OVERFLOW.read_text())
+    except (OSError, ValueError):
+        return 65534
 
 
 def gid_of(group: str) -> int:

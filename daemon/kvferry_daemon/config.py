@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from kvferry_daemon.access import Access, gid_of
+from kvferry_daemon.core.tenants import Tenancy
 from kvferry_daemon.memory.placement import NODE_MAX, parse_cpus
 from kvferry_proto.runtime_dir import default_runtime_dir
 
@@ -89,6 +90,9 @@ class Config(Deadlines):
     operator_group: str | None = Field(
         None, description="group whose processes may drain and abort, too"
     )
+    tenant: Tenancy = Field(
+        "off", description="uid: workers of different users share no pool, and no transfer here"
+    )
     peer_host: str = Field("127.0.0.1", min_length=1, description="address that peers connect to")
     peer_port: int = Field(0, ge=0, le=65535, description="0 takes a free one")
     data_port: int = Field(0, ge=0, le=65535, description="0 takes a free one")
@@ -108,6 +112,9 @@ class Config(Deadlines):
     device: str = Field("host", description="where pools lie: host, or cuda:N, a GPU's own memory")
     budget_bytes: ByteSize = Field(
         ByteSize(1 << 30), description="memory for all pools, the host's or the GPU's"
+    )
+    tenant_budget_bytes: ByteSize | None = Field(
+        None, description="memory for the pools of one tenant, where there are several"
     )
     pool_tokens: int | None = Field(
         None, ge=1, description="tokens that a pool holds; default: all that the budget leaves"
@@ -159,7 +166,8 @@ class Config(Deadlines):
     def access(self) -> Access:
         """Which users of this machine may do what."""
         groups = (self.worker_group, self.operator_group)
-        return Access(*(None if group is None else gid_of(group) for group in groups))
+        workers, operators = (None if group is None else gid_of(group) for group in groups)
+        return Access(workers, operators, by_tenant=self.tenant != "off")
 
     @field_validator("worker_group", "operator_group")
     @classmethod
@@ -188,6 +196,8 @@ class Config(Deadlines):
             )
         if self.payload_encryption == "tls":
             self._check_encryption()
+        if self.tenant != "off":
+            self._check_tenants()
         if _is_wildcard(self.http_host):
             raise ValueError(
                 f"http_host: {self.http_host} stands for every address of a machine; name loopback, "
@@ -201,6 +211,17 @@ class Config(Deadlines):
                 "of a machine; set advertise_host to the one that they reach this daemon at"
             )
         return self
+
+    def _check_tenants(self) -> None:
+        if self.worker_group is None:
+            raise ValueError(
+                "tenant: without worker_group all workers run as the daemon's own user, or as root, "
+                "which are one tenant; name the group that their users share"
+            )
+        if self.tenant_budget_bytes is None:
+            raise ValueError(
+                "tenant: the first one's pool would take the whole budget; set tenant_budget_bytes"
+            )
 
     def _check_encryption(self) -> None:
         if self.transport == "nixl":

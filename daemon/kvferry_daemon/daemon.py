@@ -49,6 +49,7 @@ from kvferry_daemon.links.zap import (
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 from kvferry_daemon.memory.device import Device
 from kvferry_daemon.memory.huge_pages import huge_pages
+from kvferry_daemon.memory.opened import check_lists
 from kvferry_daemon.memory.placement import Placement, cpu_list
 from kvferry_daemon.probe import key_of
 from kvferry_daemon.runtime_dir import RuntimeDir
@@ -88,6 +89,8 @@ class Daemon:
         os.umask(0o077)  # before any bind: an ipc file's mode is 0777 & ~umask
         access = config.access
         self.directory = RuntimeDir(config.runtime_dir, access)
+        if access.by_tenant:
+            check_lists(self.directory.pools)
         self._placed = control.PlacementStatus(
             huge_pages=huge_pages(self.directory.pools),
             numa_node=placement.node,

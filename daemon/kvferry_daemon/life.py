@@ -13,6 +13,7 @@ from kvferry_daemon.core.events import Timing
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.records import HOST, DaemonRecord
+from kvferry_daemon.core.tenants import ALL, pool_id_of, tenant_in
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
@@ -75,11 +76,14 @@ def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
         raise LedgerWrong("it is of a daemon in another runtime directory, or was copied with it")
     past.check()
     for pool in past.pools:
+        tenant = tenant_in(pool.pool_id)
+        if (tenant == ALL) != (config.tenant == "off"):
+            raise LedgerWrong(f"tenant is {config.tenant} now, and was otherwise")
         if pool.device != HOST:
             continue  # lost; nothing of it lies here
         path, size = directory.pools / pool.pool_id, pool.blocks * pool.layout.block_bytes
         found = path.stat().st_size if path.exists() else None
-        if pool.layout.digest.hex() != pool.pool_id:
+        if pool_id_of(pool.layout, tenant) != pool.pool_id:
             raise LedgerWrong(f"pool {pool.pool_id} has another layout")
         if found != size:
             raise LedgerWrong(f"the file of pool {pool.pool_id} has {found} bytes, not {size}")
@@ -110,6 +114,8 @@ def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) ->
         worker_transfers_max=config.worker_transfers_max,
         deadline_max_s=config.deadline_max_s,
         device=config.device,
+        tenancy=config.tenant,
+        tenant_budget_bytes=config.tenant_budget_bytes,
         traced=config.otlp_endpoint is not None,
     )
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.boards import SLOTS, board_path
 from kvferry_daemon.core.records import HOST, PoolRecord
+from kvferry_daemon.core.tenants import uid_in
 from kvferry_daemon.memory.board import Board
 from kvferry_daemon.memory.device import Device, DeviceError, NoRoom, NotShared
 from kvferry_daemon.memory.device_pool import DevicePool
@@ -205,7 +206,8 @@ class Pools:
     def _new(self, effect: out.MakePool, path: Path) -> Pool:
         block_bytes, blocks = effect.layout.block_bytes, effect.blocks
         if self._device is None:
-            return HostPool.create(path, block_bytes, blocks, node=self._placement.node)
+            uid = uid_in(effect.pool_id)
+            return HostPool.create(path, block_bytes, blocks, node=self._placement.node, uid=uid)
 
         def on_broken(message: str, usable: bool) -> None:
             """In the thread that copied; the loop may be closed by now."""
@@ -236,7 +238,7 @@ class Pools:
         """Without one, its workers poll by message."""
         path = Path(board_path(str(self._directory / pool_id)))
         try:
-            board = Board.create(path, SLOTS, self._boot_id, self._lost_s)
+            board = Board.create(path, SLOTS, self._boot_id, self._lost_s, uid_in(pool_id))
         except OSError as error:
             log.warning("no status board at %s: %s", path, error)
         else:

@@ -14,8 +14,8 @@ WORKERS = "workers"
 POOLS = "pools"
 WORKER_SOCKET, CONTROL_SOCKET = "worker.sock", "control.sock"
 LEDGER, ASIDE = "ledger.db", "ledger.bad.db"
-# A layout's digest is the name of its pool's file; the board beside it has an ending.
-POOL_NAME = re.compile(r"[0-9a-f]{32}(\.board)?")
+# The name of a pool's file, of core/tenants.py; the board beside it has an ending.
+POOL_NAME = re.compile(r"[0-9a-f]{32}(-uid\d+)?(\.board)?")
 
 
 class DirectoryTaken(Exception):

@@ -14,7 +14,8 @@ import zmq
 from kvferry_client import connect
 from kvferry_client.session import Lock
 from kvferry_proto import control, worker
-from live import LAYOUT, RawWorker
+from kvferry_proto.states import Role
+from live import BLOCK, LAYOUT, RawWorker
 
 PATIENCE_MS = 2000
 NOTHING = "nothing"
@@ -56,6 +57,43 @@ def take_up(directory: Path, secret: str, lock: str) -> str:
     with RawWorker(directory, hello=False) as raw:
         call = worker.Hello(lock=lock, layout=LAYOUT, session=secret)
         return told(raw.socket, worker.CALLS.encode(call))
+
+
+def search(directory: Path, secret: str) -> str:
+    """Join, then look for bytes in every pool that can be opened, our own first."""
+    with RawWorker(directory) as raw:
+        assert raw.welcome is not None
+        for path in (Path(raw.welcome.pool.path), *directory.glob("pools/*")):
+            with contextlib.suppress(PermissionError):
+                if bytes.fromhex(secret) in path.read_bytes():
+                    return "seen"
+    return "not seen"
+
+
+def keep(directory: Path, transfer_id: str, secret: str) -> str:
+    """Open a transfer, write bytes into its window, mark them ready, and live until we are ended."""
+    with RawWorker(directory) as raw:
+        raw.snapshot(worker.Send(transfer_id=transfer_id, total_tokens=BLOCK))
+        seen = raw.wait_for(Role.SOURCE, lambda s: s.allocated_tokens > 0, transfer_id)
+        block = bytes.fromhex(secret).ljust(LAYOUT.block_bytes, b"\0")
+        raw.write_block(seen.runs[0][0], block)
+        raw.snapshot(worker.Ready(transfer_id=transfer_id, ready_tokens=BLOCK))
+        print("kept", flush=True)
+        signal.pause()
+    return NOTHING
+
+
+def receive(directory: Path, transfer_id: str, secret: str, source: str = "") -> str:
+    """Receive a transfer, say so once it is open, and tell whether its bytes came or why not."""
+    with RawWorker(directory) as raw:
+        answer = raw.call(worker.Receive(transfer_id=transfer_id, source=source or None))
+        if isinstance(answer, worker.Failure):
+            return str(answer.error.code)
+        print("open", flush=True)
+        seen = raw.wait_end(Role.SINK, transfer_id)
+        if seen.error is not None:
+            return str(seen.error.code)
+        return "seen" if bytes.fromhex(secret) in raw.block(seen.runs[0][0]) else "not seen"
 
 
 def squat(directory: Path, route: str) -> str:
@@ -105,7 +143,6 @@ if __name__ == "__main__":
     os.setgroups([])
     os.setgid(int(gid))
     os.setuid(int(uid))
-    acts = {
-        one.__name__: one for one in (hello, hold, map_all, take_up, squat, status, drain, files)
-    }
+    can = (hello, hold, map_all, take_up, squat, status, drain, files, search, keep, receive)
+    acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

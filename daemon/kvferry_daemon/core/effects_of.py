@@ -166,7 +166,9 @@ class EffectDesk:
     def _send_done(self, transfer: SinkTransfer, _effect: ev.SendDone) -> None:
         node, key = self._node, transfer.key
         if transfer.opening.source is None:
-            node.post(key._replace(role=Role.SOURCE), ev.Done(transfer.state, transfer.error))
+            source_key = key._replace(role=Role.SOURCE)
+            if not node.workers.openings.are_strangers(source_key, key):
+                node.post(source_key, ev.Done(transfer.state, transfer.error))
             node.post(key, ev.DoneNoted())
         else:
             node.sinks.say_done(transfer)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.tenants import not_yours
 from kvferry_proto.errors import FerryError
 from kvferry_proto.states import Role
 
@@ -37,6 +38,10 @@ class Here:
         key = ev.Key(Role.SOURCE, event.pull.transfer_id, event.pull.attempt)
         sink_key = key._replace(role=Role.SINK)
         source, sink = node.transfers.get(key), node.transfers.get(sink_key)
+        if node.workers.openings.are_strangers(key, sink_key):
+            refusal = not_yours(key.transfer_id)
+            node.post(sink_key, ev.Fail(refusal.code, refusal.message))
+            return
         meet = source is not None and isinstance(sink, SinkTransfer) and sink.takes_over
         if source is None or sink is None or not meet or can_take_over(source, sink):
             node.post(key, event)

@@ -28,6 +28,7 @@ from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
+from kvferry_daemon.core.tenants import Tenancy
 from kvferry_daemon.core.tombstones import Left, Tombstones
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.worker_desk import WorkerDesk
@@ -63,6 +64,8 @@ class Settings:
     worker_transfers_max: int = 1 << 30
     deadline_max_s: float = 3600.0
     device: str = HOST  # where new pools lie
+    tenancy: Tenancy = "off"
+    tenant_budget_bytes: int | None = None  # of one; None: no less than the whole budget
     traced: bool = False  # the shell makes traces
 
     def pool_path(self, pool_id: str) -> str:

@@ -9,6 +9,7 @@ from kvferry_daemon.core.opening import opening_of, timing_of
 from kvferry_daemon.core.readiness import check_ready
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.tenants import are_one, not_yours
 from kvferry_daemon.core.transfer import Transfer
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError, exhausted
@@ -27,11 +28,13 @@ class Openings:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}  # by the first rank
+        self._opened_in: dict[ev.Key, str] = {}  # which pool
 
     def open(self, session: Session, call: worker.Send | worker.Receive, role: Role) -> None:
         """Open a transfer, join its group, or find that this worker has done so before."""
         node = self._node
         key = ev.Key(role, call.transfer_id, call.attempt)
+        self._check_tenant(session, key)
         newest = node.current.get((role, call.transfer_id), -1)
         if call.attempt < newest:
             raise FerryError(Code.STALE_ATTEMPT, f"attempt {newest} is known already")
@@ -54,9 +57,11 @@ class Openings:
             raise exhausted(f"this worker has {len(session.keys)} transfers open")
         timing, now_s = timing_of(call, node.settings), node.now_s
         if isinstance(call, worker.Receive):
+            if opening.source is None:
+                self._check_tenant(session, key._replace(role=Role.SOURCE))
             node.sinks.check_room(opening.source)
             self._supersede(key, newest)
-            self.opened_by[key] = call
+            self.know(key, call, book.pool_id)
             node.open(SinkTransfer(opening, timing, now_s), call)
             node.sinks.attach(key)
             return
@@ -64,10 +69,25 @@ class Openings:
         told = _told(call)
         check_ready(source, told)
         self._supersede(key, newest)
-        self.opened_by[key] = call
+        self.know(key, call, book.pool_id)
         node.open(source, call)
         node.run_now(key, told)
         node.sources.replay_unmet(key)
+
+    def know(self, key: ev.Key, call: worker.Send | worker.Receive, pool_id: str) -> None:
+        """A transfer was opened, now or in an earlier life, for a pool of its tenant."""
+        self.opened_by[key] = call
+        self._opened_in[key] = pool_id
+
+    def are_strangers(self, key: ev.Key, other: ev.Key) -> bool:
+        """Whether two tenants have opened these: nothing may pass between them here."""
+        pool_id, others = self._opened_in.get(key), self._opened_in.get(other)
+        return pool_id is not None and others is not None and not are_one(pool_id, others)
+
+    def _check_tenant(self, session: Session, key: ev.Key) -> None:
+        """Raise FerryError if another tenant has opened this, be it over or not."""
+        if not are_one(self._opened_in.get(key, session.pool_id), session.pool_id):
+            raise not_yours(key.transfer_id)
 
     def _check_retry(self, session: Session, key: ev.Key, newest: int) -> None:
         """A higher attempt ends the one before it, which only its own user may do."""
@@ -132,6 +152,7 @@ class Openings:
     def forget(self, key: ev.Key) -> None:
         """The tombstone of a transfer is gone."""
         self.opened_by.pop(key, None)
+        self._opened_in.pop(key, None)
 
     def _owner(self, key: ev.Key, rank: int) -> str | None:
         """Whose a rank is; empty if nobody has come for it, None without such a transfer."""
@@ -151,6 +172,7 @@ class Openings:
 
     def check_owner(self, session: Session, key: ev.Key, rank: int) -> None:
         """Raise FerryError unless a rank of a transfer is this worker's."""
+        self._check_tenant(session, key)
         owner = self._owner(key, rank)
         if owner == session.secret or self._is_lost(key, owner):
             return

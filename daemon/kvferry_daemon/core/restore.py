@@ -135,7 +135,7 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     node.census.changed(transfer)
     name = (key.role, key.transfer_id)
     node.current[name] = max(key.attempt, node.current.get(name, 0))
-    node.workers.openings.opened_by[key] = told.call
+    node.workers.openings.know(key, told.call, told.pool_id)
     node.notes.known(transfer)
     for session in transfer.ranks.sessions:
         if session in node.sessions:
@@ -156,6 +156,6 @@ def _restore_stone(node: Node, past: Past, key: ev.Key, record: StoneRecord) -> 
     node.tombstones.put(key, Tombstone(record.snapshot, tuple(record.sessions), until_s))
     opening = past.openings.get(key)
     if opening is not None:
-        node.workers.openings.opened_by[key] = opening.call
+        node.workers.openings.know(key, opening.call, opening.pool_id)
         name = (key.role, key.transfer_id)
         node.current[name] = max(key.attempt, node.current.get(name, 0))

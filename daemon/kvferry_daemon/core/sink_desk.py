@@ -184,11 +184,24 @@ class SinkDesk:
 
     def say_pull(self, address: str, pull: wire.Pull) -> None:
         """Send a pull with the others that are due to the same daemon."""
+        if self._is_us(address):
+            key = ev.Key(Role.SINK, pull.transfer_id, pull.attempt)
+            words = f"{address} is this daemon: receive from it without naming a source"
+            self._node.post(key, ev.Fail(Code.BAD_ADDRESS, words))
+            return
         self._pulls.setdefault(address, []).append(pull)
+
+    def _is_us(self, address: str) -> bool:
+        """Whether it leads back to us: past what keeps tenants apart within a daemon."""
+        settings, peer = self._node.settings, self.peers.get(address)
+        return settings.tenancy != "off" and peer is not None and peer.boot_id == settings.boot_id
 
     def say_done(self, transfer: SinkTransfer) -> None:
         """Tell the source's daemon how it ended; the transfer repeats it until it is noted."""
         assert transfer.opening.source is not None
+        if self._is_us(transfer.opening.source):
+            self._node.post(transfer.key, ev.DoneNoted())
+            return
         peer = self.peers.get(transfer.opening.source)
         if peer is None or peer.state != "up" or peer.boot_id is None:
             return

@@ -9,6 +9,7 @@ from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import board_path
 from kvferry_daemon.core.lost_pools import LostPools
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
+from kvferry_daemon.core.tenants import are_one, pool_id_of, tenant_of
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.layout import Layout
@@ -33,7 +34,7 @@ class Welcomer:
         if not event.lock_held:
             raise FerryError(Code.WORKER_NOT_LOCKED, f"nobody holds a flock on {hello.lock!r}")
         self._check_session(event, hello)
-        pool_id = hello.layout.digest.hex()
+        pool_id = self._pool_id(event, hello)
         book = self._node.books.get(pool_id)
         if book is not None and (not book.lost or hello.session is not None):
             self._welcome(event, hello)
@@ -46,9 +47,13 @@ class Welcomer:
             self.lost_pools.check_device()
             if book is not None:
                 self.lost_pools.clear(book)
-            blocks = self._blocks_for(hello.layout)
+            blocks = self._blocks_for(pool_id, hello.layout)
             self._being_made[pool_id] = (hello.layout, blocks, {route: event})
             self._node.effects.append(out.MakePool(pool_id, hello.layout, blocks))
+
+    def _pool_id(self, event: out.WorkerCalled, hello: worker.Hello) -> str:
+        """The pool of this layout that is this user's: whose it is, no word of a worker says."""
+        return pool_id_of(hello.layout, tenant_of(event.user, self._node.settings.tenancy))
 
     def _check_lock(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         """One lock, one worker: if it came back under the old name, nobody could see it was dead."""
@@ -68,23 +73,23 @@ class Welcomer:
         session = sessions.get(hello.session)
         if session is None or not session.belongs_to(event.user):
             raise FerryError(Code.UNKNOWN_SESSION, "this daemon knows no such session of yours")
-        if session.pool_id != hello.layout.digest.hex() or session.lock != hello.lock:
+        if session.pool_id != self._pool_id(event, hello) or session.lock != hello.lock:
             raise FerryError(
                 Code.PARAMETERS_DIFFER, "a session keeps the layout and lock of its first hello"
             )
 
-    def _blocks_for(self, layout: Layout) -> int:
+    def _blocks_for(self, pool_id: str, layout: Layout) -> int:
         """How many blocks the pool gets; FerryError(pool_refused) with the numbers if too few."""
         settings = self._node.settings
         size = layout.block_size_tokens
         window = -(-settings.window_tokens // size)
-        blocks = self._room_for(layout)
+        blocks = self._room_for(pool_id, layout)
         if max(self._quotas(blocks)) < window:
             self._drop_unused()
-            blocks = self._room_for(layout)
+            blocks = self._room_for(pool_id, layout)
         largest = max(self._quotas(blocks))
         if largest < window:
-            left = self._bytes_left()
+            left = self._bytes_left(pool_id)
             raise FerryError(
                 Code.POOL_REFUSED,
                 f"a window of {settings.window_tokens} tokens needs {window} blocks of "
@@ -94,14 +99,25 @@ class Welcomer:
             )
         return blocks
 
-    def _bytes_left(self) -> int:
-        books = self._node.books.values()
-        used = sum(book.layout.block_bytes * book.pool.blocks for book in books)
-        used += sum(one.block_bytes * blocks for one, blocks, _ in self._being_made.values())
-        return self._node.settings.budget_bytes - used
+    def _bytes_left(self, pool_id: str) -> int:
+        """What a new pool may take: of all there is, and of what its tenant may have."""
+        settings = self._node.settings
+        used = [
+            (book.pool_id, book.layout.block_bytes * book.pool.blocks)
+            for book in self._node.books.values()
+        ]
+        used += [
+            (one, layout.block_bytes * blocks)
+            for one, (layout, blocks, _) in self._being_made.items()
+        ]
+        left = settings.budget_bytes - sum(size for _, size in used)
+        if settings.tenant_budget_bytes is None:
+            return left
+        its_own = sum(size for one, size in used if are_one(one, pool_id))
+        return min(left, settings.tenant_budget_bytes - its_own)
 
-    def _room_for(self, layout: Layout) -> int:
-        blocks = max(0, self._bytes_left()) // layout.block_bytes
+    def _room_for(self, pool_id: str, layout: Layout) -> int:
+        blocks = max(0, self._bytes_left(pool_id)) // layout.block_bytes
         most_tokens = self._node.settings.pool_tokens
         if most_tokens is not None:
             blocks = min(blocks, most_tokens // layout.block_size_tokens)
@@ -145,7 +161,7 @@ class Welcomer:
 
     def _welcome(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         node, route = self._node, event.route
-        book = node.books[hello.layout.digest.hex()]
+        book = node.books[self._pool_id(event, hello)]
         session = node.sessions.get(hello.session or "") or self._repeated(event, hello)
         session = session or self._new_session(event, hello, book)
         session.heard_s, session.lost = node.now_s, False
@@ -177,7 +193,7 @@ class Welcomer:
         session = self._node.workers.session_at(event.route, event.user)
         if session is None or session.lock != hello.lock:
             return None
-        return session if session.pool_id == hello.layout.digest.hex() else None
+        return session if session.pool_id == self._pool_id(event, hello) else None
 
     def _new_session(self, event: out.WorkerCalled, hello: worker.Hello, book: PoolBook) -> Session:
         node = self._node

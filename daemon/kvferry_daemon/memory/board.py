@@ -6,7 +6,7 @@ from pathlib import Path
 from time import monotonic_ns
 from typing import Self
 
-from kvferry_daemon.memory.opened import open_as_directory
+from kvferry_daemon.memory.opened import open_as_directory, open_to_user
 from kvferry_proto.board import (
     BEAT_WORD,
     HEADER_BYTES,
@@ -33,13 +33,21 @@ class Board:
         self._sequences = [0] * slots
 
     @classmethod
-    def create(cls, path: Path, slots: int, boot_id: str, stale_s: float) -> Self:
-        """Make the file anew (mode 0600, or 0640), all its space allocated, and beat once; or OSError."""
+    def create(
+        cls, path: Path, slots: int, boot_id: str, stale_s: float, uid: int | None = None
+    ) -> Self:
+        """Make the file anew (mode 0600, or 0640), all its space allocated, and beat once; or OSError.
+
+        ``uid``: the one user that may read it, too.
+        """
         give_up(path)
         size = board_bytes(slots)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            open_as_directory(descriptor, path.parent, 0o640)
+            if uid is None:
+                open_as_directory(descriptor, path.parent, 0o640)
+            else:
+                open_to_user(descriptor, uid, writable=False)
             os.posix_fallocate(descriptor, 0, size)
             mapping = mmap.mmap(descriptor, size)
         except BaseException:  # a signal's, too

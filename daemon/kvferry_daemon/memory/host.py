@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from kvferry_daemon.memory.huge_pages import advise, huge_pages
-from kvferry_daemon.memory.opened import open_as_directory
+from kvferry_daemon.memory.opened import open_as_directory, open_to_user
 from kvferry_daemon.memory.placement import node_bytes_left, prefer_node
 
 Where = Literal["tmpfs", "container memory limit", "NUMA node"]
@@ -48,11 +48,12 @@ class HostPool:
         blocks: int,
         cgroup: Path = CGROUP,
         node: int | None = None,
+        uid: int | None = None,
     ) -> Self:
         """Make the file (mode 0600, or 0660) and allocate all its space now, so that nobody meets SIGBUS.
 
-        ``node``: the NUMA node that it is to lie on. Raises MemoryRefused with the numbers, or
-        OSError; leaves no file behind then.
+        ``node``: the NUMA node that it is to lie on. ``uid``: the one user that may open it, too.
+        Raises MemoryRefused with the numbers, or OSError; leaves no file behind then.
         """
         size = block_bytes * blocks
         stats = os.statvfs(path.parent)
@@ -65,7 +66,10 @@ class HostPool:
             _check(path, size, on_node, "NUMA node")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            open_as_directory(descriptor, path.parent, 0o660)
+            if uid is None:
+                open_as_directory(descriptor, path.parent, 0o660)
+            else:
+                open_to_user(descriptor, uid, writable=True)
             os.ftruncate(descriptor, size)
             mapping = mmap.mmap(descriptor, size)
             pool = cls(path, mapping, block_bytes, blocks)

@@ -1,0 +1,45 @@
+"""Whose a pool is. Tenants share none, and nothing passes between them within a daemon.
+
+A pool's name says it: the layout's digest, and behind it the tenant, if there is more than one.
+"""
+
+from typing import Literal
+
+from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.layout import Layout
+
+Tenancy = Literal["off", "uid"]
+ALL = ""  # the one tenant that all workers are
+_UID = "uid"
+
+
+def tenant_of(user: str, tenancy: Tenancy) -> str:
+    """The tenant of a process that the kernel says is ``user`` (uid:gid:pid)."""
+    return ALL if tenancy == "off" else _UID + user.partition(":")[0]
+
+
+def pool_id_of(layout: Layout, tenant: str) -> str:
+    """The name of the pool that a tenant has for a layout."""
+    name = layout.digest.hex()
+    return name if tenant == ALL else f"{name}-{tenant}"
+
+
+def tenant_in(pool_id: str) -> str:
+    """The tenant that a pool belongs to."""
+    return pool_id.partition("-")[2]
+
+
+def uid_in(pool_id: str) -> int | None:
+    """The one user who may open a pool's files; None: whoever may connect."""
+    tenant = tenant_in(pool_id)
+    return None if tenant == ALL else int(tenant.removeprefix(_UID))
+
+
+def are_one(pool_id: str, other: str) -> bool:
+    """Whether two pools are of one tenant."""
+    return tenant_in(pool_id) == tenant_in(other)
+
+
+def not_yours(transfer_id: str) -> FerryError:
+    """How a tenant is told that a transfer is another one's."""
+    return FerryError(Code.NOT_YOUR_TRANSFER, f"{transfer_id!r} was opened by another tenant")

@@ -1,0 +1,185 @@
+"""Workers of one group that do not trust each other: one pool a user. Needs root, to be them."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from attacks.scene import NOBODY, OTHER, WAIT_S, started, stranger, without
+from cli.processes import kvferry
+from kvferry_daemon.memory.opened import ACL, check_lists
+from kvferry_proto import worker
+from kvferry_proto.states import TERMINAL, Role, State
+from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
+
+WORKERS, VICTIM = 47001, 65532
+SHARED: dict[str, object] = {"worker_group": WORKERS}
+POOL_BYTES = 4 * WINDOW // BLOCK * LAYOUT.block_bytes
+APART = {**SHARED, "tenant": "uid", "tenant_budget_bytes": POOL_BYTES}
+SECRET = os.urandom(32).hex()
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as other users")
+
+
+@contextmanager
+def kept(daemon: LiveDaemon, transfer_id: str = "t") -> Iterator[None]:
+    """A worker of another user, whose source has the secret ready in its pool."""
+    with started(f"{VICTIM}:{WORKERS}", "keep", daemon.directory, transfer_id, SECRET) as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "kept\n", one.communicate()
+        yield
+
+
+def source_of(daemon: LiveDaemon) -> worker.Snapshot:
+    """The source's side of the transfer."""
+    (found,) = (one.snapshot for one in daemon.transfers("t") if one.snapshot.role is Role.SOURCE)
+    return found
+
+
+def thief(daemon: LiveDaemon, act: str, *more: str) -> str:
+    """What a worker of yet another user is told."""
+    return stranger(OTHER, act, daemon.directory, *more, gid=WORKERS)
+
+
+@pytest.mark.parametrize(
+    ("defence", "flags", "told"),
+    [
+        (None, SHARED, "seen"),
+        ("pools_are_the_groups", APART, "seen"),
+        (None, APART, "not seen"),
+    ],
+)
+def test_a_tenant_finds_nothing_of_another_ones_in_any_pool(
+    place: Path, defence: str | None, flags: dict[str, object], told: str
+) -> None:
+    with without(defence)(place / "a", **flags) as daemon, kept(daemon):
+        assert thief(daemon, "search", SECRET) == told
+        if flags is APART:
+            own = "pool pool.board"
+            assert thief(daemon, "files") == ("pool pool pool.board pool.board" if defence else own)
+
+
+@pytest.mark.parametrize(
+    ("defence", "flags", "told"),
+    [
+        (None, SHARED, "seen"),
+        ("tenants_meet", APART, "seen"),
+        (None, APART, "not_your_transfer"),
+    ],
+)
+def test_a_tenant_does_not_receive_what_another_one_sends(
+    place: Path, defence: str | None, flags: dict[str, object], told: str
+) -> None:
+    with without(defence)(place / "a", **flags) as daemon, kept(daemon):
+        assert thief(daemon, "receive", "t", SECRET).removeprefix("open\n") == told
+
+
+@pytest.mark.parametrize(("defence", "told"), [("tenants_meet", "seen"), (None, "bad_address")])
+def test_nor_by_the_address_of_its_own_daemon(place: Path, defence: str | None, told: str) -> None:
+    with without(defence)(place / "a", **APART) as daemon, kept(daemon):
+        address = daemon.address.replace("127.0.0.1", "localhost")
+        assert thief(daemon, "receive", "t", SECRET, address) == f"open\n{told}"
+
+
+@pytest.mark.parametrize(
+    ("defence", "told"), [("tenants_meet", "seen"), (None, "not_your_transfer")]
+)
+def test_nor_does_it_by_coming_first(place: Path, defence: str | None, told: str) -> None:
+    """And its end, which a sink tells its source, does the other one's transfer no harm."""
+    with (
+        without(defence)(place / "a", **APART) as daemon,
+        started(f"{OTHER}:{WORKERS}", "receive", daemon.directory, "t", SECRET) as waiting,
+    ):
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "open\n"
+        with kept(daemon):
+            assert waiting.communicate(timeout=WAIT_S)[0].strip() == told
+            assert (source_of(daemon).state is State.SUCCESS) is (defence is not None)
+            assert (source_of(daemon).state in TERMINAL) is (defence is not None)
+
+
+def test_a_tenant_learns_no_ids_at_the_control_socket(place: Path) -> None:
+    for name, flags, told in (("off", SHARED, "status"), ("uid", APART, "nothing")):
+        with LiveDaemon(place / name, **flags) as daemon:
+            assert thief(daemon, "status") == told
+            assert stranger(0, "status", daemon.directory) == "status"
+
+
+def test_users_that_the_kernel_cannot_tell_apart_are_no_tenant(place: Path) -> None:
+    """Of another user namespace all have this number."""
+    for name, flags, told in (("off", SHARED, "welcome"), ("uid", APART, "nothing")):
+        with LiveDaemon(place / name, **flags) as daemon:
+            assert stranger(NOBODY, "hello", daemon.directory, gid=WORKERS) == told
+
+
+def test_one_tenant_leaves_room_for_another(place: Path) -> None:
+    """The first pool takes what it may have, which is all there is where all are one."""
+    budget = {"budget_bytes": 2 * POOL_BYTES, "pool_tokens": 1 << 20}
+    for name, more, told in (("all", {}, "pool_refused"), ("some", APART, "welcome")):
+        flags = {**APART, "tenant_budget_bytes": 2 * POOL_BYTES, **budget, **more}
+        with LiveDaemon(place / name, **flags) as daemon, kept(daemon):
+            assert thief(daemon, "hello") == told
+
+
+def test_a_next_life_keeps_tenants_apart_and_goes_on_with_their_transfers(place: Path) -> None:
+    with LiveDaemon(place / "a", **APART) as daemon, kept(daemon):
+        daemon.process.kill()
+        with daemon.again() as again:
+            assert source_of(again).state not in TERMINAL
+            (path,) = (again.directory / "pools").glob(f"*-uid{VICTIM}")
+            assert os.getxattr(path, ACL)
+            assert thief(again, "search", SECRET) == "not seen"
+            assert thief(again, "receive", "t", SECRET) == "not_your_transfer"
+
+
+@pytest.mark.parametrize(("before", "after"), [(SHARED, APART), (APART, SHARED)])
+def test_a_life_that_tells_them_apart_otherwise_goes_on_with_nothing(
+    place: Path, before: dict[str, object], after: dict[str, object]
+) -> None:
+    with LiveDaemon(place / "a", **before) as daemon, kept(daemon):
+        daemon.process.kill()
+        daemon.process.wait()
+        daemon.stop()
+        with LiveDaemon(place / "a", **after) as again:
+            assert again.transfers("t") == []
+            assert [one for one in (again.directory / "pools").iterdir() if not one.suffix] == []
+            again.wait_for_log("tenant is")
+
+
+def test_a_tenant_is_served_in_its_own_pool_as_ever(place: Path) -> None:
+    with LiveDaemon(place / "a", **APART) as daemon:
+        assert thief(daemon, "map_all") == "16 blocks"
+        with kept(daemon):
+            found = stranger(VICTIM, "receive", daemon.directory, "t", SECRET, gid=WORKERS)
+            assert found == "open\nseen"
+        with RawWorker(daemon.directory) as raw:  # of the daemon's own user
+            assert raw.welcome is not None
+            facts = Path(raw.welcome.pool.path).stat()
+            assert stat.S_IMODE(facts.st_mode) == 0o600
+            raw.snapshot(worker.Send(transfer_id="own"))
+
+
+def test_tenants_need_a_group_and_a_budget(place: Path) -> None:
+    asked = ("--runtime-dir", place / "a", "--tenant", "uid")
+    assert "worker_group" in kvferry("config", "check", *asked).stderr
+    grouped = (*asked, "--worker-group", WORKERS)
+    assert "tenant_budget_bytes" in kvferry("config", "check", *grouped).stderr
+    whole = (*grouped, "--tenant-budget-bytes", "1MiB")
+    assert kvferry("config", "check", *whole).returncode == 0
+
+
+def test_a_directory_that_keeps_no_access_lists_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def setxattr(*_args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    check_lists(place)
+    assert list(place.iterdir()) == []
+    monkeypatch.setattr(os, "setxattr", setxattr)
+    with pytest.raises(OSError, match="put runtime_dir on a tmpfs"):
+        check_lists(place)
+    assert list(place.iterdir()) == []

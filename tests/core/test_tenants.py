@@ -1,0 +1,71 @@
+"""Tenants in the core: whose pool a worker is shown, in a GPU's memory too."""
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.tenants import Tenancy, pool_id_of, tenant_in, tenant_of, uid_in
+from kvferry_proto import worker
+from kvferry_proto.errors import Code
+from world import Machine, World, layout
+
+ONE, AGAIN, OTHER = b"one worker", b"another of its user", b"another user's"
+USER, USER_AGAIN, ANOTHER_USER = "1000:9:1", "1000:9:2", "1001:9:3"
+CALL = worker.Send(transfer_id="t")
+
+
+class Gpu(World):
+    """Pools are in a device, and each has a handle of its own."""
+
+    def __init__(self, tenancy: Tenancy) -> None:
+        super().__init__()
+        node = self.machines["a"].node
+        node.settings = replace(
+            node.settings, device="cuda:0", tenancy=tenancy, tenant_budget_bytes=1 << 20
+        )
+
+    def _perform(self, name: str, me: Machine, effect: out.NodeEffect) -> list[out.NodeEvent]:
+        if not isinstance(effect, out.MakePool):
+            return super()._perform(name, me, effect)
+        handle = hashlib.sha512(effect.pool_id.encode()).digest()
+        memory = worker.DeviceMemory(device="cuda:0", uuid=b"u" * 16, handle=handle)
+        return [out.PoolMade(effect.pool_id, f"/pools/{effect.pool_id}", memory)]
+
+    def pools(self) -> list[worker.PoolInfo]:
+        """What two workers of one user and one of another are shown."""
+        who = ((ONE, USER), (AGAIN, USER_AGAIN), (OTHER, ANOTHER_USER))
+        return [self.hello("a", route, user=user).pool for route, user in who]
+
+
+@pytest.mark.parametrize(("tenancy", "is_shared"), [("off", True), ("uid", False)])
+def test_a_tenant_is_shown_no_handle_and_no_board_of_another(
+    tenancy: Tenancy, is_shared: bool
+) -> None:
+    one, again, other = Gpu(tenancy).pools()
+    assert one.device is not None
+    assert other.device is not None
+    assert again == one
+    assert (other.device.handle == one.device.handle) is is_shared
+    assert (other.board == one.board) is is_shared
+
+
+@pytest.mark.parametrize(("tenancy", "is_shared"), [("off", True), ("uid", False)])
+def test_a_pool_that_broke_is_lost_to_its_tenant_alone(tenancy: Tenancy, is_shared: bool) -> None:
+    world = Gpu(tenancy)
+    world.pools()
+    pool_id = pool_id_of(layout(), tenant_of(USER, tenancy))
+    world.feed("a", out.PoolBroken(pool_id, "it broke", usable=True))
+    failed = world.call("a", ONE, CALL, USER)
+    assert failed.error.code == Code.DEVICE_FAILED
+    other = world.call("a", OTHER, CALL, ANOTHER_USER)
+    assert isinstance(other, worker.Failure) is is_shared
+
+
+def test_a_pools_name_says_whose_it_is() -> None:
+    shared = pool_id_of(layout(), tenant_of(USER, "off"))
+    own = pool_id_of(layout(), tenant_of(USER, "uid"))
+    assert (tenant_in(shared), uid_in(shared)) == ("", None)
+    assert (tenant_in(own), uid_in(own)) == (f"uid{USER.partition(':')[0]}", 1000)
+    assert own.startswith(shared)
