@@ -276,6 +276,8 @@ class Daemon:
                 self._watch_workers()
                 self._watch_keys()
                 self._watch_load()
+                self.effects.note_deeds()
+                self.effects.audit.settle()
                 self._count()
                 self.effects.pools.beat()
             except Exception:  # a fault of ours must not end the watch of dead workers
@@ -323,6 +325,8 @@ class Daemon:
         counters["nixl_reads"] = self.streams.nixl_reads
         counters["handshakes_refused"] = self.streams.listener.refused
         counters["connections_cut_for_memory"] = self._pressure.cuts
+        counters["audit_left_out"] = self.effects.audit.left_out
+        counters["log_dropped"], counters["audit_dropped"] = logs.dropped()
         for name, gate in self._gates.items():
             counters[f"connections_over_bound_{name}"] = gate.refused
 

@@ -53,7 +53,7 @@ class Effects:
         """``device``: where new pools lie; None: in host memory."""
         self._node = node
         self._loop = asyncio.get_running_loop()
-        self._audit = Audit()
+        self.audit = Audit()
         self._streams: Streams | None = None
         self._ledger: Ledger | None = None
         self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
@@ -119,8 +119,12 @@ class Effects:
         finally:
             self._feeding = False
             self._arm()
-            while self._node.deeds:
-                self._audit.tell(self._node.deeds.popleft())
+            self.note_deeds()
+
+    def note_deeds(self) -> None:
+        """What was done since this was asked last goes into the audit log."""
+        if self._node.deeds:
+            self.audit.take(self._node.deeds)
 
     def _perform_once_written(self, effects: list[out.NodeEffect], *, at_once: bool) -> None:
         """Nobody sees what the ledger does not hold: effects wait for the writes before them."""
@@ -167,6 +171,8 @@ class Effects:
         """Do what only waits for the ledger; stop timers and threads. The pools' files stay."""
         if self._ledger is not None:
             self.on_written(self._ledger.close())
+        self.note_deeds()
+        self.audit.settle()
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()

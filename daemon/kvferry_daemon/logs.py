@@ -2,10 +2,10 @@
 
 import json
 import logging
-import queue
 import sys
 import threading
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
@@ -18,7 +18,7 @@ transfers = logging.getLogger("kvferry_daemon.transfers")
 Format = Literal["auto", "human", "json"]
 AUDIT = "kvferry.audit"
 LINES_MAX = 2048
-CLOSE_S = 1.0
+CLOSE_S = 2.0
 FIELDS = "kvferry_fields"  # of a record: what else is told, by name
 
 
@@ -63,18 +63,30 @@ class HumanLines(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
+class _Waiting:
+    """Lines that are to be written, up to a bound of their own."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.lines: deque[str] = deque()
+        self.dropped = 0
+        self.untold = 0  # of the dropped ones
+
+
 class WriterThread(logging.Handler):
     """Writes lines in a thread, so that whoever does not read them holds nothing up.
 
-    What does not fit into its queue is dropped, and counted in a line of its own.
+    What does not fit into its queue is dropped, and counted in a line of its own. The audit log has
+    a queue to itself, which is written first: no flood of other lines takes its place.
     """
 
     def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
         self._stream = stream
-        self._lines: queue.Queue[str | None] = queue.Queue(LINES_MAX)
-        self._dropped = 0
+        self.audit, self.other = _Waiting("audit lines"), _Waiting("lines")
+        self._changed = threading.Condition()
+        self._closing = False
         self._thread = threading.Thread(target=self._write_all, name="kvferry-log", daemon=True)
         self._thread.start()
 
@@ -88,33 +100,63 @@ class WriterThread(logging.Handler):
             line = self.format(record)
         except Exception as error:  # noqa: BLE001 - a wrong line must not fail whoever wrote it
             line = self.format(_line_not_made(record, error))
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
-            self._dropped += 1
+        waiting = self._of(record)
+        with self._changed:
+            if len(waiting.lines) >= LINES_MAX:
+                self._drop(waiting, 1)
+            else:
+                waiting.lines.append(line)
+                self._changed.notify()
 
     def close(self) -> None:
         """Write what is left, for a while."""
-        try:
-            self._lines.put(None, timeout=CLOSE_S)
-        except queue.Full:  # nobody reads, and nobody will
-            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(CLOSE_S)
         super().close()
 
-    def _write_all(self) -> None:
-        while (line := self._lines.get()) is not None:
-            self._write(line)
-            if self._dropped:
-                count, self._dropped = self._dropped, 0
-                self._write(self.format(_line_of_dropped(count)))
+    def _of(self, record: logging.LogRecord) -> _Waiting:
+        return self.audit if record.name == AUDIT else self.other
 
-    def _write(self, line: str) -> None:
+    def _drop(self, waiting: _Waiting, count: int) -> None:
+        waiting.dropped += count
+        waiting.untold += count
+
+    def _next(self) -> tuple[_Waiting, str] | None:
+        """The line to write now; None: there is none, and there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self.audit.lines or self.other.lines)
+            for waiting in (self.audit, self.other):
+                if waiting.lines:
+                    return waiting, waiting.lines.popleft()
+        return None
+
+    def _write_all(self) -> None:
+        while (found := self._next()) is not None:
+            self._write(*found)
+            for waiting in (self.audit, self.other):
+                if count := self._take_untold(waiting):
+                    self._write(waiting, self.format(_line_of_dropped(count, waiting.what)))
+
+    def _take_untold(self, waiting: _Waiting) -> int:
+        with self._changed:
+            count, waiting.untold = waiting.untold, 0
+        return count
+
+    def _write(self, waiting: _Waiting, line: str) -> None:
         try:
             self._stream.write(line + "\n")
             self._stream.flush()
         except OSError:  # whoever read is gone; the daemon goes on without him
-            self._dropped += 1
+            with self._changed:
+                self._drop(waiting, 1)
+
+
+def dropped() -> tuple[int, int]:
+    """How many lines of this process were never written, and how many of its audit log."""
+    writers = [one for one in logging.getLogger().handlers if isinstance(one, WriterThread)]
+    return sum(one.other.dropped for one in writers), sum(one.audit.dropped for one in writers)
 
 
 def begin(level: str, form: Format) -> None:
@@ -154,8 +196,8 @@ def tell(event: Told) -> None:
                 transfers.warning("transfer failed", extra=about(event.key, **more))
 
 
-def _line_of_dropped(count: int) -> logging.LogRecord:
-    return _own_line(logging.WARNING, f"{count} lines were dropped: nobody read them")
+def _line_of_dropped(count: int, what: str) -> logging.LogRecord:
+    return _own_line(logging.WARNING, f"{count} {what} were dropped: nobody read them")
 
 
 def _line_not_made(record: logging.LogRecord, error: Exception) -> logging.LogRecord:

@@ -3,22 +3,28 @@
 import json
 import os
 import re
+import select
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from attacks.scene import without
 from cli.processes import kvferry
 from kvferry_daemon.audit import LINES_A_S, Audit
-from kvferry_daemon.core.deeds import Deed
-from kvferry_daemon.logs import FIELDS
-from kvferry_proto import worker
+from kvferry_daemon.core.deeds import Deed, Deeds
+from kvferry_daemon.logs import FIELDS, LINES_MAX
+from kvferry_daemon.operator import ask
+from kvferry_proto import control, worker
 from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
 
 USER = f"{os.getuid()}:{os.getgid()}:{os.getpid()}"
 WAIT_S = 10.0
+QUIET_S = 1.0  # longer than a heartbeat, at which what was left out is told
+FLOODED = 2 * LINES_MAX  # and 64 KiB fit into a pipe
+DROPPED = r"\d+ (audit )?lines were dropped: nobody read them"
 
 
 def audited(daemon: LiveDaemon) -> list[str]:
@@ -86,7 +92,7 @@ def test_who_was_refused_what_and_why(tmp_path: Path) -> None:
 
 
 def test_what_operators_did(tmp_path: Path) -> None:
-    with LiveDaemon(tmp_path / "a") as daemon, RawWorker(daemon.directory) as one:
+    with LiveDaemon(tmp_path / "a", lost_s=60) as daemon, RawWorker(daemon.directory) as one:
         for verb in (["drain"], ["undrain"], ["abort", "t", "--reason", "it is stuck"]):
             if "abort" in verb:
                 one.snapshot(worker.Send(transfer_id="t"))
@@ -98,33 +104,131 @@ def test_what_operators_did(tmp_path: Path) -> None:
 
 
 def test_the_logs_level_silences_no_deed(tmp_path: Path) -> None:
-    with LiveDaemon(tmp_path / "a", log_level="warning") as daemon:
-        for verb in (["logs", "level", "error"], ["drain"]):
-            assert kvferry(*verb, "--runtime-dir", daemon.directory).returncode == 0
-        by = rf"what=operator user={os.getuid()}:{os.getgid()}:\d+ asked="
-        wait_for(daemon, by + "set_log_level.*")
-        wait_for(daemon, by + "set_draining")
+    for defence in ("level_silences_audit", None):
+        with without(defence)(tmp_path / str(defence), log_level="warning") as daemon:
+            for verb in (["logs", "level", "error"], ["drain"]):
+                assert kvferry(*verb, "--runtime-dir", daemon.directory).returncode == 0
+            if defence is not None:
+                daemon.process.terminate()
+                daemon.process.wait()  # what it has to say it has said
+                assert audited(daemon) == []
+                continue
+            by = rf"what=operator user={os.getuid()}:{os.getgid()}:\d+ asked="
+            wait_for(daemon, by + "set_log_level.*")
+            wait_for(daemon, by + "set_draining")
 
 
 def test_no_secret_and_no_payload_is_in_the_log(tmp_path: Path) -> None:
     """Not even where a call is refused that bears one."""
     payload = b"payload-that-nobody-may-see"
-    with (
-        LiveDaemon(tmp_path / "a", log_level="debug") as daemon,
-        RawWorker(daemon.directory) as one,
-    ):
-        assert one.welcome is not None
-        one.snapshot(worker.Send(transfer_id="t", aux=None))
-        hello = worker.Hello(lock="f" * 32, layout=LAYOUT, session="ab" * 32)
-        assert one.code(hello) == "worker_not_locked"
-        known = worker.Hello(lock=one.lock_name, layout=LAYOUT, session="cd" * 32)
-        assert one.code(known) == "unknown_session"
-        aux: dict[str, int | float | str | bytes] = {"x": payload}
-        assert one.call(worker.Send(transfer_id="u", aux=aux)).kind == "failure"
-        wait_for(daemon, "what=refused .*unknown_session.*")
-        log = daemon.log()
-        for secret in (one.welcome.session, "ab" * 32, "cd" * 32, payload.decode()):
-            assert secret not in log
+    for defence in ("refusals_tell_the_call", None):
+        with (
+            without(defence)(tmp_path / str(defence), log_level="debug") as daemon,
+            RawWorker(daemon.directory) as one,
+        ):
+            assert one.welcome is not None
+            one.snapshot(worker.Send(transfer_id="t", aux=None))
+            hello = worker.Hello(lock="f" * 32, layout=LAYOUT, session="ab" * 32)
+            assert one.code(hello) == "worker_not_locked"
+            known = worker.Hello(lock=one.lock_name, layout=LAYOUT, session="cd" * 32)
+            assert one.code(known) == "unknown_session"
+            aux: dict[str, int | float | str | bytes] = {"x": payload}
+            assert one.call(worker.Send(transfer_id="u", aux=aux)).kind == "failure"
+            wait_for(daemon, "what=refused .*asked=send .*")
+            log = daemon.log()
+            secrets = (one.welcome.session, "ab" * 32, "cd" * 32, payload.decode())
+            found = [secret for secret in secrets if secret in log]
+            assert found == (list(secrets[1:]) if defence else [])
+
+
+def test_no_word_of_a_worker_makes_a_line_of_its_own(tmp_path: Path) -> None:
+    forged = "12:00:00.000 INFO    kvferry.audit: operator user=0:0:1 asked=set_draining"
+    for defence in ("words_are_lines", None):
+        with (
+            without(defence)(tmp_path / str(defence), log_format="human") as daemon,
+            RawWorker(daemon.directory, hello=False) as one,
+        ):
+            name = f"x\n{forged}\n"
+            call = worker.Hello(lock=one.lock_name, layout=LAYOUT, worker=name)
+            assert one.call(call).kind == "welcome"
+            one.snapshot(worker.Send(transfer_id="t"))
+            daemon.wait_for_log("opened user=")
+            assert (forged in daemon.log().splitlines()) is (defence is not None)
+
+
+@pytest.mark.parametrize("flood", ["of other lines", "of refusals"])
+def test_where_nobody_reads_the_log_a_flood_takes_no_deeds_place(
+    tmp_path: Path, flood: str
+) -> None:
+    switched_off = "audit_shares_the_log" if flood == "of other lines" else "audit_tells_all"
+    for defence in (switched_off, None):
+        path = tmp_path / f"{defence}.log"
+        os.mkfifo(path)
+        pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # nobody reads it yet
+        try:
+            with (
+                without(defence)(tmp_path / str(defence), log_level="debug", lost_s=60) as daemon,
+                RawWorker(daemon.directory) as one,
+            ):
+                for number in range(FLOODED // 256):
+                    one.call(worker.Batch(calls=calls(flood, number)))
+                ask(daemon.directory, control.SetDraining(draining=True))
+                log = read_all(pipe)
+                told = [json.loads(line)["event"] for line in log.splitlines()]
+                assert ("operator" in told) is (defence is None)
+                is_told = any(re.fullmatch(DROPPED, one) for one in told)
+                assert is_told is (flood == "of other lines" or defence is not None)
+                counters = daemon.status().counters
+                assert (counters["audit_dropped"] > 0) is (flood == "of refusals" and bool(defence))
+                if flood == "of refusals" and defence is None:
+                    deeds = [json.loads(line) for line in log.splitlines()]
+                    refused = [one for one in deeds if one["event"] == "refused"]
+                    left_out = sum(one.get("left_out", 0) for one in deeds)
+                    assert len(refused) + left_out == FLOODED
+                    assert counters["audit_left_out"] == left_out
+        finally:
+            os.close(pipe)
+
+
+def calls(flood: str, number: int) -> list[worker.Verb]:
+    """256 calls that make the daemon write."""
+    names = [f"{number}.{one}" for one in range(256)]
+    if flood == "of refusals":
+        return [worker.Abort(role=Role.SOURCE, transfer_id=name) for name in names]
+    made: list[worker.Verb] = []
+    for name in names[:128]:  # two lines each
+        made.append(worker.Send(transfer_id=name))
+        made.append(worker.Abort(role=Role.SOURCE, transfer_id=name))
+    return made
+
+
+def read_all(pipe: int) -> str:
+    """What is in it, until nothing comes any more."""
+    found = b""
+    while select.select([pipe], [], [], QUIET_S)[0]:
+        found += os.read(pipe, 1 << 16)
+    return found.decode()
+
+
+def test_what_is_left_out_is_told_though_nothing_of_its_kind_follows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "kvferry.audit")
+    audit, deeds = Audit(), Deeds()
+    for number in range(100_000):
+        deeds.append(Deed("refused", "1:2:3", why=f"{number}"))
+    deeds.append(Deed("operator", "1:2:3", asked="set_draining"))
+    audit.take(deeds)
+    assert caplog.records[-1].getMessage() == "operator"
+    refused = len(caplog.records) - 1
+    assert len(deeds) == 0
+    assert audit.left_out == 100_000 - refused
+    time.sleep(2 / LINES_A_S)
+    audit.settle()
+    audit.settle()
+    (last,) = caplog.records[refused + 1 :]
+    assert last.getMessage() == "left_out"
+    assert last.__dict__[FIELDS] == {"of": "refused", "left_out": 100_000 - refused}
 
 
 def test_a_flood_of_refusals_hides_nothing_else_and_fills_no_disk(

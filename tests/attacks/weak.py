@@ -8,11 +8,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import zmq
 
-from kvferry_daemon import access, daemon
+from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
 from kvferry_daemon.core import sink_daemons
 from kvferry_daemon.core.allowance import Allowances
@@ -113,6 +114,61 @@ def peers_say_who_they_are() -> None:
     replace(sink_daemons.SinkDaemons, "seen", seen)
 
 
+def files_are_open() -> None:
+    """What the daemon makes has the modes that a careless program gives it."""
+    os.umask(0)
+    replace(os, "umask", lambda _mask: 0)
+    opened, made = os.open, Path.mkdir
+
+    def open_file(path: str, flags: int, _mode: int = 0, **more: Any) -> int:
+        return opened(path, flags, 0o666, **more)
+
+    def mkdir(path: Path, mode: int = 0, parents: bool = False, exist_ok: bool = False) -> None:
+        del mode
+        made(path, 0o777, parents, exist_ok)
+
+    replace(os, "open", open_file)
+    replace(os, "fchmod", lambda _descriptor, _mode: None)
+    replace(Path, "mkdir", mkdir)
+    replace(Path, "chmod", lambda _path, _mode: None)
+
+
+def audit_shares_the_log() -> None:
+    """Lines of the audit log wait among all the others."""
+    replace(logs.WriterThread, "_of", lambda self, _record: self.other)
+
+
+def audit_tells_all() -> None:
+    """Every deed has its line, however many there are."""
+    replace(audit, "LINES_A_S", 1 << 30)
+
+
+def level_silences_audit() -> None:
+    """The audit log is a log like all others."""
+    plain = logs.begin
+
+    def begin(level: str, form: logs.Format) -> None:
+        plain(level, form)
+        logging.getLogger(logs.AUDIT).setLevel(logging.NOTSET)
+
+    replace(logs, "begin", begin)
+
+
+def refusals_tell_the_call() -> None:
+    """The audit log has the whole of a call that was refused, as is handy for who looks for faults."""
+    plain = WorkerDesk._note_refused
+
+    def note(self: WorkerDesk, user: str, call: Any, error: FerryError) -> None:
+        plain(self, user, call, FerryError(error.code, repr(call)))
+
+    replace(WorkerDesk, "_note_refused", note)
+
+
+def words_are_lines() -> None:
+    """Words of workers go into the log as they are."""
+    replace(logs, "plain", lambda words: words)
+
+
 def no_rates() -> None:
     """Everybody may send as much as they like."""
     replace(Allowances, "wait_s", lambda _self, _name, _now_s: 0.0)
@@ -183,6 +239,12 @@ WEAK: dict[str, Callable[[], None]] = {
         any_key_will_do,
         trust_lasts,
         peers_say_who_they_are,
+        files_are_open,
+        audit_shares_the_log,
+        audit_tells_all,
+        level_silences_audit,
+        refusals_tell_the_call,
+        words_are_lines,
         no_rates,
         no_gate,
         no_pressure,

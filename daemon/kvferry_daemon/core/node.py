@@ -16,7 +16,7 @@ from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.census import Census
 from kvferry_daemon.core.chronicle import Chronicle
-from kvferry_daemon.core.deeds import KEPT_MAX, Deed
+from kvferry_daemon.core.deeds import Deed, Deeds
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.meters import Meters
@@ -121,7 +121,7 @@ class Node:
         self.polls = Polls()
         self.boards = Boards()
         self.effects: list[out.NodeEffect] = []
-        self.deeds: deque[Deed] = deque(maxlen=KEPT_MAX)  # for whoever keeps an audit log
+        self.deeds = Deeds()  # for whoever keeps an audit log
         self._changed: dict[ev.Key, int] = {}
         self._queue: deque[tuple[ev.Key, object]] = deque()
         self._timers: list[tuple[float, int, object]] = []

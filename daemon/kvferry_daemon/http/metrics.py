@@ -29,6 +29,7 @@ MOVES = ("sent", "received", "copied")
 DROPS = (  # counters of what was read or made in vain
     "chunks_drained", "chunks_missed", "bad_messages_worker", "bad_messages_peer",
     "bad_messages_control", "unsendable_messages", "news_lost", "effects_failed",
+    "log_dropped", "audit_dropped",
 )  # fmt: skip
 REFUSALS = (  # counters of who was let in no further, by a bound or because he may not
     "connections_refused", "connections_over_bound_worker", "connections_over_bound_peer",
@@ -208,6 +209,9 @@ class NodeCollector(Collector):
         yield refused
         lost = self._node.counters["peers_lost"]
         yield CounterMetricFamily("kvferry_peers_lost", "Peers that fell silent", value=lost)
+        left_out = self._node.counters["audit_left_out"]
+        words = "Deeds that the audit log only counts: more of a kind than it takes"
+        yield CounterMetricFamily("kvferry_audit_left_out", words, value=left_out)
 
 
 def _gauge(name: str, words: str, value: float) -> GaugeMetricFamily:
