@@ -39,6 +39,17 @@ def test_everything_is_private_without_a_group(tmp_path: Path) -> None:
         assert {mode & 0o077 for mode, _ in modes(daemon.directory).values()} == {0}
 
 
+def test_no_file_is_opened_by_who_may_not(place: Path) -> None:
+    """Of another user, and of a worker of the group."""
+    everything = {"daemon.lock", "ledger.db", "pool", "pool.board"}
+    for defence in ("files_are_open", None):
+        for flags, group, may in (({}, NOBODY, ""), (BOTH, WORKERS, "pool pool.board")):
+            where = place / f"{defence} {group}"
+            with without(defence)(where, **flags) as daemon, RawWorker(daemon.directory):
+                found = stranger(NOBODY, "files", daemon.directory, gid=group)
+                assert everything <= set(found.split()) if defence else found == may
+
+
 def test_a_group_reaches_sockets_and_pools_and_nothing_else(place: Path) -> None:
     with LiveDaemon(place / "a", **BOTH) as daemon, RawWorker(daemon.directory):
         seen = modes(daemon.directory)
