@@ -181,7 +181,7 @@ class Daemon:
         self.failed: asyncio.Future[str] = loop.create_future()  # why nothing can be kept any more
         self._begin_ledger(port)
         self._io_threads = IoThreads()
-        self._lag = LoopLag()
+        self.lag = LoopLag()
         self.closed_first: Callable[[], Awaitable[None]] | None = None
         self._messages = self._turns = 0
         self._watch = loop.create_task(self._watch_all())
@@ -240,7 +240,7 @@ class Daemon:
         if self.closed_first is not None:
             await self.closed_first()
         self._watch.cancel()
-        self._lag.close()
+        self.lag.close()
         self.effects.close()  # first: what it still does goes out by what is closed below
         self._pressure.close()
         for gate in self._gates.values():
@@ -333,7 +333,7 @@ class Daemon:
     def status(self, call: int = 0) -> control.Status:
         """The daemon as operators see it."""
         self._count()
-        facts = self._placed, self._lag.status(), log_level()
+        facts = self._placed, self.lag.status(), log_level()
         now_s = asyncio.get_running_loop().time()
         answer = status(self.node, call, str(self.directory.path), *facts, now_s)
         return answer.model_copy(update={"security": self._security()})
@@ -345,7 +345,7 @@ class Daemon:
             now_s=asyncio.get_running_loop().time,
             insecure=self.config.is_open_to_all,
             status=self.status,
-            loop=self._lag.status,
+            loop=self.lag.status,
             not_sent=lambda: sum(link.dropped for link in links),
             failed=lambda: self.failed.result() if self.failed.done() else None,
         )
@@ -461,6 +461,7 @@ async def serve(config: Config) -> int:
     if config.is_open_to_all:
         log.warning("INSECURE: whoever reaches %s may pull every payload", daemon.peer_address)
     log.info("ready: %s, runtime directory %s", daemon.peer_address, config.runtime_dir)
+    daemon.lag.begin()
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((stopping, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
     if daemon.failed.done():
@@ -495,8 +496,10 @@ def run(config: Config) -> int:
     """Serve on a uvloop event loop."""
     import uvloop
 
+    from kvferry_daemon.timed_loop import TimedLoop
+
     logs.begin(config.log_level, config.log_format)
-    status = uvloop.run(serve(config))
+    status = uvloop.run(serve(config), loop_factory=TimedLoop)
     if has_loaded_nixl():
         # Its wheel brings a libnl whose destructors crash where the machine has one too, as every
         # one with RDMA has: all is closed by now, so leave without them.

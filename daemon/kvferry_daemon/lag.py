@@ -1,8 +1,13 @@
-"""How late the event loop comes to what is due: the time that a message may have waited for it."""
+"""How late the event loop comes to what is due: the time that a message may have waited for it.
+
+What the loop itself does then is told by its turns, see `turns`. Lateness is also of what they do not
+show: a thread that waits for the GIL or for a core before its turn begins.
+"""
 
 import asyncio
 from time import monotonic
 
+from kvferry_daemon.turns import Turns
 from kvferry_proto.control import LoopStatus
 
 LOOK_S = 0.1
@@ -17,23 +22,31 @@ class LoopLag:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        turns = getattr(self._loop, "turns", None)
+        self._turns = turns if isinstance(turns, Turns) else None
         self._looks = 0
         self._over_2_ms = self._over_10_ms = self._over_100_ms = 0
         self._longest_s = 0.0
         self._wait()
+
+    def begin(self) -> None:
+        """Count turns from the next one on: the daemon is ready."""
+        if self._turns is not None:
+            self._loop.call_soon(self._turns.begin)
 
     def close(self) -> None:
         """Look no more."""
         self._timer.cancel()
 
     def status(self) -> LoopStatus:
-        """All looks since the start."""
+        """All looks since the start, and all turns since ``begin``, where the loop has clocks."""
         return LoopStatus(
             looks=self._looks,
             late_over_2_ms=self._over_2_ms,
             late_over_10_ms=self._over_10_ms,
             late_over_100_ms=self._over_100_ms,
             late_max_ms=round(self._longest_s * 1000, 2),
+            turns=None if self._turns is None else self._turns.status(),
         )
 
     def _wait(self) -> None:

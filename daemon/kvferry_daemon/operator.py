@@ -167,7 +167,12 @@ def secured_in_words(security: control.SecurityStatus) -> str:
 
 def _late(loop: control.LoopStatus) -> str:
     often = f"{loop.late_over_10_ms} of {loop.looks} looks over 10 ms late"
-    return f"event loop: {often}, at most {loop.late_max_ms:.1f} ms"
+    words = f"event loop: {often}, at most {loop.late_max_ms:.1f} ms"
+    if (turns := loop.turns) is None:
+        return words
+    long = f"{turns.over_1_ms} of {turns.turns} over 1 ms, at most {turns.max_ms:.1f} ms"
+    work = f"{turns.work_over_1_ms} over 1 ms, at most {turns.work_max_ms:.1f} ms"
+    return f"{words}\nloop turns: {long}; own work: {work}"
 
 
 def transfers_for_people(answer: control.Transfers) -> str:

@@ -118,6 +118,23 @@ class PlacementStatus(Message):
     copy_cpus: str = ""  # a list such as 0-3,8; empty: all that the process may use
 
 
+class TurnStatus(Message):
+    """Turns of the event loop since the daemon was ready, and their own work: CPU of its thread."""
+
+    turns: Count
+    seconds: float  # of all turns
+    over_1_ms: Count
+    over_2_ms: Count
+    over_10_ms: Count
+    over_100_ms: Count
+    max_ms: float
+    work_over_1_ms: Count
+    work_over_2_ms: Count
+    work_over_10_ms: Count
+    work_over_100_ms: Count
+    work_max_ms: float
+
+
 class LoopStatus(Message):
     """How late the event loop came to a timer, in all its looks since the start; 1 ms is libuv's."""
 
@@ -126,6 +143,7 @@ class LoopStatus(Message):
     late_over_10_ms: Count
     late_over_100_ms: Count
     late_max_ms: float
+    turns: TurnStatus | None = None
 
 
 class SecurityStatus(Message):
@@ -356,6 +374,7 @@ __all__ = [
     "Status",
     "TransferStatus",
     "Transfers",
+    "TurnStatus",
     "WireRole",
     "WorkerStatus",
     "frame_of",

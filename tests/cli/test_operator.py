@@ -89,6 +89,8 @@ def test_status_tells_of_pools_peers_and_transfers(daemon: LiveDaemon, client: C
     assert f"peers connect to {daemon.address}; 1 workers" in out
     assert "2 waiting_for_peer" in out
     assert re.search(r"^event loop: \d+ of \d+ looks over 10 ms late, at most ", out, re.MULTILINE)
+    turns = r"^loop turns: (\d+) of \d+ over 1 ms, at most [\d.]+ ms; own work: (\d+) over 1 ms, at most "
+    assert re.search(turns, out, re.MULTILINE)
     assert "tcp://[fe80::1]:5000" in out, "an IPv6 address is no markup"
     pool = next(line for line in out.splitlines() if line.startswith("host "))
     assert pool.split()[:9] == ["host", "2", "planes", "16", "tokens,", "640", "B", "16", "12"]

@@ -262,6 +262,19 @@ CONTROL: dict[str, Any] = {
             looks=600, late_over_2_ms=3, late_over_10_ms=2, late_over_100_ms=1, late_max_ms=104.5
         ),
     ),
+    "status with turns": c.Status(
+        call=1, version="0.1.0", wire_versions=(1, 1), boot_id=SOURCE, pid=1, uptime_s=0.25,
+        draining=False, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
+        blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
+        loop=c.LoopStatus(
+            looks=600, late_over_2_ms=3, late_over_10_ms=0, late_over_100_ms=0, late_max_ms=4.5,
+            turns=c.TurnStatus(
+                turns=9000, seconds=1.5, over_1_ms=40, over_2_ms=30, over_10_ms=20, over_100_ms=10,
+                max_ms=104.5, work_over_1_ms=4, work_over_2_ms=3, work_over_10_ms=2,
+                work_over_100_ms=1, work_max_ms=100.25,
+            ),
+        ),
+    ),
     "transfers": c.Transfers(
         call=2, more=1,
         transfers=[

@@ -22,6 +22,7 @@ from kvferry_daemon.core.meters import Stall, Times
 from kvferry_daemon.core.node import AnyTransfer, Node
 from kvferry_daemon.core.report import our_version
 from kvferry_daemon.http.facts import Facts
+from kvferry_proto import control
 from kvferry_proto.states import Role, StallReason, State
 
 RESUMES = ("accepted", "repeated", "stale")
@@ -40,6 +41,7 @@ REFUSALS = (  # counters of who was let in no further, by a bound or because he 
     "refused_not_your_transfer",
 )  # fmt: skip
 LATE_MS = (2, 10, 100)
+TURN_MS = (1, *LATE_MS)
 EXEMPLAR_ID_MAX = 128 - len("transfer_id")  # a longer one makes the whole scrape invalid
 
 
@@ -192,6 +194,8 @@ class NodeCollector(Collector):
         yield late
         words = "The latest since the start"
         yield _gauge("kvferry_loop_late_seconds_max", words, loop.late_max_ms / 1000)
+        if loop.turns is not None:
+            yield from _turns(loop.turns)
 
     def _drops(self) -> Iterator[Metric]:
         drops = CounterMetricFamily(
@@ -220,6 +224,21 @@ def _gauge(name: str, words: str, value: float) -> GaugeMetricFamily:
 
 def _waits() -> Iterator[Stall]:
     return ((role, reason) for role in Role for reason in StallReason)
+
+
+def _turns(turns: control.TurnStatus) -> Iterator[Metric]:
+    words = "Turns of the event loop, and what they wait in them for the GIL or a core"
+    whole = HistogramMetricFamily("kvferry_loop_turn_seconds", words)
+    buckets = [(str(ms / 1000), turns.turns - getattr(turns, f"over_{ms}_ms")) for ms in TURN_MS]
+    whole.add_metric((), [*buckets, ("+Inf", turns.turns)], turns.seconds)
+    yield whole
+    yield _gauge("kvferry_loop_turn_seconds_max", "The longest", turns.max_ms / 1000)
+    words = "Turns whose own work, CPU of the loop's thread, took longer than"
+    long = CounterMetricFamily("kvferry_loop_work_long", words, labels=("over",))
+    for ms in TURN_MS:
+        long.add_metric((f"{ms}ms",), getattr(turns, f"work_over_{ms}_ms"))
+    yield long
+    yield _gauge("kvferry_loop_work_seconds_max", "The most work", turns.work_max_ms / 1000)
 
 
 def _buckets(times: Times) -> list[Any]:
