@@ -17,12 +17,15 @@ from bench import (
     aims,
     board,
     engines,
+    gpu,
     handoff,
+    live,
     machine,
     messages,
     paged,
     pieces,
     pool,
+    replayed,
     short,
     waiting,
     windows,
@@ -37,13 +40,15 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "handoff": handoff.measure,
     "reading": handoff.measure_reading,
     "paged": paged.measure,
+    "gpu": gpu.measure,
     "messages": messages.measure,
     "board": board.measure,
-    "live": messages.measure_live,
+    "live": live.measure,
     "allocator": pool.measure,
     "start": waiting.measure_start,
     "waiting": waiting.measure,
     "engines": engines.measure,
+    "replay": replayed.measure,
 }
 
 
@@ -76,7 +81,7 @@ def show(result: dict[str, Any]) -> None:
     """The aims, a line each."""
     before, after = result["load_before"][0], result["load_after"][0]
     say(f"load average {before} before, {after} after; others took {result['others_cores']} cores")
-    words = {True: "reached", False: "NOT REACHED", None: "absent"}
+    words = {True: "reached", False: "NOT REACHED", None: ""}
     for row in result["aims"]:
         value = row["value"] if row["value"] == "absent" else f"{row['value']:g}"
         why = f" ({row['reason']})" if "reason" in row else ""

@@ -4,7 +4,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bench import board, engines, handoff, messages, paged, pieces, pool, waiting, windows
+from bench import (
+    board,
+    engines,
+    gpu,
+    handoff,
+    live,
+    messages,
+    paged,
+    pieces,
+    pool,
+    replayed,
+    waiting,
+    windows,
+)
 from bench.payload import llama
 from bench.windows import Case
 
@@ -22,11 +35,13 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "handoff": partial(handoff.measure, LAYOUT, 256, 1),
     "reading": partial(handoff.measure_reading, LAYOUT, 256, 1),
     "paged": paged.measure,
+    "gpu": gpu.measure,
     "messages": partial(messages.measure, 1, 100, 100),
     "board": board.measure,
-    "live": partial(messages.measure_live, (10, 100), 1, 100),
+    "live": partial(live.measure, (10, 100), 1, 100, 1, 50),
     "allocator": partial(pool.measure, 100, 1),
     "start": partial(waiting.measure_start, 1),
     "waiting": partial(waiting.measure, 10, 20, 0.5, 0.5),
     "engines": partial(engines.none, "engines take minutes to start"),
+    "replay": replayed.measure,
 }

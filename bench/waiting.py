@@ -1,7 +1,7 @@
-"""What a daemon takes: to start, when it is empty, and for transfers that only wait.
+"""What a daemon takes: to start, when it is empty, and for transfers that only wait or hold.
 
 Sinks at one daemon wait for sources that the other one has not heard of yet; so the one asks again
-by timer, and the other answers that it does not know.
+by timer, and the other answers that it does not know. Others hold a window, see `bench.holding`.
 """
 
 import tempfile
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import spread
+from bench.holding import Holding
 from bench.payload import llama
 from bench.probe import LAYOUT
 from bench.served import ServedDaemon
@@ -92,4 +93,20 @@ def measure(
         **found,
         "live": live,
         "rss_kib_per_transfer": round(rss_bytes / (live - 1) / 1024, 2),
+        **_measure_holding(live),
     }
+
+
+def _measure_holding(live: int) -> dict[str, float]:
+    """Memory of a transfer that holds a window, at either daemon; its blocks, of 128 bytes, too."""
+    with ExitStack() as stack:
+        holding = Holding(stack, live)
+        holding.hold(1)
+        before = {side: one.facts().rss_bytes for side, one in holding.daemons.items()}
+        holding.hold(live)
+        return {
+            f"rss_kib_per_holding_{side}": round(
+                (one.facts().rss_bytes - before[side]) / (live - 1) / 1024, 2
+            )
+            for side, one in holding.daemons.items()
+        }
