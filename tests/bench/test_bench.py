@@ -32,6 +32,7 @@ from bench import aims, paged_device, pieces, replayed
 
 TOP = Path(__file__).parent.parent.parent
 README = (TOP / "bench" / "README.md").read_text()
+pytestmark = pytest.mark.timeout(300)  # the short run, on a machine that others use too
 MOVING = {"pieces", "windows", "at_once", "handoff", "reading"}
 
 
