@@ -120,7 +120,7 @@ def status_for_people(answer: control.Status) -> str:
     if answer.placement is not None:
         words.insert(2, _placed(answer.placement))
     if answer.loop is not None:
-        words.append(_late(answer.loop))
+        words += _late(answer.loop)
     pools = (
         (
             f"{pool.device} {len(pool.planes)} planes",
@@ -165,14 +165,14 @@ def secured_in_words(security: control.SecurityStatus) -> str:
     return f"{words}; payload {'by TLS' if security.payload == 'tls' else 'in clear'}"
 
 
-def _late(loop: control.LoopStatus) -> str:
+def _late(loop: control.LoopStatus) -> list[str]:
     often = f"{loop.late_over_10_ms} of {loop.looks} looks over 10 ms late"
     words = f"event loop: {often}, at most {loop.late_max_ms:.1f} ms"
     if (turns := loop.turns) is None:
-        return words
+        return [words]
     long = f"{turns.over_1_ms} of {turns.turns} over 1 ms, at most {turns.max_ms:.1f} ms"
     work = f"{turns.work_over_1_ms} over 1 ms, at most {turns.work_max_ms:.1f} ms"
-    return f"{words}\nloop turns: {long}; own work: {work}"
+    return [words, f"loop turns: {long}; own work: {work}"]
 
 
 def transfers_for_people(answer: control.Transfers) -> str:
