@@ -1,23 +1,14 @@
 """SGLang engines in process groups of their own, over stubs of what a CPU has not."""
 
-import contextlib
-import itertools
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from vllm_live.engines import MODEL, Answer
+import engine_live
+from engine_live import START_S, Answer, EngineProcess
 
-START_S = 300.0
 DRIVER = Path(__file__).with_name("engine_process.py")
 STUBS = Path(__file__).with_name("stubs")
 ENVIRONMENT = {
@@ -48,12 +39,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def make_model(directory: Path, kind: str = "llama", head_dim: int = 32) -> Path:
-    """A random model whose tokens tell when its cache is wrong: see ``vllm_live.engines``."""
-    command = [sys.executable, "-c", MODEL, str(directory), kind, str(head_dim)]
-    environment = os.environ | ENVIRONMENT
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
-    return directory
+def make_model(directory: Path, kind: str = "llama", seed: int = 7, **shape: int) -> Path:
+    """A random model: see ``engine_live``. Stubs stand for what transformers imports here, too."""
+    return engine_live.make_model(directory, kind, seed, ENVIRONMENT, **shape)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -71,8 +59,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-class Engine:
-    """One engine. Leaves no process behind, whatever happens."""
+class Engine(EngineProcess):
+    """One engine of SGLang's."""
 
     def __init__(
         self,
@@ -90,59 +78,13 @@ class Engine:
             told["disaggregation_mode"] = mode
             told["disaggregation_transfer_backend"] = "kvferry"
             told["disaggregation_bootstrap_port"] = self.bootstrap_port
-        self._numbers = itertools.count()
-        self._answers: dict[str, Future[dict[str, Any]]] = {}
-        self._ready = threading.Event()
-        self.log_path = log
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(DRIVER), str(model), json.dumps(told)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env={
-                    **os.environ,
-                    **ENVIRONMENT,
-                    "KVFERRY_RUNTIME_DIR": str(directory),
-                    **(environment or {}),
-                },
-                start_new_session=True,
-            )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.kill()
-
-    def wait(self) -> Self:
-        """Until it takes requests."""
-        assert self._ready.wait(START_S), self.log()[-4000:]
-        assert self.process.poll() is None, self.log()[-4000:]
-        return self
+        where = {"KVFERRY_RUNTIME_DIR": str(directory)}
+        super().__init__(DRIVER, log, model, told, {**ENVIRONMENT, **where, **(environment or {})})
 
     def wait_for_end(self) -> str:
         """Until it has given up to start; its log."""
         self.process.wait(START_S)
         return self.log()
-
-    def kill(self) -> None:
-        """End it and all its processes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-    def log(self) -> str:
-        """What it wrote to stderr."""
-        return self.log_path.read_text(errors="replace")
 
     def meeting(self, room: int) -> dict[str, Any]:
         """What a router tells both engines, if this one is prefill."""
@@ -163,37 +105,3 @@ class Engine:
         return self._say(
             prompt=prompt, max_tokens=max_tokens, meeting=meeting or {}, logprobs=logprobs
         )
-
-    def abort(self, answer: Answer) -> None:
-        """Abort what was begun."""
-        self._write({"abort": answer.name})
-
-    def blocks_are_free(self) -> bool:
-        """Whether no request is left. SGLang looks for lost slots by itself, and dies of one."""
-        return bool(self._say(blocks=True).result()["are_free"])
-
-    def _say(self, **told: Any) -> Answer:
-        name = f"request-{next(self._numbers)}"
-        answer: Future[dict[str, Any]] = Future()
-        self._answers[name] = answer
-        self._write({"id": name, **told})
-        return Answer(name, answer)
-
-    def _write(self, told: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if not line.startswith('{"'):
-                continue  # something of SGLang's prints
-            said = json.loads(line)
-            if "ready" in said:
-                self._ready.set()
-            else:
-                self._answers.pop(said["id"]).set_result(said)
-        self._ready.set()  # or somebody waits for the dead
-        for answer in self._answers.values():
-            answer.set_result({"error": "the engine ended"})

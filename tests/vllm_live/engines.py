@@ -1,19 +1,15 @@
-"""vLLM engines in process groups of their own, and a tiny model made on disk."""
+"""vLLM engines in process groups of their own, and what their connectors are told."""
 
-import contextlib
-import itertools
-import json
-import os
-import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-START_S = 240.0
-ANSWER_S = 180.0
+from engine_live import Answer, EngineProcess, make_model
+
+__all__ = [
+    "Answer", "Engine", "connector", "encoder_connector", "make_model", "make_sounds_model",
+]  # fmt: skip
 DRIVER = Path(__file__).with_name("engine_process.py")
 SOUNDS = """
 import sys, torch
@@ -51,32 +47,6 @@ save_file(
     path + "/model.safetensors", metadata={"format": "pt"},
 )
 """
-MODEL = """
-import json, sys, torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
-path, kind, seed, shape = sys.argv[1:]
-words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(512)}, unk_token="t0"))
-words.pre_tokenizer = pre_tokenizers.Whitespace()
-PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(path)
-torch.manual_seed(int(seed))
-common = dict(
-    vocab_size=512, hidden_size=64, intermediate_size=128, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, max_position_embeddings=32768, num_hidden_layers=2,
-    initializer_range=0.2, dtype=torch.float32,
-) | json.loads(shape)
-if kind == "llama":
-    model = LlamaForCausalLM(LlamaConfig(**common))
-else:
-    layers = ["sliding_attention", "full_attention"] * 2
-    config = Gemma3TextConfig(
-        layer_types=layers, sliding_window=256, query_pre_attn_scalar=32,
-        **(common | dict(num_hidden_layers=4)),
-    )
-    model = Gemma3ForCausalLM(config)
-model.save_pretrained(path)
-"""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -84,17 +54,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for our lines
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-def make_model(directory: Path, kind: str = "llama", seed: int = 7, **shape: int) -> Path:
-    """A random model whose tokens tell when its cache is wrong: initialised wide.
-
-    ``kind``: llama, or gemma3, half of whose layers look back 256 tokens only.
-    ``shape``: of its configuration, what is to be another.
-    """
-    command = [sys.executable, "-c", MODEL, str(directory), kind, str(seed), json.dumps(shape)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return directory
 
 
 def make_sounds_model(directory: Path) -> Path:
@@ -128,8 +87,8 @@ def connector(
     }
 
 
-class Engine:
-    """One engine. Leaves no process behind, whatever happens."""
+class Engine(EngineProcess):
+    """One engine of vLLM's."""
 
     def __init__(
         self,
@@ -149,49 +108,7 @@ class Engine:
             "kv_transfer_config": transfer,
             **options,
         }
-        self._numbers = itertools.count()
-        self._answers: dict[str, Future[dict[str, Any]]] = {}
-        self._ready = threading.Event()
-        self.log_path = log
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(DRIVER), str(model), json.dumps(told)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env={**os.environ, **ENVIRONMENT, **(environment or {})},
-                start_new_session=True,
-            )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.kill()
-
-    def wait(self) -> Self:
-        """Until it takes requests."""
-        assert self._ready.wait(START_S), self.log()[-4000:]
-        assert self.process.poll() is None, self.log()[-4000:]
-        return self
-
-    def kill(self) -> None:
-        """End it and all its processes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-    def log(self) -> str:
-        """What it wrote to stderr."""
-        return self.log_path.read_text(errors="replace")
+        super().__init__(DRIVER, log, model, told, {**ENVIRONMENT, **(environment or {})})
 
     def generate(
         self,
@@ -200,17 +117,9 @@ class Engine:
         params: dict[str, Any] | None = None,
         n: int = 1,
         **of_items: Any,
-    ) -> "Answer":
+    ) -> Answer:
         """Begin to generate, ``n`` samples; ``of_items``: ``sounds`` and ``items`` of an encoder."""
         return self._say(prompt=prompt, max_tokens=max_tokens, params=params, n=n, **of_items)
-
-    def abort(self, answer: "Answer") -> None:
-        """Abort what was begun."""
-        self._write({"abort": answer.name})
-
-    def blocks_are_free(self) -> bool:
-        """Whether no request holds a block; the prefix cache is empty afterwards, if so."""
-        return bool(self._say(blocks=True).result()["are_free"])
 
     def preempt(self) -> bool:
         """Take all blocks from all requests, which begin anew; whether there were any."""
@@ -223,47 +132,3 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """What Prometheus is told of kvferry."""
         return dict(self._say(metrics=True).result()["metrics"])
-
-    def _say(self, **told: Any) -> "Answer":
-        name = f"request-{next(self._numbers)}"
-        answer: Future[dict[str, Any]] = Future()
-        self._answers[name] = answer
-        self._write({"id": name, **told})
-        return Answer(name, answer)
-
-    def _write(self, told: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            said = json.loads(line)
-            if "ready" in said:
-                self._ready.set()
-            else:
-                self._answers.pop(said["id"]).set_result(said)
-        self._ready.set()  # or somebody waits for the dead
-        for answer in self._answers.values():
-            answer.set_result({"error": "the engine ended"})
-
-
-class Answer:
-    """What a request will have come to."""
-
-    def __init__(self, name: str, future: Future[dict[str, Any]]) -> None:
-        self.name = name
-        self._future = future
-
-    def result(self) -> dict[str, Any]:
-        """All of it."""
-        return self._future.result(ANSWER_S)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens that were generated."""
-        said = self.result()
-        assert "error" not in said, said
-        assert said["reason"] == "length", said
-        return list(said["tokens"])
