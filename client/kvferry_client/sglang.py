@@ -12,10 +12,8 @@ from kvferry_client.sglang_versions import ALLOW, check_version
 
 BACKEND = "kvferry"
 UTILS = "sglang.srt.disaggregation.utils"
-QUEUES = (
-    "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
-    "sglang.srt.disaggregation.decode.DecodePreallocQueue",
-)
+PREFILL = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue"
+DECODE = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
 
 
 def register() -> None:
@@ -29,8 +27,10 @@ def register() -> None:
     backends = Enum("TransferBackend", [*members, (BACKEND.upper(), BACKEND)], module=UTILS)  # type: ignore[misc]
     HookRegistry.register(f"{UTILS}.TransferBackend", backends, HookType.REPLACE)
     HookRegistry.register(f"{UTILS}.get_kv_class", _kv_class, HookType.AROUND)
-    for queue in QUEUES:
+    for queue in (PREFILL, DECODE):
         HookRegistry.register(f"{queue}._init_kv_manager", _attach, HookType.AFTER)
+    HookRegistry.register(f"{PREFILL}.create_sender", _sends, HookType.AFTER)
+    HookRegistry.register(f"{DECODE}._create_receiver_and_enqueue", _receives, HookType.AFTER)
 
 
 def _kv_class(of_sglang: Any, transfer_backend: Any, class_type: Any) -> Any:
@@ -57,3 +57,21 @@ def _attach(manager: Any, queue: Any) -> None:
 
     if isinstance(manager, KvferryManager):
         manager.attach(queue)
+
+
+def _sends(is_created: Any, queue: Any, req: Any, *_args: Any, **_options: Any) -> None:
+    """Tell a sender of ours which request it is for."""
+    if is_created:
+        _tell(req.disagg_kv_sender, req)
+
+
+def _receives(request: Any, queue: Any, req: Any, *_args: Any, **_options: Any) -> None:
+    """Tell a receiver of ours which request it is for."""
+    _tell(request.kv_receiver, req)
+
+
+def _tell(side: Any, req: Any) -> None:
+    from kvferry_client.sglang_sides import KvferryReceiver, KvferrySender
+
+    if isinstance(side, KvferryReceiver | KvferrySender):  # and not SGLang's own, of warm-ups
+        side.is_of(req)

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from aiohttp import web
 from sglang.srt.disaggregation.base.conn import KVArgs, StateType
 from sglang.srt.disaggregation.common.conn import (
@@ -19,8 +21,10 @@ from sglang.srt.environ import envs
 from sglang.srt.runtime_context import get_disagg
 
 from kvferry_client.engine import Ferry, Incoming, Tables
+from kvferry_client.sglang_asking import Rooms, Ticket
 from kvferry_client.sglang_cache import Cache, aux_of, cache_of
-from kvferry_client.sglang_rooms import RoomBook, Rooms, Ticket
+from kvferry_client.sglang_identity import model_identity
+from kvferry_client.sglang_rooms import RoomBook
 from kvferry_proto.runtime_dir import default_runtime_dir
 
 logger = logging.getLogger("sglang.kvferry")
@@ -75,6 +79,8 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         block_tokens = int(os.environ.get("KVFERRY_BLOCK_SIZE_TOKENS", POOL_BLOCK_TOKENS))
         self.cache = cache_of(pool, self.aux, heads, block_tokens)
         self.window_tokens = scheduler.sliding_window_size or 0
+        self.identity = model_identity(scheduler.server_args, scheduler.model_config, pool)
+        self.rooms.engine = _agreed(queue.gloo_group)
         self.ferry = Ferry(
             runtime_dir(),
             self.cache.layout,
@@ -150,6 +156,14 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
             raise ValueError(
                 "kvferry checks bytes itself: drop --disaggregation-enable-kv-checksum"
             )
+
+
+def _agreed(group: Any) -> str:
+    """A name of this engine, the same for all of its ranks."""
+    name = [secrets.token_hex(8)]
+    first = torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast_object_list(name, src=first, group=group)
+    return name[0]
 
 
 class KvferryBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]

@@ -21,9 +21,10 @@ from sglang.srt.disaggregation.common.conn import KVTransferError
 
 from kvferry_client.engine import NO_BLOCK, Incoming, Outgoing, Side
 from kvferry_client.engine_thread import JOIN_WAIT_S
+from kvferry_client.sglang_asking import Ticket
 from kvferry_client.sglang_cache import aux_values, take_aux
+from kvferry_client.sglang_identity import prompt_identity
 from kvferry_client.sglang_manager import KvferryManager
-from kvferry_client.sglang_rooms import Ticket
 from kvferry_proto.states import State
 
 Pages = NDArray[np.int32]
@@ -46,6 +47,13 @@ class _Transfer:
         self._side: Side | None = None
         self._failure: str | None = None
         self._aux_index = -1
+        self._request = ""
+        self._identity: dict[str, str] = {}
+
+    def is_of(self, request: Any) -> None:
+        """Which request of SGLang's it is, which its arguments do not tell."""
+        self._request = request.rid
+        self._identity = {**self.kv_mgr.identity, **prompt_identity(request)}
 
     def poll(self) -> State:
         """Where it stands, as one of SGLang's five numbers, which are also ours."""
@@ -71,9 +79,11 @@ class _Transfer:
     def _look_for_room(self) -> State:
         raise NotImplementedError
 
-    def _ask_for_room(self) -> None:
-        rooms = self.kv_mgr.rooms
-        self._ticket = rooms.ask(self._bootstrap_addr, self.bootstrap_room)
+    def _ask_for_room(self, *, wanted: bool = True) -> Ticket:
+        ask = self.kv_mgr.rooms.ask
+        address, room = self._bootstrap_addr, self.bootstrap_room
+        self._ticket = ask(address, room, self._request, self._identity, wanted=wanted)
+        return self._ticket
 
     def _look_for_daemon(self) -> State:
         """Whether it is there: a while is waited for it."""
@@ -136,6 +146,7 @@ class KvferrySender(_Transfer, BaseKVSender):  # type: ignore[misc]
         self._chunks: list[Pages] = []
         self._pages = self._tokens = self._pages_total = 0
         self._has_sent_all = False
+        self._is_withdrawn = False
         self._told: Callable[[Outgoing], object] | None = None  # what the ferry does not know yet
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
@@ -205,6 +216,15 @@ class KvferrySender(_Transfer, BaseKVSender):  # type: ignore[misc]
         end = (self._pages_total - 1) * size - self.kv_mgr.window_tokens
         return max(0, end // size * size)
 
+    def _stop(self) -> None:
+        """A decode that waits for what will not come is told so."""
+        super()._stop()
+        if self.conclude_state is State.FAILED and not self._is_withdrawn:
+            self._is_withdrawn = True
+            ticket = self._ticket or Ticket(self.bootstrap_room, self._request, self._identity, 0)
+            reason = self._failure or "failed at another rank"
+            self.kv_mgr.rooms.withdraw(self._bootstrap_addr, ticket, reason)
+
     def get_transfer_metric(self) -> KVTransferMetric:
         """How many bytes there were."""
         bytes_total = self._pages * self.kv_mgr.kv_item_lens_sum
@@ -263,12 +283,14 @@ class KvferryReceiver(_Transfer, BaseKVReceiver):  # type: ignore[misc]
         return State.SUCCESS
 
     def _stop(self) -> None:
+        """One that fails before it has asked asks as well: prefill's daemon holds what it opens."""
         super()._stop()
-        ticket = self._ticket
-        if self._side is None and ticket is not None and not self._is_given_up:
+        if self._side is None and not self._is_given_up:
             self._is_given_up = True
-            if ticket.give_up():
-                self.kv_mgr.decline(ticket)
+            if self._ticket is None:
+                self._ask_for_room(wanted=False)
+            elif self._ticket.give_up():
+                self.kv_mgr.decline(self._ticket)
 
     def ensure_abort_notified(self, *, force_arm: bool = False) -> None:
         """Nothing: see ``abort_notified``."""

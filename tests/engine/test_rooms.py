@@ -1,116 +1,154 @@
 """Bootstrap rooms: numbers that come back, for transfers whose names must not."""
 
-import json
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
-from kvferry_client.sglang_rooms import KEPT_S, RoomBook, Rooms, Ticket
+import pytest
 
-WAIT_S = 20.0
+from kvferry_client.sglang_rooms import FRESH_S, KEPT_S, LEFT_S, Asked, Opening, RoomBook
+
+ROOM = 7
 
 
-def test_ranks_that_open_a_room_and_ranks_that_take_it_mean_the_same() -> None:
-    book = RoomBook()
-    one = book.open(7, "p0", "first", "tcp://a", 0)
-    assert book.open(7, "p1", "second", "tcp://a", 0) is one
-    assert book.take(7, "d0", "third") is book.take(7, "d1", "fourth") is one
+class World:
+    """A book, and a clock. Each request has a name and a prompt, ``prompt`` of ``engine``."""
+
+    def __init__(self) -> None:
+        self.book = RoomBook()
+        self.now_s = 1000.0
+
+    def open(self, request: str, prompt: str = "x", rank: int = 0, **told: Any) -> Opening:
+        asked = self._asked("prefill", request, prompt, rank)._replace(source="tcp://a", **told)
+        return self.book.open(ROOM, asked, self.now_s)
+
+    def take(
+        self, request: str, prompt: str = "x", rank: int = 0, engine: str = "d", **told: Any
+    ) -> Opening | None:
+        asked = self._asked(engine, request, prompt, rank)._replace(**told)
+        return self.book.take(ROOM, asked, self.now_s)
+
+    def _asked(self, engine: str, request: str, prompt: str, rank: int) -> Asked:
+        return Asked(
+            engine=engine,
+            worker=f"{engine} {rank}",
+            call=f"{engine} {rank} {request}",
+            request=request,
+            identity={"prompt": prompt},
+        )
 
 
-def test_a_room_that_comes_back_has_another_name() -> None:
-    book = RoomBook()
-    one, two = book.open(7, "p", "first", "", 0), book.open(7, "p", "second", "", 1)
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_ranks_that_open_a_room_and_ranks_that_take_it_mean_the_same(world: World) -> None:
+    one = world.open("r", rank=0)
+    assert world.take("r", rank=0) is one
+    assert world.open("r", rank=1) is one
+    assert world.take("r", rank=1) is one
+
+
+def test_a_call_that_is_repeated_changes_nothing(world: World) -> None:
+    one = world.open("r")
+    assert world.open("r") is one
+    assert world.take("r") is one
+    world.open("again")
+    assert world.take("r") is one
+
+
+def test_a_room_that_comes_back_has_another_name(world: World) -> None:
+    one = world.open("one")
+    assert world.take("one") is one
+    assert world.take("two") is None
+    two = world.open("two")
+    assert world.take("two") is two
     assert one.transfer_id != two.transfer_id
-    assert book.take(7, "d", "third") is one
-    assert book.take(7, "d", "fourth") is two
-    assert book.take(7, "d", "fifth") is None
 
 
-def test_a_call_that_is_repeated_changes_nothing() -> None:
-    book = RoomBook()
-    one = book.open(7, "p", "first", "", 0)
-    assert book.open(7, "p", "first", "", 1) is one
-    assert book.take(7, "d", "second") is book.take(7, "d", "second") is one
+def test_another_decode_engine_does_not_get_what_the_first_has(world: World) -> None:
+    one = world.open("one")
+    assert world.take("one", engine="d") is one
+    assert world.take("one", engine="restarted") is None
+    two = world.open("two")
+    assert world.take("one", engine="restarted") is two
+
+
+def test_what_decode_never_asked_for_is_not_the_next_requests(world: World) -> None:
+    """Decode failed before it could ask, and the router tries again in the same room."""
+    world.open("lost")
+    second = world.open("second")
+    assert world.take("second") is second
+
+
+def test_what_comes_too_late_for_decode_is_not_the_next_requests(world: World) -> None:
+    """Decode's first request waited for it, and asks no more."""
+    assert world.take("late", prompt="x") is None
+    world.now_s += 2 * FRESH_S
+    world.open("late", prompt="x")
+    world.now_s += 2 * FRESH_S
+    assert world.take("next", prompt="y") is None
+    wanted = world.open("next", prompt="y")
+    assert world.take("next", prompt="y") is wanted
+
+
+def test_what_prefill_never_opened_is_not_waited_for_by_the_next_request(world: World) -> None:
+    assert world.take("lost") is None
+    wanted = world.open("next")
+    assert world.take("next") is wanted
+    assert world.take("lost") is None
+
+
+def test_decode_hears_that_prefill_has_given_up(world: World) -> None:
+    assert world.take("r") is None
+    world.open("r", error="aborted")
+    told = world.take("r")
+    assert told is not None
+    assert told.error == "aborted"
+
+
+@pytest.mark.parametrize("was_opened", [True, False])
+def test_the_next_request_does_not_hear_it(world: World, was_opened: bool) -> None:
+    if was_opened:
+        world.open("r")
+    world.open("r", error="aborted")
+    world.now_s += LEFT_S + 1
+    assert world.take("next") is None
+    wanted = world.open("next")
+    assert world.take("next") is wanted
+
+
+def test_what_is_declined_is_what_nobody_else_wants(world: World) -> None:
+    assert world.take("given up", is_wanted=False) is None
+    one, two = world.open("one"), world.open("two")
+    assert world.take("given up", is_wanted=False) is None, "somebody may come yet"
+    assert world.take("wanted") is two
+    world.now_s += LEFT_S
+    assert world.take("given up", is_wanted=False) is one
+
+
+def test_another_prompt_in_the_same_room_is_told_and_not_waited_for(world: World) -> None:
+    """Nobody else has come for what was opened when this request was made."""
+    wrong = world.open("r", prompt="x")
+    assert world.take("r", prompt="y") is None
+    world.now_s += LEFT_S
+    assert world.take("r", prompt="y") is wrong
+
+
+def test_two_prompts_at_once_in_one_room_do_not_mix(world: World) -> None:
+    x, y = world.open("x", prompt="x"), world.open("y", prompt="y")
+    assert world.take("y", prompt="y") is y
+    assert world.take("x", prompt="x") is x
 
 
 def test_rooms_are_forgotten_after_a_while() -> None:
     book = RoomBook()
+    asked = Asked("p", "p", "call", "r", {})
     for room in range(5):
-        book.open(room, "p", f"call {room}", "", room)
-    book.open(9, "p", "late", "", KEPT_S + 2)
-    assert [room for room in (*range(5), 9) if book.take(room, "d", "call")] == [3, 4, 9]
-
-
-@contextmanager
-def served(book: RoomBook, answers: threading.Event) -> Iterator[str]:
-    """A book behind HTTP; it answers while ``answers`` is set."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200 if answers.is_set() else 503)
-            self.end_headers()
-            if answers.is_set():
-                self.wfile.write(json.dumps(book.answer(json.loads(body), 0)).encode())
-
-        def log_message(self, *_args: object) -> None:
-            """Nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def answered(ticket: Ticket) -> Ticket:
-    until_s = time.monotonic() + WAIT_S
-    while ticket.is_open:
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
-    return ticket
-
-
-def test_decode_may_ask_before_prefill_and_through_a_server_that_is_away() -> None:
-    answers = threading.Event()
-    with served(RoomBook(), answers) as server:
-        unwanted: list[Ticket] = []
-        decode = Rooms("take", WAIT_S, unwanted.append)
-        prefill = Rooms("open", WAIT_S, unwanted.append)
-        prefill.source = "tcp://source"
-        taken = [decode.ask(server, room) for room in range(3)]
-        opened = [prefill.ask(server, room) for room in reversed(range(3))]
-        assert all(one.is_open for one in taken + opened)
-        answers.set()
-        names = [answered(one).transfer_id for one in taken]
-        assert names == [answered(one).transfer_id for one in reversed(opened)]
-        assert len(set(names)) == 3
-        assert {one.source for one in taken} == {"tcp://source"}
-        assert not unwanted
-
-
-def test_a_request_that_is_given_up_is_not_left_for_the_next_in_its_room() -> None:
-    answers = threading.Event()
-    answers.set()
-    with served(RoomBook(), answers) as server:
-        unwanted: list[Ticket] = []
-        decode = Rooms("take", WAIT_S, unwanted.append)
-        prefill = Rooms("open", WAIT_S, unwanted.append)
-        given_up, wanted = decode.ask(server, 7), decode.ask(server, 7)
-        assert not given_up.give_up()
-        names = [answered(prefill.ask(server, 7)).transfer_id for _ in range(2)]
-        assert [answered(one).transfer_id for one in (given_up, wanted)] == names
-        assert unwanted == [given_up]
-        assert wanted.give_up(), "its answer is here"
-        assert unwanted == [given_up]
-
-
-def test_a_room_that_nobody_opens_is_given_up() -> None:
-    answers = threading.Event()
-    answers.set()
-    with served(RoomBook(), answers) as server:
-        ticket = answered(Rooms("take", 0.1, print).ask(server, 5))
-    assert ticket.error == "room 5 was not opened for 0.1 s"
+        book.open(room, asked, room)
+    book.open(9, asked, KEPT_S + 2)
+    kept = [
+        room
+        for room in (*range(5), 9)
+        if book.take(room, Asked("d", "d", "call", "r", {}), KEPT_S + 2)
+    ]
+    assert kept == [3, 4, 9]

@@ -1,0 +1,132 @@
+"""How engines ask for bootstrap rooms: through a server that may be away, late or never right."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from kvferry_client.sglang_asking import Rooms, Ticket
+from kvferry_client.sglang_rooms import RoomBook
+
+WAIT_S = 20.0
+MODEL = {"model.weights": "one", "prompt": "x"}
+
+
+class Server:
+    """A book behind HTTP; it answers while ``answers`` is set. And who asks it."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
+        self.unwanted: list[Ticket] = []
+        self.decode = Rooms("take", WAIT_S, self.unwanted.append)
+        self.prefill = Rooms("open", WAIT_S, self.unwanted.append)
+        self.prefill.source = "tcp://source"
+        book, answers, lock = RoomBook(), self.answers, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(200 if answers.is_set() else 503)
+                self.end_headers()
+                if answers.is_set():
+                    with lock:
+                        known = book.answer(json.loads(body), time.monotonic())
+                    self.wfile.write(json.dumps(known).encode())
+
+            def log_message(self, *_args: object) -> None:
+                """Nothing."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.http.server_port}"
+
+    def take(self, room: int, request: str = "r", **identity: str) -> Ticket:
+        return self.decode.ask(self.address, room, request, MODEL | identity)
+
+    def open(self, room: int, request: str = "r", **identity: str) -> Ticket:
+        return self.prefill.ask(self.address, room, request, MODEL | identity)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    with server.http:
+        thread = threading.Thread(target=server.http.serve_forever)
+        thread.start()
+        yield server
+        server.http.shutdown()
+        thread.join()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
+def answered(ticket: Ticket) -> Ticket:
+    wait_for(lambda: not ticket.is_open)
+    return ticket
+
+
+def test_decode_may_ask_before_prefill_and_through_a_server_that_is_away(server: Server) -> None:
+    server.answers.clear()
+    taken = [server.take(room) for room in range(3)]
+    opened = [server.open(room) for room in reversed(range(3))]
+    assert all(one.is_open for one in taken + opened)
+    server.answers.set()
+    names = [answered(one).transfer_id for one in taken]
+    assert names == [answered(one).transfer_id for one in reversed(opened)]
+    assert len(set(names)) == 3
+    assert {one.source for one in taken} == {"tcp://source"}
+    assert not server.unwanted
+
+
+def test_a_request_that_is_given_up_leaves_the_next_in_its_room_alone(server: Server) -> None:
+    given_up = server.take(7, "given up")
+    assert not given_up.give_up()
+    wanted = server.take(7, "wanted")
+    name = answered(server.open(7, "wanted")).transfer_id
+    assert answered(wanted).transfer_id == name
+    late = answered(server.open(7, "given up")).transfer_id
+    assert answered(given_up).transfer_id == late
+    assert server.unwanted == [given_up], "so that its source is told"
+    assert wanted.give_up(), "its answer is here"
+    assert server.unwanted == [given_up]
+
+
+def test_a_request_that_fails_before_it_asks_declines_what_prefill_opens(server: Server) -> None:
+    ticket = server.decode.ask(server.address, 7, "r", MODEL, wanted=False)
+    name = answered(server.open(7)).transfer_id
+    assert answered(ticket).transfer_id == name
+    wait_for(lambda: server.unwanted == [ticket])
+
+
+@pytest.mark.parametrize(("field", "there"), [("model.weights", "other"), ("prompt", "y")])
+def test_another_model_or_prompt_is_refused_by_name(server: Server, field: str, there: str) -> None:
+    name = answered(server.open(7, **{field: there})).transfer_id
+    ticket = answered(server.take(7))
+    here = MODEL[field]
+    words = f"payload_mismatch: {name}: {field}: {there} at the source, {here} here"
+    assert ticket.error is not None
+    assert ticket.error.startswith(words)
+    wait_for(lambda: server.unwanted == [ticket])
+    assert not ticket.give_up(), "its source is told once"
+
+
+@pytest.mark.parametrize("was_opened", [True, False])
+def test_decode_is_told_what_prefill_has_given_up(server: Server, was_opened: bool) -> None:
+    ticket = answered(server.open(7)) if was_opened else Ticket(7, "r", MODEL, 0)
+    answered(server.prefill.withdraw(server.address, ticket, "aborted by its engine"))
+    taken = answered(server.take(7))
+    assert taken.error == "prefill has given it up: aborted by its engine"
+    assert not server.unwanted
+
+
+def test_a_room_that_nobody_opens_is_given_up(server: Server) -> None:
+    ticket = answered(Rooms("take", 0.1, print).ask(server.address, 5, "r", MODEL))
+    assert ticket.error == "room 5 was not opened for 0.1 s"
