@@ -33,7 +33,7 @@ def cache_of(
 
     ``heads_total``: of keys and values over all ranks. ``aux``: see ``aux_of``.
     """
-    if type(pool) is SWAKVPool:
+    if type(pool) is SWAKVPool and pool.request_window is None:
         groups = [_planes(pool.full_kv_pool, "full."), _planes(pool.swa_kv_pool, "swa.")]
     else:
         groups = [_planes(pool, "")]
@@ -77,6 +77,8 @@ def take_aux(aux: Mapping[str, torch.Tensor], row: int, values: Mapping[str, byt
 
 def _planes(pool: Any, prefix: str) -> dict[str, CachePlane]:
     """A pool's buffers, each (slots, ...), as pages."""
+    if pool.store_dtype != pool.dtype:
+        raise ValueError(f"a KV pool of {pool.dtype}, kept as {pool.store_dtype}, is not carried")
     if type(pool) is MLATokenToKVPool:
         named = {f"{prefix}{i}.latent": one[:, 0] for i, one in enumerate(pool.kv_buffer)}
     elif type(pool) is MHATokenToKVPool and pool.kv_cache_layout == "nhd":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed
 from aiohttp import web
-from sglang.srt.disaggregation.base.conn import KVArgs, StateType
+from sglang.srt.disaggregation.base.conn import KVArgs
 from sglang.srt.disaggregation.common.conn import (
     CommonKVBootstrapServer,
     CommonKVManager,
@@ -25,6 +25,7 @@ from kvferry_client.sglang_asking import Rooms, Ticket
 from kvferry_client.sglang_cache import Cache, aux_of, cache_of
 from kvferry_client.sglang_identity import model_identity
 from kvferry_client.sglang_rooms import RoomBook
+from kvferry_client.sglang_supported import check_arguments, check_parallelism, check_state
 from kvferry_proto.runtime_dir import default_runtime_dir
 
 logger = logging.getLogger("sglang.kvferry")
@@ -53,7 +54,7 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         is_mla_backend: bool | None = False,
     ) -> None:
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
-        self._check_supported(args)
+        self._check_supported(args, server_args)
         is_prefill = disaggregation_mode == DisaggregationMode.PREFILL
         wait_s = envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get()
         self.rooms = Rooms("open" if is_prefill else "take", wait_s, self.decline)
@@ -81,6 +82,8 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         self.window_tokens = scheduler.sliding_window_size or 0
         self.identity = model_identity(scheduler.server_args, scheduler.model_config, pool)
         self.rooms.engine = _agreed(queue.gloo_group)
+        if scheduler.enable_overlap and not torch.cuda.is_available():
+            self._send_nothing_early()
         self.ferry = Ferry(
             runtime_dir(),
             self.cache.layout,
@@ -128,6 +131,17 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         """Leave the daemon; no page is touched any more."""
         self.ferry.close()
 
+    def _send_nothing_early(self) -> None:
+        """SGLang would end at the first cached prefix: it makes CUDA's events for these."""
+        early = envs.SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX
+        if self.disaggregation_mode == DisaggregationMode.PREFILL and early.get():
+            early.set(False)
+            logger.warning(
+                "%s is off: without CUDA it needs --disable-overlap-schedule; cached prefixes are "
+                "sent with what is computed behind them",
+                early.name,
+            )
+
     def _wait_for_daemon(self, wait_s: float) -> None:
         until_s = time.monotonic() + wait_s
         while (left_s := until_s - time.monotonic()) > 0:
@@ -137,7 +151,7 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
             logger.warning("waiting for kvferry's daemon in %s: %s", runtime_dir(), why)
         logger.error("no daemon: transfers fail until there is one in %s", runtime_dir())
 
-    def _check_supported(self, args: KVArgs) -> None:
+    def _check_supported(self, args: KVArgs, server_args: Any) -> None:
         """ValueError names the first thing that is asked for and cannot be done."""
         sizes = {
             "pipeline": self.pp_size,
@@ -146,12 +160,9 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
             "attention data": self.attn_dp_size,
             "data": self.system_dp_size,
         }
-        for name, size in sizes.items():
-            if size > 1:
-                raise ValueError(f"kvferry does not support {name} parallelism above 1 in SGLang")
-        for state in args.state_types:
-            if state != StateType.SWA:
-                raise ValueError(f"kvferry does not carry {state.value} state of SGLang's")
+        check_parallelism(sizes)
+        check_state(one.value for one in args.state_types)
+        check_arguments(server_args)
         if get_disagg().disaggregation_enable_kv_checksum:
             raise ValueError(
                 "kvferry checks bytes itself: drop --disaggregation-enable-kv-checksum"

@@ -3,10 +3,18 @@
 import re
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvferry_client import FerryError
+from kvferry_client.sglang_supported import (
+    HOST_RECEIVE,
+    UNTRIED,
+    check_arguments,
+    check_parallelism,
+    check_state,
+)  # fmt: skip
 from kvferry_client.sglang_versions import VERSIONS, check_version
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
@@ -38,3 +46,22 @@ def test_the_installed_one_is_in_the_table_and_finds_the_plugin() -> None:
     check_version(found, is_allowed=False)
     (ours,) = (one for one in entry_points(group="sglang.srt.plugins") if one.name == "kvferry")
     assert callable(ours.load())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*((name, True) for name in UNTRIED), (HOST_RECEIVE, 0.5)]
+)
+def test_arguments_that_nobody_tried_are_refused_by_name(name: str, value: object) -> None:
+    arguments = dict.fromkeys(UNTRIED) | {HOST_RECEIVE: 1.0}
+    check_arguments(SimpleNamespace(**arguments))
+    with pytest.raises(ValueError, match=f"drop --{name.replace('_', '-')}"):
+        check_arguments(SimpleNamespace(**arguments | {name: value}))
+
+
+def test_state_and_parallelism_that_are_not_carried_are_refused_by_name() -> None:
+    check_state(["swa"])
+    with pytest.raises(ValueError, match="does not carry mamba state"):
+        check_state(["swa", "mamba"])
+    check_parallelism({"data": 1})
+    with pytest.raises(ValueError, match="does not support data parallelism above 1"):
+        check_parallelism({"pipeline": 1, "data": 2})

@@ -1,5 +1,6 @@
 """What cannot be moved is refused in words, and nothing is opened for it."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hf.moving import Daemons, filled, layout
 from kvferry_client import Client, FerryError, State, connect
 from kvferry_client.transformers_cache import CacheSending, layout_of, receive_cache, send_cache
 from kvferry_client.transformers_layers import KNOWN_VERSIONS, require_known
+
+ROOT = Path(__file__).parents[2]
 
 
 class _Stranger(DynamicCache):
@@ -156,9 +159,15 @@ def test_an_unknown_transformers_is_refused(version: str) -> None:
     )
 
 
+def test_the_docs_table_names_the_versions_that_are_known() -> None:
+    docs = (ROOT / "docs" / "engines.md").read_text()
+    (row,) = re.findall(r"^\| transformers \| ([^|]+) \|", docs, re.MULTILINE)
+    assert row == ", ".join(f"{known}.x" for known in KNOWN_VERSIONS)
+
+
 def test_what_is_installed_and_what_we_ask_for_is_known() -> None:
     require_known(transformers.__version__)
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (asked,) = [
         one
         for one in project["project"]["optional-dependencies"]["demo"]

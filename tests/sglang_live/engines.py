@@ -17,7 +17,6 @@ ENVIRONMENT = {
     "PYTHONPATH": str(STUBS),
     "PYTHONWARNINGS": "ignore",
     "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "40",
-    "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",  # makes CUDA's events
     "SGLANG_USE_CPU_ENGINE": "1",
 }
 # A step of a long prompt takes seconds here, in which a transfer does not move.

@@ -139,6 +139,28 @@ def test_a_room_that_comes_back_means_another_request(scene: Scene) -> None:
     scene.check_nothing_is_left()
 
 
+def test_a_request_with_another_prompt_is_refused_and_the_engines_live_on(scene: Scene) -> None:
+    meeting = scene.meeting()
+    scene.prefill.generate(prompt(300, seed=1), meeting=meeting)
+    decode = scene.decode.generate(prompt(300, seed=2), meeting=meeting)
+    assert failed(decode)
+    message = str(decode.result()["message"])
+    assert "payload_mismatch" in message
+    assert "prompt: " in message
+    _, decode = scene.ask(prompt(300, seed=2))
+    assert decode.tokens == scene.alone.generate(prompt(300, seed=2)).tokens
+    scene.check_nothing_is_left()
+
+
+def test_a_prompt_that_prefill_has_cached_is_sent(scene: Scene) -> None:
+    begun = prompt(3000, seed=7)
+    for tokens in (begun, [*begun, *prompt(500, seed=8)]):
+        _, decode = scene.ask(tokens)
+        assert decode.tokens == scene.alone.generate(tokens).tokens
+    assert "cached prefixes are sent with what is computed" in scene.prefill.log()
+    scene.check_nothing_is_left()
+
+
 def test_an_aborted_decode_frees_all(scene: Scene) -> None:
     _, decode = scene.ask(prompt(20_000, seed=1))
     scene.wait_for_tokens(scene.b, 1)
@@ -197,7 +219,7 @@ def test_a_killed_daemon_fails_the_request_and_the_engines_live_on(scene: Scene)
 
 
 def test_a_daemon_may_come_late_and_models_that_differ_are_told_apart(scene: Scene) -> None:
-    other = make_model(scene.path / "other", head_dim=64)
+    other = make_model(scene.path / "other", seed=8)
     directory = scene.path / "c"
     late = {"KVFERRY_CONNECT_S": "1"}
     with Engine(scene.path / "other.log", other, "decode", directory, late) as engine:
@@ -214,8 +236,9 @@ def test_a_daemon_may_come_late_and_models_that_differ_are_told_apart(scene: Sce
             scene.prefill.generate(prompt(300), meeting=meeting)
             answer = engine.generate(prompt(300), meeting=meeting)
             assert failed(answer)
-            words = "(0.k) shape: (2, 32) at the source, (2, 64) at the sink"
-            assert words in str(answer.result()["message"])
+            message = str(answer.result()["message"])
+            assert "payload_mismatch" in message
+            assert "model.weights: " in message
             wait_until(engine.blocks_are_free)
     scene.check_nothing_is_left()
 

@@ -1,0 +1,45 @@
+"""What of SGLang's was not seen to work with this backend, and is refused when an engine starts.
+
+Imports nothing of SGLang.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+UNTRIED = {
+    "disaggregation_decode_enable_offload_kvcache": "decode's cache in host memory",
+    "disaggregation_decode_enable_radix_cache": "decode's prefix cache",
+    "enable_hierarchical_cache": "a hierarchical cache",
+    "enable_hisparse": "hierarchical sparse attention",
+    "enable_lmcache": "LMCache beside it",
+    "enable_lora": "LoRA adapters",
+    "enable_unified_memory": "unified memory",
+    "lora_paths": "LoRA adapters",
+    "speculative_algorithm": "speculative decoding",
+}
+HOST_RECEIVE = "disaggregation_decode_host_receive_threshold"
+
+
+def check_arguments(arguments: Any) -> None:
+    """ValueError names the first of SGLang's server arguments that cannot be had."""
+    for name, words in UNTRIED.items():
+        if getattr(arguments, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"kvferry was not tried with {words} in SGLang: drop --{option}")
+    if getattr(arguments, HOST_RECEIVE) < 1:
+        option = HOST_RECEIVE.replace("_", "-")
+        raise ValueError(f"kvferry fetches into the device's pool only: drop --{option}")
+
+
+def check_parallelism(sizes: Mapping[str, int]) -> None:
+    """ValueError names the first kind that is asked for; tensor parallelism is not among them."""
+    for name, size in sizes.items():
+        if size > 1:
+            raise ValueError(f"kvferry does not support {name} parallelism above 1 in SGLang")
+
+
+def check_state(kinds: Iterable[str]) -> None:
+    """ValueError names state that is not of tokens."""
+    for kind in kinds:
+        if kind != "swa":
+            raise ValueError(f"kvferry does not carry {kind} state of SGLang's")
