@@ -53,9 +53,7 @@ def _kv_class(of_sglang: Any, transfer_backend: Any, class_type: Any) -> Any:
 
 def _attach(manager: Any, queue: Any) -> None:
     """Give a manager of ours what its queue knows of the pools."""
-    from kvferry_client.sglang_manager import KvferryManager
-
-    if isinstance(manager, KvferryManager):
+    if _is_ours(manager):
         manager.attach(queue)
 
 
@@ -71,7 +69,10 @@ def _receives(request: Any, queue: Any, req: Any, *_args: Any, **_options: Any) 
 
 
 def _tell(side: Any, req: Any) -> None:
-    from kvferry_client.sglang_sides import KvferryReceiver, KvferrySender
-
-    if isinstance(side, KvferryReceiver | KvferrySender):  # and not SGLang's own, of warm-ups
+    if _is_ours(side):
         side.is_of(req)
+
+
+def _is_ours(one: Any) -> bool:
+    """And not of another backend, or of SGLang's own for warm-ups."""
+    return type(one).__module__.startswith("kvferry_client.")

@@ -88,6 +88,8 @@ class _Transfer:
     def _look_for_daemon(self) -> State:
         """Whether it is there: a while is waited for it."""
         ferry = self.kv_mgr.ferry
+        if not self._request:
+            return self._fail("SGLang did not tell which request this is: its hooks are others")
         if ferry.peer_address is not None:
             self.kv_mgr.rooms.source = ferry.peer_address
             return State.WAITING_FOR_INPUT
