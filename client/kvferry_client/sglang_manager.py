@@ -18,7 +18,7 @@ from sglang.srt.disaggregation.common.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.environ import envs
-from sglang.srt.runtime_context import get_disagg
+from sglang.srt.runtime_context import get_disagg, get_parallel
 
 from kvferry_client.engine import Ferry, Incoming, Tables
 from kvferry_client.sglang_asking import Rooms, Ticket
@@ -81,7 +81,7 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         self.cache = cache_of(pool, self.aux, heads, block_tokens)
         self.window_tokens = scheduler.sliding_window_size or 0
         self.identity = model_identity(scheduler.server_args, scheduler.model_config, pool)
-        self.rooms.engine = _agreed(queue.gloo_group)
+        self.rooms.engine = _agreed(get_parallel().attn_tp_group.cpu_group)
         if scheduler.enable_overlap and not torch.cuda.is_available():
             self._send_nothing_early()
         self.ferry = Ferry(
