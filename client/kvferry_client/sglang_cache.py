@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kvferry_client.engine import layout_of
 from kvferry_client.paged import CachePlane, PagedCache
+from kvferry_client.sglang_supported import check_tried
 from kvferry_proto.layout import Layout
 
 AUX_VALUE_BYTES_MAX = 1 << 16
@@ -34,6 +35,7 @@ def cache_of(
     ``heads_total``: of keys and values over all ranks. ``aux``: see ``aux_of``.
     """
     if type(pool) is SWAKVPool and pool.request_window is None:
+        check_tried("layers that look back a window")
         groups = [_planes(pool.full_kv_pool, "full."), _planes(pool.swa_kv_pool, "swa.")]
     else:
         groups = [_planes(pool, "")]
@@ -80,6 +82,7 @@ def _planes(pool: Any, prefix: str) -> dict[str, CachePlane]:
     if pool.store_dtype != pool.dtype:
         raise ValueError(f"a KV pool of {pool.dtype}, kept as {pool.store_dtype}, is not carried")
     if type(pool) is MLATokenToKVPool:
+        check_tried("latents (MLA)")
         named = {f"{prefix}{i}.latent": one[:, 0] for i, one in enumerate(pool.kv_buffer)}
     elif type(pool) is MHATokenToKVPool and pool.kv_cache_layout == "nhd":
         both = zip(pool.k_buffer, pool.v_buffer, strict=True)

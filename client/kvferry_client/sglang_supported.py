@@ -1,11 +1,14 @@
-"""What of SGLang's was not seen to work with this backend, and is refused when an engine starts.
+"""What of SGLang's cannot be carried, or was not seen to work: refused when an engine starts.
 
 Imports nothing of SGLang.
 """
 
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+ALLOW = "KVFERRY_ALLOW_UNTRIED"
 UNTRIED = {
     "disaggregation_decode_enable_offload_kvcache": "decode's cache in host memory",
     "disaggregation_decode_enable_radix_cache": "decode's prefix cache",
@@ -18,24 +21,35 @@ UNTRIED = {
     "speculative_algorithm": "speculative decoding",
 }
 HOST_RECEIVE = "disaggregation_decode_host_receive_threshold"
+logger = logging.getLogger("sglang.kvferry")
+
+
+def check_tried(words: str) -> None:
+    """ValueError for what nobody saw work, unless the environment wants it tried."""
+    if os.environ.get(ALLOW) != "1":
+        raise ValueError(
+            f"kvferry was not tried with {words} in SGLang; to try it all the same set {ALLOW}=1"
+        )
+    logger.warning("kvferry was not tried with %s in SGLang", words)
 
 
 def check_arguments(arguments: Any) -> None:
     """ValueError names the first of SGLang's server arguments that cannot be had."""
     for name, words in UNTRIED.items():
         if getattr(arguments, name):
-            option = name.replace("_", "-")
-            raise ValueError(f"kvferry was not tried with {words} in SGLang: drop --{option}")
+            check_tried(f"{words} (--{name.replace('_', '-')})")
     if getattr(arguments, HOST_RECEIVE) < 1:
         option = HOST_RECEIVE.replace("_", "-")
         raise ValueError(f"kvferry fetches into the device's pool only: drop --{option}")
 
 
-def check_parallelism(sizes: Mapping[str, int]) -> None:
-    """ValueError names the first kind that is asked for; tensor parallelism is not among them."""
-    for name, size in sizes.items():
+def check_parallelism(ranks: int, others: Mapping[str, int]) -> None:
+    """ValueError names the first kind that is asked for; ``ranks``: tensor-parallel ones."""
+    for name, size in others.items():
         if size > 1:
             raise ValueError(f"kvferry does not support {name} parallelism above 1 in SGLang")
+    if ranks > 1:
+        check_tried("more than one tensor-parallel rank")
 
 
 def check_state(kinds: Iterable[str]) -> None:

@@ -9,12 +9,13 @@ import pytest
 
 from kvferry_client import FerryError
 from kvferry_client.sglang_supported import (
+    ALLOW,
     HOST_RECEIVE,
     UNTRIED,
     check_arguments,
     check_parallelism,
     check_state,
-)  # fmt: skip
+)
 from kvferry_client.sglang_versions import VERSIONS, check_version
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
@@ -48,20 +49,38 @@ def test_the_installed_one_is_in_the_table_and_finds_the_plugin() -> None:
     assert callable(ours.load())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [*((name, True) for name in UNTRIED), (HOST_RECEIVE, 0.5)]
-)
-def test_arguments_that_nobody_tried_are_refused_by_name(name: str, value: object) -> None:
+@pytest.mark.parametrize("name", UNTRIED)
+def test_arguments_that_nobody_tried_are_refused_unless_they_are_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ALLOW, raising=False)
     arguments = dict.fromkeys(UNTRIED) | {HOST_RECEIVE: 1.0}
     check_arguments(SimpleNamespace(**arguments))
-    with pytest.raises(ValueError, match=f"drop --{name.replace('_', '-')}"):
-        check_arguments(SimpleNamespace(**arguments | {name: value}))
+    asked = SimpleNamespace(**arguments | {name: True})
+    with pytest.raises(ValueError, match=rf"not tried with .*\(--{name.replace('_', '-')}\)"):
+        check_arguments(asked)
+    monkeypatch.setenv(ALLOW, "1")
+    check_arguments(asked)
 
 
-def test_state_and_parallelism_that_are_not_carried_are_refused_by_name() -> None:
+def test_what_cannot_be_done_is_refused_whatever_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ALLOW, "1")
+    with pytest.raises(ValueError, match="fetches into the device's pool only"):
+        check_arguments(SimpleNamespace(**dict.fromkeys(UNTRIED) | {HOST_RECEIVE: 0.5}))
     check_state(["swa"])
     with pytest.raises(ValueError, match="does not carry mamba state"):
         check_state(["swa", "mamba"])
-    check_parallelism({"data": 1})
+    check_parallelism(2, {"data": 1})
     with pytest.raises(ValueError, match="does not support data parallelism above 1"):
-        check_parallelism({"pipeline": 1, "data": 2})
+        check_parallelism(1, {"pipeline": 1, "data": 2})
+
+
+def test_more_than_one_rank_is_refused_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(ALLOW, raising=False)
+    check_parallelism(1, {"data": 1})
+    with pytest.raises(ValueError, match=f"more than one tensor-parallel rank .* {ALLOW}=1"):
+        check_parallelism(2, {"data": 1})

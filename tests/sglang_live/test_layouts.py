@@ -10,6 +10,7 @@ from sglang_live.engines import FLAGS, Engine, make_model, wait_until
 from vllm_live.asking import prompt
 
 pytestmark = pytest.mark.timeout(900)
+TRY = {"KVFERRY_ALLOW_UNTRIED": "1"}
 LENGTHS = (1, 15, 16, 17, 130, 300, 700, 3000, 9000)
 PAGES = [("llama", 1, 16), ("llama", 16, 1), ("gemma3", 1, 1), ("deepseek", 1, 1)]
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -26,10 +27,10 @@ def test_engines_hand_over(tmp_path: Path, kind: str, prefill_page: int, decode_
         LiveDaemon(tmp_path / "b", **FLAGS) as b,
         Engine(tmp_path / "alone.log", model) as alone,
         Engine(
-            tmp_path / "prefill.log", model, "prefill", a.directory, page_size=prefill_page
+            tmp_path / "prefill.log", model, "prefill", a.directory, TRY, page_size=prefill_page
         ) as prefill,
         Engine(
-            tmp_path / "decode.log", model, "decode", b.directory, page_size=decode_page
+            tmp_path / "decode.log", model, "decode", b.directory, TRY, page_size=decode_page
         ) as decode,
     ):
         prompts = [prompt(length) for length in LENGTHS]

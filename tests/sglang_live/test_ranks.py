@@ -9,6 +9,7 @@ from sglang_live.engines import FLAGS, Engine, make_model, wait_until
 from vllm_live.asking import prompt
 
 pytestmark = pytest.mark.timeout(900)
+TRY = {"KVFERRY_ALLOW_UNTRIED": "1"}
 LENGTHS = (1, 129, 700, 3000)
 
 
@@ -20,10 +21,10 @@ def test_ranks_hand_over(tmp_path: Path, prefill_ranks: int, decode_ranks: int) 
         LiveDaemon(tmp_path / "b", **FLAGS) as b,
         Engine(tmp_path / "alone.log", model) as alone,
         Engine(
-            tmp_path / "prefill.log", model, "prefill", a.directory, tp_size=prefill_ranks
+            tmp_path / "prefill.log", model, "prefill", a.directory, TRY, tp_size=prefill_ranks
         ) as prefill,
         Engine(
-            tmp_path / "decode.log", model, "decode", b.directory, tp_size=decode_ranks
+            tmp_path / "decode.log", model, "decode", b.directory, TRY, tp_size=decode_ranks
         ) as decode,
     ):
         prompts = [prompt(length) for length in LENGTHS]
