@@ -25,7 +25,7 @@ from kvferry_client.sglang_asking import Rooms, Ticket
 from kvferry_client.sglang_cache import Cache, aux_of, cache_of
 from kvferry_client.sglang_identity import model_identity
 from kvferry_client.sglang_rooms import RoomBook
-from kvferry_client.sglang_supported import check_arguments, check_parallelism, check_state
+from kvferry_client.sglang_supported import ALLOW, check_arguments, check_parallelism, check_state
 from kvferry_proto.runtime_dir import default_runtime_dir
 
 logger = logging.getLogger("sglang.kvferry")
@@ -82,8 +82,7 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         self.window_tokens = scheduler.sliding_window_size or 0
         self.identity = model_identity(scheduler.server_args, scheduler.model_config, pool)
         self.rooms.engine = _agreed(get_parallel().attn_tp_group.cpu_group)
-        if scheduler.enable_overlap and not torch.cuda.is_available():
-            self._send_nothing_early()
+        self._send_nothing_early(is_overlapping=scheduler.enable_overlap)
         self.ferry = Ferry(
             runtime_dir(),
             self.cache.layout,
@@ -131,16 +130,19 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         """Leave the daemon; no page is touched any more."""
         self.ferry.close()
 
-    def _send_nothing_early(self) -> None:
-        """SGLang would end at the first cached prefix: it makes CUDA's events for these."""
+    def _send_nothing_early(self, *, is_overlapping: bool) -> None:
+        """Cached prefixes go with what is computed behind them: nobody saw them go before.
+
+        And without CUDA SGLang would end at the first one: it makes events of CUDA's for them.
+        """
         early = envs.SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX
-        if self.disaggregation_mode == DisaggregationMode.PREFILL and early.get():
+        if self.disaggregation_mode != DisaggregationMode.PREFILL or not early.get():
+            return
+        is_possible = torch.cuda.is_available() or not is_overlapping
+        if not is_possible or os.environ.get(ALLOW) != "1":
             early.set(False)
-            logger.warning(
-                "%s is off: without CUDA it needs --disable-overlap-schedule; cached prefixes are "
-                "sent with what is computed behind them",
-                early.name,
-            )
+            words = "cached prefixes are sent with what is computed behind them"
+            logger.warning("%s is off: %s; see %s", early.name, words, ALLOW)
 
     def _wait_for_daemon(self, wait_s: float) -> None:
         until_s = time.monotonic() + wait_s

@@ -55,7 +55,12 @@ def test_a_cached_prefix_is_sent_before_the_rest_is_computed(tmp_path: Path) -> 
         LiveDaemon(tmp_path / "a", **FLAGS) as a,
         LiveDaemon(tmp_path / "b", **FLAGS) as b,
         Engine(
-            tmp_path / "prefill.log", model, "prefill", a.directory, disable_overlap_schedule=True
+            tmp_path / "prefill.log",
+            model,
+            "prefill",
+            a.directory,
+            TRY,
+            disable_overlap_schedule=True,
         ) as prefill,
         Engine(tmp_path / "decode.log", model, "decode", b.directory) as decode,
         Engine(tmp_path / "alone.log", model) as alone,
