@@ -140,7 +140,9 @@ class Config(Deadlines):
     connections_max: int = Field(
         4096, ge=1, le=1 << 16, description="at once, to the worker and to the peer socket each"
     )
-    messages_a_s: int = Field(20_000, ge=1, description="from one worker or one peer")
+    messages_a_s: int = Field(
+        20_000, ge=1, description="from one worker, one peer that pulls, or one source"
+    )
     otlp_endpoint: str | None = Field(
         None,
         pattern="^https?://",
@@ -221,6 +223,11 @@ class Config(Deadlines):
         if self.tenant_budget_bytes is None:
             raise ValueError(
                 "tenant: the first one's pool would take the whole budget; set tenant_budget_bytes"
+            )
+        if self.operator_group == self.worker_group:
+            raise ValueError(
+                "operator_group: with tenant the workers' group must not be the operators', who see "
+                "and end every transfer"
             )
 
     def _check_encryption(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvferry_daemon.access import PRIVATE, Access
+from kvferry_daemon.core.tenants import tenant_in
 
 LOCK = "daemon.lock"
 WORKERS = "workers"
@@ -72,8 +73,9 @@ class RuntimeDir:
         """
         _give(self.pools, self._access.worker_gid, 0o2750)
         _give(self.workers, self._access.worker_gid, 0o3730)
-        for path in _files(self.pools):  # of an earlier life
-            _give(path, self._access.worker_gid, 0o640 if path.suffix else 0o660)
+        for path in _files(self.pools):  # of an earlier life; one user's alone stay so
+            if not tenant_in(path.stem):
+                _give(path, self._access.worker_gid, 0o640 if path.suffix else 0o660)
         _give(self.path, self._access.directory_gid, 0o750)
 
     @property

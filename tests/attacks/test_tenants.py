@@ -125,9 +125,17 @@ def test_one_tenant_leaves_room_for_another(place: Path) -> None:
 
 
 def test_a_next_life_keeps_tenants_apart_and_goes_on_with_their_transfers(place: Path) -> None:
-    with LiveDaemon(place / "a", **APART) as daemon, kept(daemon):
+    with (
+        LiveDaemon(place / "a", **APART) as daemon,
+        kept(daemon),
+        RawWorker(daemon.directory) as raw,
+    ):
+        assert raw.welcome is not None
+        own = Path(raw.welcome.pool.path)  # of the daemon's own user
+        raw.snapshot(worker.Send(transfer_id="own"))
         daemon.process.kill()
         with daemon.again() as again:
+            assert stat.S_IMODE(own.stat().st_mode) == 0o600
             assert source_of(again).state not in TERMINAL
             (path,) = (again.directory / "pools").glob(f"*-uid{VICTIM}")
             assert os.getxattr(path, ACL)
@@ -168,6 +176,8 @@ def test_tenants_need_a_group_and_a_budget(place: Path) -> None:
     grouped = (*asked, "--worker-group", WORKERS)
     assert "tenant_budget_bytes" in kvferry("config", "check", *grouped).stderr
     whole = (*grouped, "--tenant-budget-bytes", "1MiB")
+    asked = (*whole, "--operator-group", WORKERS)
+    assert "operator_group" in kvferry("config", "check", *asked).stderr
     assert kvferry("config", "check", *whole).returncode == 0
 
 

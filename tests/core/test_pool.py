@@ -132,15 +132,13 @@ class PoolLife(RuleBasedStateMachine):
         quarantined = sum(self.live[lease_id].run.blocks for lease_id in self.quarantined)
         assert pool.quarantined_blocks == quarantined
         assert pool.free_blocks == len(self.free.tags)
-        leased = sum(pool.leased_blocks(role) for role in Role)
-        assert pool.free_blocks + leased + quarantined == pool.blocks == BLOCKS
+        used = sum(self.used(role) for role in Role)
+        assert pool.leased_blocks == used - quarantined
+        assert pool.free_blocks + used == pool.blocks == BLOCKS
         for role in Role:
             left = QUOTA[role] - self.used(role)
             assert pool.room_left(role) == left
             assert pool.room(role) == min(left, len(self.free.tags))
-            aside = [x for x in self.quarantined if self.live[x].role is role]
-            held = self.used(role) - sum(self.live[x].run.blocks for x in aside)
-            assert pool.leased_blocks(role) == held
 
     def teardown(self) -> None:
         for lease in self.live.values():

@@ -3,8 +3,9 @@
 from kvferry_daemon.core.blocks import SHARES, PoolBook
 from kvferry_daemon.core.events import Key, WantBlocks
 from kvferry_daemon.core.pool import BlockPool, Lease
-from kvferry_proto.states import Role
-from world import layout
+from kvferry_proto import worker
+from kvferry_proto.states import Mode, Role, StallReason, State
+from world import BLOCK, World, layout
 
 SHARE = 4
 QUOTA = SHARE * SHARES
@@ -74,3 +75,42 @@ def test_a_group_gets_as_much_for_each_rank() -> None:
         assert waiting.given() == []
     waiting.free(1)
     assert waiting.given() == [("group", 3)], "what cannot be halved stays for others"
+
+
+def test_many_take_turns_quickly_where_most_blocks_do_not_move() -> None:
+    """Less than a share was left, and handed out once a second: with a hundred that wait, each waited
+    for longer than a transfer may stand still."""
+    world, end = World(blocks=2 * QUOTA, window_tokens=4 * BLOCK), 4 * BLOCK
+    world.hello("a", b"source")
+    world.hello("b", b"sink")
+    held = (QUOTA - SHARE + 1) * BLOCK
+    world.call("a", b"source", worker.Send(transfer_id="held"))
+    world.call(
+        "b", b"sink",
+        worker.Receive(transfer_id="held", source="tcp://a:1", mode=Mode.WHOLE, max_tokens=held),
+    )  # fmt: skip
+    _ready(world, "held", BLOCK)
+    names = [f"t{number}" for number in range(SHARES - 1)]
+    for name in names:
+        world.call("a", b"source", worker.Send(transfer_id=name, total_tokens=end))
+        world.call("b", b"sink", worker.Receive(transfer_id=name, source="tcp://a:1"))
+        _ready(world, name, end)
+    began_s, waiting = world.now_s, set(names)
+    while waiting:
+        assert world.now_s < began_s + len(names) * 0.2, (waiting, world.now_s - began_s)
+        world.wait(0.01)
+        for name in sorted(waiting):
+            seen = world.snapshot("b", b"sink", Role.SINK, name)
+            if seen.state is State.SUCCESS:
+                waiting.discard(name)
+                world.call("b", b"sink", worker.Release(transfer_id=name, role=Role.SINK))
+            elif seen.stall is StallReason.WAITING_FOR_BLOCKS and seen.sent_tokens:
+                call = worker.Resume(transfer_id=name, sent_tokens=seen.sent_tokens)
+                world.call("b", b"sink", call)
+
+
+def _ready(world: World, name: str, tokens: int) -> None:
+    world.fill("a", world.snapshot("a", b"source", Role.SOURCE, name), tokens)
+    call = worker.Ready(transfer_id=name, ready_tokens=tokens)
+    world.call("a", b"source", call)
+    world.settle()

@@ -9,6 +9,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.tenants import Tenancy, pool_id_of, tenant_in, tenant_of, uid_in
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
+from kvferry_proto.states import Role, State
 from world import Machine, World, layout
 
 ONE, AGAIN, OTHER = b"one worker", b"another of its user", b"another user's"
@@ -69,3 +70,37 @@ def test_a_pools_name_says_whose_it_is() -> None:
     assert (tenant_in(shared), uid_in(shared)) == ("", None)
     assert (tenant_in(own), uid_in(own)) == (f"uid{USER.partition(':')[0]}", 1000)
     assert own.startswith(shared)
+
+
+def tenants() -> World:
+    """A worker of each of two users at one daemon."""
+    world = World()
+    node = world.machines["a"].node
+    node.settings = replace(node.settings, tenancy="uid", tenant_budget_bytes=1 << 20)
+    world.hello("a", ONE, user=USER)
+    world.hello("a", OTHER, user=ANOTHER_USER)
+    return world
+
+
+def test_the_end_of_a_sink_that_came_first_does_another_tenants_source_no_harm() -> None:
+    """A source found its id ended already, in the words of whoever had guessed it."""
+    world = tenants()
+    world.call("a", OTHER, worker.Receive(transfer_id="t"), ANOTHER_USER)
+    world.call("a", OTHER, worker.Abort(transfer_id="t", role=Role.SINK), ANOTHER_USER)
+    (opened,) = world.call("a", ONE, CALL, USER).transfers
+    assert opened.state is State.BOOTSTRAPPING
+
+
+def test_a_tenant_whose_worker_has_left_is_ended_by_nobody_elses_attempt() -> None:
+    """All was ready, so the payload outlives its worker; a higher attempt took it from its sink."""
+    world = tenants()
+    (opened,) = world.call("a", ONE, worker.Send(transfer_id="t", total_tokens=4), USER).transfers
+    world.fill("a", opened, 4)
+    world.call("a", ONE, worker.Ready(transfer_id="t", ready_tokens=4, total_tokens=4), USER)
+    (session,) = (s.secret for s in world.machines["a"].node.sessions.values() if s.user == USER)
+    world.feed("a", out.LockDropped(session))
+    (source,) = world.machines["a"].node.transfers.values()
+    assert not source.ended
+    again = world.call("a", OTHER, worker.Send(transfer_id="t", attempt=1), ANOTHER_USER)
+    assert again.error.code == Code.NOT_YOUR_TRANSFER
+    assert not source.ended

@@ -36,6 +36,7 @@ class PoolBook:
     sink_blocks: int
     memory: DeviceMemory | None = None  # how workers open it, if it is no file
     lost: str = ""  # why nothing in it is to be relied on any more
+    holds_back: bool = False  # blocks lie about, and somebody waits for a share of them
     _queues: dict[tuple[Role, Kind], dict[Key, WantBlocks]] = field(
         default_factory=lambda: {(role, kind): {} for role in Role for kind in KINDS}
     )
@@ -106,11 +107,12 @@ class PoolBook:
 
         Where many wait, a block for each as soon as one is free would keep all windows at a block,
         and every block costs a round trip then. So who is next waits for a share of the pool, or
-        for all it wants. ``crumbs``: for less, too; those who hold the rest may not move at all.
+        for all it wants, and ``holds_back`` says so. ``crumbs``: for less, too.
 
         One that needs all of its blocks at once may be overtaken by those that can go on with
         fewer, but only OVERTAKEN_MAX times; then everybody waits until there is room for it.
         """
+        self.holds_back = False
         if not self._arrived:
             return  # nobody waits, as mostly
         for role in Role:
@@ -151,6 +153,7 @@ class PoolBook:
         if some is not None:
             least = some[1].ranks if crumbs else self._share(role, some[1])
             if self._room(some[0]) < least:
+                self.holds_back |= self._room(some[0]) >= some[1].ranks
                 if whole is None or self._arrived[some[0]] < self._arrived[whole[0]]:
                     return None  # it came first
                 some = None

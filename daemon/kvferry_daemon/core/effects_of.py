@@ -12,6 +12,8 @@ from kvferry_daemon.core.here import can_take_over
 from kvferry_proto.peer import Progress, Pull
 from kvferry_proto.states import Role, State
 
+CRUMBS_S = 0.02  # blocks are held back for so long at most: some round trips
+
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node
     from kvferry_daemon.core.sink import SinkTransfer
@@ -86,14 +88,17 @@ class EffectDesk:
         book.forget(transfer.key)
         self._hand_out(book)
 
-    def hand_out_crumbs(self) -> None:
-        """From time to time: whatever is left, however little, is better than to stand still."""
-        for book in self._node.books.values():
+    def hand_out_crumbs(self, pool_id: str) -> None:
+        """No share came together in a while: those who hold the rest may not move at all."""
+        del self._node.crumbs_due[pool_id]
+        book = self._node.books.get(pool_id)
+        if book is not None:
             self._hand_out(book, crumbs=True)
 
     def _hand_out(self, book: PoolBook, *, crumbs: bool = False) -> None:
-        node = self._node
+        node, granted = self._node, False
         for key, grant in book.grants(crumbs=crumbs):
+            granted = True
             blocks = sum(lease.run.blocks for lease in grant.leases)
             book.on_the_way(key, blocks)
             if not grant.dirty:
@@ -103,6 +108,10 @@ class EffectDesk:
             self._tickets += 1
             self._zeroing[self._tickets] = Zeroing(key, grant.leases)
             node.effects.append(out.Zero(book.pool_id, grant.dirty, self._tickets))
+        if not book.holds_back:
+            node.crumbs_due.pop(book.pool_id, None)
+        elif granted or book.pool_id not in node.crumbs_due:
+            node.crumbs_due[book.pool_id] = node.now_s + CRUMBS_S
         for key in book.ready_to_try():
             node.post(key, ev.RoomAgain())
 
@@ -167,7 +176,7 @@ class EffectDesk:
         node, key = self._node, transfer.key
         if transfer.opening.source is None:
             source_key = key._replace(role=Role.SOURCE)
-            if not node.workers.openings.are_strangers(source_key, key):
+            if node.workers.openings.may_end(source_key, key):
                 node.post(source_key, ev.Done(transfer.state, transfer.error))
             node.post(key, ev.DoneNoted())
         else:

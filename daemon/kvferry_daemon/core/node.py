@@ -131,6 +131,9 @@ class Node:
         # them are not noticed: with a worker's beat, that must stay below what it is lost after.
         self.sweep_s = min(SWEEP_S, settings.timing.lost_s / 4)
         self._sweep_at_s = now_s + self.sweep_s
+        self.crumbs_due: dict[
+            str, float
+        ] = {}  # by pool: blocks were held back for long enough then
         self.workers = WorkerDesk(self)
         self.sources = SourceDesk(self)
         self.sinks = SinkDesk(self)
@@ -191,7 +194,10 @@ class Node:
     @property
     def wake_at_s(self) -> float:
         """When ``handle(TimePassed)`` is due at the latest."""
-        return min(self._timers[0][0] if self._timers else NEVER_S, self._sweep_at_s)
+        due_s = self._timers[0][0] if self._timers else NEVER_S
+        if self.crumbs_due:
+            due_s = min(due_s, *self.crumbs_due.values())
+        return min(due_s, self._sweep_at_s)
 
     def check(self) -> None:
         """Raise if the books of a pool do not add up (I1, I8), or the census. For tests."""
@@ -365,6 +371,8 @@ class Node:
                     self.effects.append(out.ToWorker(poll.route, worker.Snapshots(call=poll.call)))
             else:
                 self.sinks.tick(str(thing))
+        for pool_id in [one for one, at_s in self.crumbs_due.items() if self.now_s >= at_s]:
+            self._effects_of.hand_out_crumbs(pool_id)
         if self.now_s >= self._sweep_at_s:
             self._sweep_at_s = self.now_s + self.sweep_s
             self._sweep()
@@ -392,7 +400,6 @@ class Node:
             self.workers.openings.forget(key)
             self.notes.stone_gone(key)
         self.sources.expire()
-        self._effects_of.hand_out_crumbs()
 
     def _on_drain_begun(self, _event: out.DrainBegun) -> None:
         self.draining = True

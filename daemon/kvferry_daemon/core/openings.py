@@ -9,7 +9,7 @@ from kvferry_daemon.core.opening import opening_of, timing_of
 from kvferry_daemon.core.readiness import check_ready
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
-from kvferry_daemon.core.tenants import are_one, not_yours
+from kvferry_daemon.core.tenants import are_one, not_yours, tenant_in
 from kvferry_daemon.core.transfer import Transfer
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError, exhausted
@@ -84,6 +84,16 @@ class Openings:
         pool_id, others = self._opened_in.get(key), self._opened_in.get(other)
         return pool_id is not None and others is not None and not are_one(pool_id, others)
 
+    def may_end(self, source: ev.Key, sink: ev.Key) -> bool:
+        """Whether a sink's end is told to its source here.
+
+        With tenants not to one that nobody has opened yet: it may become another tenant's.
+        """
+        pool_id = self._opened_in.get(sink)
+        if pool_id is not None and tenant_in(pool_id) and source not in self._opened_in:
+            return False
+        return not self.are_strangers(source, sink)
+
     def _check_tenant(self, session: Session, key: ev.Key) -> None:
         """Raise FerryError if another tenant has opened this, be it over or not."""
         if not are_one(self._opened_in.get(key, session.pool_id), session.pool_id):
@@ -91,9 +101,11 @@ class Openings:
 
     def _check_retry(self, session: Session, key: ev.Key, newest: int) -> None:
         """A higher attempt ends the one before it, which only its own user may do."""
-        before = self._node.transfers.get(key._replace(attempt=newest))
+        older = key._replace(attempt=newest)
+        before = self._node.transfers.get(older)
         if before is None or before.ended:
             return
+        self._check_tenant(session, older)  # also where the session is gone
         owner = self._node.sessions.get(before.opening.session)
         if owner is not None and not owner.belongs_to(session.user):
             raise FerryError(Code.NOT_YOUR_TRANSFER, f"attempt {newest} was opened by another user")

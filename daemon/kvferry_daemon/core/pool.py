@@ -88,13 +88,10 @@ class BlockPool:
         """Blocks of the longest free run. Walks all runs: for operators."""
         return max((run.blocks for run in self._free.runs()), default=0)
 
-    def leased_blocks(self, role: Role) -> int:
-        """Blocks of a role that are not quarantined. Walks all leases: for operators."""
-        return sum(
-            lease.run.blocks
-            for lease in self._live.values()
-            if lease.role is role and lease.lease_id not in self._quarantined
-        )
+    @property
+    def leased_blocks(self) -> int:
+        """Blocks that somebody has and that are not quarantined (I8)."""
+        return self.blocks - self._free.free_blocks - self.quarantined_blocks
 
     def room(self, role: Role) -> int:
         """Blocks that could be granted to a role now."""

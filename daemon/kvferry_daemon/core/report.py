@@ -31,7 +31,7 @@ def status(
     log_level: str,
     now_s: float,
 ) -> control.Status:
-    """The daemon as a whole. However many transfers there are, it takes the loop no longer."""
+    """The daemon as a whole. It walks over no transfers: of what it costs, free runs alone grow."""
     states, stalls = +node.tombstones.states, Counter[StallReason]()
     for kind, count in node.census.kinds.items():
         states[kind.state] += count
@@ -82,7 +82,7 @@ def _pool(node: Node, book: PoolBook) -> control.PoolStatus:
         block_size_tokens=book.layout.block_size_tokens,
         blocks_total=pool.blocks,
         blocks_free=pool.free_blocks,
-        blocks_leased=sum(pool.leased_blocks(role) for role in Role),
+        blocks_leased=pool.leased_blocks,
         blocks_quarantined=pool.quarantined_blocks,
         source_blocks=book.source_blocks,
         sink_blocks=book.sink_blocks,

@@ -159,7 +159,7 @@ class NodeCollector(Collector):
         for book in self._node.books.values():
             pool, device = book.pool, book.device
             counts[device, "free"] += pool.free_blocks
-            counts[device, "leased"] += sum(pool.leased_blocks(role) for role in Role)
+            counts[device, "leased"] += pool.leased_blocks
             counts[device, "quarantined"] += pool.quarantined_blocks
         for labels, count in sorted(counts.items()):
             blocks.add_metric(labels, count)
