@@ -30,7 +30,8 @@ def newest(results: Path = RESULTS) -> Path | None:
 def part(path: Path | None) -> dict[str, Any]:
     """What the aim is judged by.
 
-    Where no whole size was as good, the largest that was tried stands for it: it takes more.
+    Where no whole size was as good, the largest that was tried stands for it: it takes more. Where the
+    first one that holds the largest payload was as good, that payload does: it may take no more.
     """
     if path is None:
         return absent("no replay was committed")
@@ -42,13 +43,19 @@ def part(path: Path | None) -> dict[str, Any]:
     tried = [one["sink_tokens"] for one in told["runs"] if one["mode"] == "whole"]
     if not tried:
         return absent(f"{path.name} has no whole payloads")
+    largest_tokens = told["trace"]["largest_tokens"]
+    whole_needs = whole_tokens or max(tried)
+    if whole_tokens == min(tried):
+        whole_needs = max(largest_tokens, windows_tokens)
     return {
         "file": path.name,
         "requests": told["trace"]["requests"],
         "windows_tokens": windows_tokens,
         "whole_tokens": whole_tokens,
+        "whole_least_tokens": min(tried),
         "whole_tried_tokens": max(tried),
-        "windows_to_whole": round(windows_tokens / (whole_tokens or max(tried)), 4),
+        "largest_tokens": largest_tokens,
+        "windows_to_whole": round(windows_tokens / whole_needs, 4),
     }
 
 
@@ -101,5 +108,10 @@ def _verdict(found: dict[str, Any]) -> str:
     if found["whole_tokens"] is None:
         return (
             f"For the same p99 whole payloads need more than {times:.3g} times the sink's memory."
+        )
+    if found["whole_tokens"] == found["whole_least_tokens"]:
+        return (
+            f"Whole payloads need room for the largest one, {times:.3g} times the windows' memory, "
+            "whatever the p99."
         )
     return f"For the same p99 whole payloads need {times:.3g} times the sink's memory."

@@ -246,7 +246,7 @@ def replay_of(times: int | None, tried: tuple[int, ...]) -> dict[str, Any]:
         "model": {"speed": 10.0},
         "trace": {
             "requests": 12031, "input_tokens": 9, "skipped_tokens": 4, "moved_tokens": 5,
-            "largest_tokens": 3, "planned_seconds": 1.0,
+            "largest_tokens": 3000, "planned_seconds": 1.0,
         },
         "runs": [
             {
@@ -268,6 +268,7 @@ def replay_of(times: int | None, tried: tuple[int, ...]) -> dict[str, Any]:
         (8, (1, 2, 4, 8), 0.125, True, "need 8 times the sink's memory"),
         (2, (1, 2), 0.5, False, "need 2 times the sink's memory"),
         (None, (1, 64), 0.0156, True, "need more than 64.1 times the sink's memory"),
+        (4, (4,), 0.3333, False, "need room for the largest one, 3 times the windows' memory"),
     ],
 )
 def test_a_committed_replay_is_judged_and_shown(
