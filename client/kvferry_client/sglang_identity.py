@@ -7,6 +7,8 @@ from kvferry_client.model_identity import config_of, prompt_of, weights_of
 from kvferry_client.sglang_rooms import PROMPT
 
 TOLD = "KVFERRY_MODEL_FINGERPRINT"
+# SGLang writes these into what it has read of a model: how this engine serves it, not what it is.
+SERVING = ("context_len", "encoder_only", "language_only", "language_model_only")
 MODEL_FIELDS = ("weights", "config", "quantization", "cache_dtype")
 
 
@@ -15,9 +17,10 @@ def model_identity(server_args: Any, model_config: Any, pool: Any) -> dict[str, 
     told = os.environ.get(TOLD)
     if told is not None:
         return {f"model.{name}": told for name in MODEL_FIELDS}
+    config = model_config.hf_config.to_dict()
     found = {
         "weights": weights_of(server_args.model_path, server_args.revision),
-        "config": config_of(model_config.hf_config.to_dict()),
+        "config": config_of({name: one for name, one in config.items() if name not in SERVING}),
         "quantization": str(model_config.quantization),
         "cache_dtype": str(pool.dtype).removeprefix("torch."),
     }

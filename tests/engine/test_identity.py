@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvferry_client import sglang_identity
 from kvferry_client.vllm_identity import CACHE_DTYPE, model_identity
 
 
@@ -43,3 +44,35 @@ def test_a_caches_dtype_is_compared_as_what_it_is(
     here, there = (model_identity(config(tmp_path, *told), {}) for told in (one, other))
     assert (here == there) is are_alike
     assert {name for name in here if here[name] != there[name]} <= {CACHE_DTYPE}
+
+
+def of_sglang(directory: Path, **changed: Any) -> dict[str, str]:
+    """A model as an engine of SGLang's tells it, which has written ``changed`` beside it."""
+    told = {"hidden_size": 64, "context_len": 4096, "encoder_only": False, "language_only": False}
+    return sglang_identity.model_identity(
+        SimpleNamespace(model_path=str(directory), revision=None),
+        SimpleNamespace(
+            hf_config=SimpleNamespace(to_dict=lambda: told | changed), quantization=None
+        ),
+        SimpleNamespace(dtype=torch.bfloat16),
+    )
+
+
+@pytest.mark.parametrize(
+    "served",
+    [
+        {"context_len": 8192},
+        {"encoder_only": True},
+        {"language_only": True},
+        {"language_model_only": True},
+    ],
+)
+def test_how_sglang_serves_a_model_is_not_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: dict[str, Any]
+) -> None:
+    """It writes that into the model's configuration, at every start."""
+    monkeypatch.delenv(sglang_identity.TOLD, raising=False)
+    assert of_sglang(tmp_path, **served) == of_sglang(tmp_path)
+    here, there = of_sglang(tmp_path), of_sglang(tmp_path, hidden_size=128)
+    assert {name for name in here if here[name] != there[name]} == {"model.config"}
+
