@@ -15,7 +15,7 @@ MODEL_FIELDS = ("weights", "config", "quantization", "cache_dtype")
 def model_identity(server_args: Any, model_config: Any, pool: Any) -> dict[str, str]:
     """A short text for each of ``MODEL_FIELDS``; what the environment tells replaces all."""
     told = os.environ.get(TOLD)
-    if told is not None:
+    if told:  # an empty one is none
         return {f"model.{name}": told for name in MODEL_FIELDS}
     config = model_config.hf_config.to_dict()
     found = {

@@ -14,7 +14,7 @@ NAMES = (*(f"model.{name}" for name in MODEL_FIELDS), PROMPT)
 def model_identity(vllm_config: Any, extra: Mapping[str, Any]) -> dict[str, str]:
     """A short text for each of ``MODEL_FIELDS``; ``model_fingerprint`` of ``extra`` replaces all."""
     told = extra.get("model_fingerprint")
-    if told is not None:
+    if told not in (None, ""):
         return {f"model.{name}": str(told) for name in MODEL_FIELDS}
     model = vllm_config.model_config
     found = {

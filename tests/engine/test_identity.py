@@ -46,6 +46,13 @@ def test_a_caches_dtype_is_compared_as_what_it_is(
     assert {name for name in here if here[name] != there[name]} <= {CACHE_DTYPE}
 
 
+def test_an_empty_fingerprint_is_none(tmp_path: Path) -> None:
+    """As of a chart whose value nobody set: it would let any model pass for any other."""
+    loaded = config(tmp_path, "auto", torch.bfloat16)
+    assert model_identity(loaded, {"model_fingerprint": ""}) == model_identity(loaded, {})
+    assert set(model_identity(loaded, {"model_fingerprint": "mine"}).values()) == {"mine"}
+
+
 def of_sglang(directory: Path, **changed: Any) -> dict[str, str]:
     """A model as an engine of SGLang's tells it, which has written ``changed`` beside it."""
     told = {"hidden_size": 64, "context_len": 4096, "encoder_only": False, "language_only": False}
@@ -76,3 +83,13 @@ def test_how_sglang_serves_a_model_is_not_the_model(
     here, there = of_sglang(tmp_path), of_sglang(tmp_path, hidden_size=128)
     assert {name for name in here if here[name] != there[name]} == {"model.config"}
 
+
+def test_an_empty_fingerprint_is_none_for_sglang_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(sglang_identity.TOLD, raising=False)
+    worked_out = of_sglang(tmp_path)
+    monkeypatch.setenv(sglang_identity.TOLD, "")
+    assert of_sglang(tmp_path) == worked_out
+    monkeypatch.setenv(sglang_identity.TOLD, "mine")
+    assert set(of_sglang(tmp_path).values()) == {"mine"}
