@@ -1,9 +1,12 @@
 """An engine's questions for bootstrap rooms: see ``sglang_rooms``. Imports nothing of SGLang."""
 
+import http.client
 import json
+import logging
 import secrets
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -13,7 +16,9 @@ from kvferry_proto.errors import Code, FerryError
 ASK_AGAIN_S = (0.02, 0.2)  # doubling from the one to the other while nothing is new
 CALL_S = 5.0
 UNREACHABLE_S = 10.0  # a bootstrap server that does not answer for so long is given up
+AT_ONCE = 256  # rooms in one call: the server takes 1 MiB, some 3,400 of them
 Verb = Literal["open", "take"]
+logger = logging.getLogger("sglang.kvferry")
 
 
 class Ticket:
@@ -31,7 +36,8 @@ class Ticket:
         self.request = request
         self.identity = identity
         self.call = call or secrets.token_hex(8)
-        self.until_s = time.monotonic() + wait_s
+        self.heard_s = time.monotonic()  # when its server last answered
+        self.until_s = self.heard_s + wait_s
         self.transfer_id: str | None = None
         self.source = ""
         self.error: str | None = None  # once nobody asks any more
@@ -132,7 +138,7 @@ class Rooms:
                 ).start()
 
     def _serve(self, server: str, tickets: list[Ticket]) -> None:
-        answered_s, pause_s = time.monotonic(), ASK_AGAIN_S[0]
+        pause_s = ASK_AGAIN_S[0]
         while True:
             with self._lock:
                 tickets[:] = [one for one in tickets if one.is_open]
@@ -140,20 +146,48 @@ class Rooms:
                     del self._waiting[server]
                     return
                 asked = list(tickets)
-            trouble = self._ask(server, asked)
-            now_s = time.monotonic()
-            answered_s = now_s if trouble is None else answered_s
-            for ticket in asked:
-                if trouble is not None and now_s - answered_s > UNREACHABLE_S:
-                    ticket.error = f"prefill's bootstrap server at {server} is gone: {trouble}"
-                elif ticket.is_open and now_s > ticket.until_s:
-                    ticket.error = f"room {ticket.room} was not opened for {self._wait_s:g} s"
+            self._ask_all(server, asked)
             is_news = any(not one.is_open for one in asked)
             pause_s = ASK_AGAIN_S[0] if is_news else min(2 * pause_s, ASK_AGAIN_S[1])
             time.sleep(pause_s)
 
-    def _ask(self, server: str, tickets: list[Ticket]) -> str | None:
-        """One call; what was in the way of it."""
+    def _ask_all(self, server: str, asked: list[Ticket]) -> None:
+        """Some at a time. Where nobody is there the others need not try as well, and wait for it."""
+        trouble: str | None = None
+        is_there = True
+        for first in range(0, len(asked), AT_ONCE):
+            some = asked[first : first + AT_ONCE]
+            if is_there:
+                trouble, is_there = self._try(server, some)
+            self._note(server, some, trouble)
+
+    def _try(self, server: str, tickets: list[Ticket]) -> tuple[str | None, bool]:
+        """One call: what was in the way of it, and whether anybody is there."""
+        try:
+            self._ask(server, tickets)
+        except (urllib.error.HTTPError, http.client.HTTPException, ValueError) as error:
+            return f"{type(error).__name__}: {error}", True
+        except OSError as error:
+            return str(error), False
+        except Exception as error:  # of any kind: no other thread would ask for these
+            logger.warning("what %s says of rooms is of no use", server, exc_info=True)
+            return f"{type(error).__name__}: {error}", True
+        return None, True
+
+    def _note(self, server: str, asked: list[Ticket], trouble: str | None) -> None:
+        """They were asked for: give up those for which it was in vain for too long."""
+        now_s = time.monotonic()
+        for ticket in asked:
+            ticket.heard_s = now_s if trouble is None else ticket.heard_s
+            if not ticket.is_open:
+                continue
+            if now_s - ticket.heard_s > UNREACHABLE_S:
+                ticket.error = f"prefill's bootstrap server at {server} gave no answer: {trouble}"
+            elif now_s > ticket.until_s:
+                ticket.error = f"room {ticket.room} was not opened for {self._wait_s:g} s"
+
+    def _ask(self, server: str, tickets: list[Ticket]) -> None:
+        """One call."""
         body = {
             "verb": self._verb,
             "engine": self.engine,
@@ -166,12 +200,8 @@ class Rooms:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        try:
-            with urllib.request.urlopen(request, timeout=CALL_S) as answer:
-                known = json.load(answer)
-        except (OSError, ValueError) as error:
-            return str(error)
+        with urllib.request.urlopen(request, timeout=CALL_S) as answer:
+            known = json.load(answer)
         for ticket in tickets:
             if ticket.call in known and not ticket.found(**known[ticket.call]):
                 self._unwanted(ticket)
-        return None

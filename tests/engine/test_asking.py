@@ -8,34 +8,70 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from kvferry_client import sglang_asking
 from kvferry_client.sglang_asking import Rooms, Ticket
 from kvferry_client.sglang_rooms import RoomBook
 
 WAIT_S = 20.0
 MODEL = {"model.weights": "one", "prompt": "x"}
+BODY_BYTES_MAX = 1 << 20  # aiohttp's, and so SGLang's
+MISTAKES = (
+    "ends too early", "has other keys", "is a list", "is a number", "is not HTTP", "is not JSON",
+)  # fmt: skip
 
 
 class Server:
-    """A book behind HTTP; it answers while ``answers`` is set. And who asks it."""
+    """A book behind HTTP; it answers while ``answers`` is set. And who asks it.
+
+    ``mistakes``: what it does instead, once each; ``is_broken``: and the last of them for ever.
+    """
 
     def __init__(self) -> None:
         self.answers = threading.Event()
         self.answers.set()
+        self.mistakes: list[str] = []
+        self.is_broken = False
         self.unwanted: list[Ticket] = []
         self.decode = Rooms("take", WAIT_S, self.unwanted.append)
         self.prefill = Rooms("open", WAIT_S, self.unwanted.append)
         self.prefill.source = "tcp://source"
-        book, answers, lock = RoomBook(), self.answers, threading.Lock()
+        book, lock, scene = RoomBook(), threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(200 if answers.is_set() else 503)
-                self.end_headers()
-                if answers.is_set():
+                length = int(self.headers["Content-Length"])
+                body = self.rfile.read(length)
+                if not scene.answers.is_set():
+                    self.answer(503)
+                elif length > BODY_BYTES_MAX:
+                    self.answer(413)
+                elif scene.mistakes:
+                    last = scene.is_broken and len(scene.mistakes) == 1
+                    self.make(scene.mistakes[0] if last else scene.mistakes.pop(0), body)
+                else:
                     with lock:
                         known = book.answer(json.loads(body), time.monotonic())
-                    self.wfile.write(json.dumps(known).encode())
+                    self.answer(200, json.dumps(known))
+
+            def answer(self, status: int, said: str = "", more_bytes: int = 0) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(said) + more_bytes))
+                self.end_headers()
+                self.wfile.write(said.encode())
+
+            def make(self, mistake: str, body: bytes) -> None:
+                calls = list(json.loads(body)["rooms"])
+                if mistake == "is not HTTP":
+                    self.wfile.write(b"nonsense\r\n")
+                    return
+                said = {
+                    "ends too early": "{",
+                    "has other keys": json.dumps({call: {"name": "t"} for call in calls}),
+                    "is a list": json.dumps(calls),
+                    "is a number": "1",
+                    "is not JSON": "<html>",
+                }[mistake]
+                self.answer(200, said, more_bytes=mistake == "ends too early")
 
             def log_message(self, *_args: object) -> None:
                 """Nothing."""
@@ -130,3 +166,40 @@ def test_decode_is_told_what_prefill_has_given_up(server: Server, was_opened: bo
 def test_a_room_that_nobody_opens_is_given_up(server: Server) -> None:
     ticket = answered(Rooms("take", 0.1, print).ask(server.address, 5, "r", MODEL))
     assert ticket.error == "room 5 was not opened for 0.1 s"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_room_is_asked_for_again_after_an_answer_that_is_of_no_use(
+    server: Server, mistake: str
+) -> None:
+    """Whatever it is: nobody else would ask for any room of this prefill's, ever."""
+    server.mistakes.append(mistake)
+    name = answered(server.open(7)).transfer_id
+    assert name is not None
+    server.mistakes.append(mistake)
+    assert answered(server.take(7)).transfer_id == name
+    assert not server.mistakes
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_server_that_gives_no_other_answer_is_given_up(
+    server: Server, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_asking, "UNREACHABLE_S", 0.1)
+    server.mistakes.append(mistake)
+    server.is_broken = True
+    ticket = answered(server.take(7))
+    assert ticket.transfer_id is None
+    assert f"bootstrap server at {server.address} gave no answer: " in str(ticket.error)
+
+
+def test_thousands_of_rooms_are_asked_for_though_no_call_may_have_them_all(server: Server) -> None:
+    model = {"model.weights": "w" * 200}
+    rooms = range(6000)
+    calls = [{"identity": MODEL | model, "room": room} for room in rooms]
+    assert len(json.dumps(calls)) > BODY_BYTES_MAX
+    opened = [server.open(room, **model) for room in rooms]
+    taken = [server.take(room, **model) for room in rooms]
+    names = [answered(one).transfer_id for one in opened]
+    assert [answered(one).transfer_id for one in taken] == names
+    assert len(set(names)) == len(rooms)
