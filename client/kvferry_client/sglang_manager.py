@@ -193,6 +193,6 @@ class KvferryBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
     async def _handle_rooms(self, request: web.Request) -> web.Response:
         try:
             known = self._book.answer(await request.json(), asyncio.get_running_loop().time())
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             return web.Response(text=f"not a question for rooms: {error!r}", status=400)
         return web.json_response(known)

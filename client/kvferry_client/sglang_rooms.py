@@ -125,19 +125,11 @@ class RoomBook:
         """What ``Rooms`` asks, several rooms at once: by call, those that are known."""
         known = {}
         for call, about in asked["rooms"].items():
-            error = about.get("error")
-            use = Asked(
-                engine=str(asked["engine"]),
-                worker=str(asked["worker"]),
-                call=str(call),
-                request=str(about["request"]),
-                identity={str(name): str(one) for name, one in about["identity"].items()},
-                source=str(asked["source"]),
-                error=None if error is None else str(error),
-                is_wanted=bool(about["is_wanted"]),
-            )
-            come = self.open if asked["verb"] == "open" else self.take
-            found = come(int(about["room"]), use, now_s)
+            try:
+                found = self._answer(asked, str(call), about, now_s)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # it fails alone
+                why = f"not a question for rooms: {error!r}"
+                found = Opening("", "", {}, now_s, error=why)
             if found is not None:
                 known[call] = {
                     "transfer_id": found.transfer_id,
@@ -146,6 +138,23 @@ class RoomBook:
                     "error": found.error,
                 }
         return known
+
+    def _answer(
+        self, asked: dict[str, Any], call: str, about: dict[str, Any], now_s: float
+    ) -> Opening | None:
+        error = about.get("error")
+        use = Asked(
+            engine=str(asked["engine"]),
+            worker=str(asked["worker"]),
+            call=call,
+            request=str(about["request"]),
+            identity={str(name): str(one) for name, one in about["identity"].items()},
+            source=str(asked["source"]),
+            error=None if error is None else str(error),
+            is_wanted=bool(about["is_wanted"]),
+        )
+        come = self.open if asked["verb"] == "open" else self.take
+        return come(int(about["room"]), use, now_s)
 
     def _room(self, room: int, now_s: float) -> _Room:
         return self._rooms.setdefault(room, _Room(now_s))

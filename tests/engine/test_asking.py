@@ -203,3 +203,13 @@ def test_thousands_of_rooms_are_asked_for_though_no_call_may_have_them_all(serve
     names = [answered(one).transfer_id for one in opened]
     assert [answered(one).transfer_id for one in taken] == names
     assert len(set(names)) == len(rooms)
+
+
+def test_a_room_that_is_no_number_fails_alone(server: Server) -> None:
+    server.answers.clear()
+    wrong = server.decode.ask(server.address, "seven", "wrong", MODEL)  # type: ignore[arg-type]
+    right = server.take(7)
+    server.answers.set()
+    name = answered(server.open(7)).transfer_id
+    assert answered(right).transfer_id == name
+    assert "not a question for rooms: ValueError" in str(answered(wrong).error)
