@@ -42,6 +42,7 @@ class Ticket:
         self.source = ""
         self.error: str | None = None  # once nobody asks any more
         self.reason: str | None = None  # why prefill will send nothing
+        self.was_opened = False  # by a ticket before this one
         self._is_wanted = True
         self._lock = threading.Lock()
 
@@ -57,6 +58,7 @@ class Ticket:
             "request": self.request,
             "identity": dict(self.identity),
             "is_wanted": self._is_wanted,
+            "was_opened": self.was_opened,
             "error": self.reason,
         }
 
@@ -123,6 +125,7 @@ class Rooms:
     def withdraw(self, server: str, ticket: Ticket, reason: str) -> Ticket:
         """Tell decode, if it comes, that what was or would have been opened will not be sent."""
         again = Ticket(ticket.room, ticket.request, ticket.identity, self._wait_s, ticket.call)
+        again.was_opened = ticket.transfer_id is not None
         ticket.reason = again.reason = reason
         self._begin(server, again)
         return again

@@ -24,7 +24,7 @@ from kvferry_client.engine import Ferry, Incoming, Tables
 from kvferry_client.sglang_asking import Rooms, Ticket
 from kvferry_client.sglang_cache import Cache, aux_of, cache_of
 from kvferry_client.sglang_identity import model_identity
-from kvferry_client.sglang_rooms import RoomBook
+from kvferry_client.sglang_rooms import STALL_S, RoomBook
 from kvferry_client.sglang_supported import ALLOW, check_arguments, check_parallelism, check_state
 from kvferry_proto.runtime_dir import default_runtime_dir
 
@@ -183,7 +183,7 @@ class KvferryBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
     """SGLang's, which routers and engines know, with a book of rooms beside it."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._book = RoomBook()
+        self._book = RoomBook(float(os.environ.get("KVFERRY_STALL_S") or STALL_S))
         super().__init__(host, port)
 
     def _setup_routes(self) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-KEPT_S = 600.0
+STALL_S = 60.0  # a daemon's default: it lets go of what nobody has fetched for so long
+KEPT = 0.8  # of that: what is told of is there to be fetched, and no name of what is not is given
 LEFT_S = 2.0  # an opening that nobody has come for may be another request's, or unwanted
 FRESH_S = 10.0  # a router asks both engines at once: what was opened longer before is not meant
 PROMPT = "prompt"  # the part of an identity by which both sides meet
@@ -30,6 +31,7 @@ class Asked(NamedTuple):
     source: str = ""
     error: str | None = None  # prefill: why there will be no payload
     is_wanted: bool = True  # decode: False if it is to be declined
+    was_opened: bool = False  # prefill: it has the opening's name already
 
 
 @dataclass
@@ -41,6 +43,10 @@ class _Use:
     identity: dict[str, str]
     since_s: float
     calls: dict[str, str] = field(default_factory=dict)  # by worker
+    used_s: float = field(init=False)  # kept for a while from then on
+
+    def __post_init__(self) -> None:
+        self.used_s = self.since_s
 
     @property
     def prompt(self) -> str:
@@ -81,8 +87,15 @@ class _Room:
 class RoomBook:
     """The rooms of one prefill engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, stall_s: float = STALL_S) -> None:
+        """``stall_s``: of prefill's daemon."""
+        self._kept_s = KEPT * stall_s
         self._rooms: dict[int, _Room] = {}  # in the order of their newest use
+
+    @property
+    def uses(self) -> int:
+        """How many openings and claims there are, of all rooms."""
+        return sum(len(one.openings) + len(one.claims) for one in self._rooms.values())
 
     def open(self, room: int, asked: Asked, now_s: float) -> Opening:
         """A worker of prefill's has a request's first tokens, or will never have them."""
@@ -99,9 +112,10 @@ class RoomBook:
                 transfer_id=f"sglang-{room:x}-{secrets.token_hex(8)}",
                 source=asked.source,
             )
-            uses.append(opening)
-            self._used(room, now_s)
-        opening.error = opening.error or asked.error
+            if not asked.was_opened:  # else it was let go of, and its request is long gone
+                uses.append(opening)
+        if asked.error is not None and opening.error is None:
+            opening.error, opening.used_s = asked.error, now_s
         return opening
 
     def take(self, room: int, asked: Asked, now_s: float) -> Opening | None:
@@ -113,12 +127,12 @@ class RoomBook:
             calls = {asked.worker: asked.call}
             claim = _Claim(asked.engine, asked.request, asked.identity, now_s, calls)
             uses.append(claim)
-            self._used(room, now_s)
+        claim.used_s = now_s
         if claim.opening is None:
             openings = [one for one in self._rooms[room].openings if not one.is_taken]
             claim.opening = _meant(openings, claim, now_s, is_wanted=asked.is_wanted)
             if claim.opening is not None:
-                claim.opening.is_taken = True
+                claim.opening.is_taken, claim.opening.used_s = True, now_s
         return claim.opening
 
     def answer(self, asked: dict[str, Any], now_s: float) -> dict[str, Any]:
@@ -152,21 +166,24 @@ class RoomBook:
             source=str(asked["source"]),
             error=None if error is None else str(error),
             is_wanted=bool(about["is_wanted"]),
+            was_opened=bool(about.get("was_opened")),
         )
         come = self.open if asked["verb"] == "open" else self.take
         return come(int(about["room"]), use, now_s)
 
     def _room(self, room: int, now_s: float) -> _Room:
-        return self._rooms.setdefault(room, _Room(now_s))
-
-    def _used(self, room: int, now_s: float) -> None:
-        self._rooms[room] = one = self._rooms.pop(room)
+        """One that is used now, without those of its uses that are past."""
+        one = self._rooms[room] = self._rooms.pop(room, None) or _Room(now_s)
         one.used_s = now_s
+        past_s = now_s - self._kept_s
+        one.openings[:] = [use for use in one.openings if use.used_s > past_s]
+        one.claims[:] = [use for use in one.claims if use.used_s > past_s]
+        return one
 
     def _forget(self, now_s: float) -> None:
-        """Let go of rooms that were used long ago."""
-        rooms = self._rooms
-        for room in [*takewhile(lambda one: rooms[one].used_s <= now_s - KEPT_S, rooms)]:
+        """Let go of rooms all of whose uses are past."""
+        rooms, past_s = self._rooms, now_s - self._kept_s
+        for room in [*takewhile(lambda one: rooms[one].used_s <= past_s, rooms)]:
             del rooms[room]
 
 

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from kvferry_client.sglang_rooms import FRESH_S, KEPT_S, LEFT_S, Asked, Opening, RoomBook
+from kvferry_client.sglang_rooms import (
+    FRESH_S,
+    KEPT,
+    LEFT_S,
+    STALL_S,
+    Asked,
+    Opening,
+    RoomBook,
+)
 
 ROOM = 7
 
@@ -16,15 +24,23 @@ class World:
         self.book = RoomBook()
         self.now_s = 1000.0
 
-    def open(self, request: str, prompt: str = "x", rank: int = 0, **told: Any) -> Opening:
+    def open(
+        self, request: str, prompt: str = "x", rank: int = 0, room: int = ROOM, **told: Any
+    ) -> Opening:
         asked = self._asked("prefill", request, prompt, rank)._replace(source="tcp://a", **told)
-        return self.book.open(ROOM, asked, self.now_s)
+        return self.book.open(room, asked, self.now_s)
 
     def take(
-        self, request: str, prompt: str = "x", rank: int = 0, engine: str = "d", **told: Any
+        self,
+        request: str,
+        prompt: str = "x",
+        rank: int = 0,
+        engine: str = "d",
+        room: int = ROOM,
+        **told: Any,
     ) -> Opening | None:
         asked = self._asked(engine, request, prompt, rank)._replace(**told)
-        return self.book.take(ROOM, asked, self.now_s)
+        return self.book.take(room, asked, self.now_s)
 
     def _asked(self, engine: str, request: str, prompt: str, rank: int) -> Asked:
         return Asked(
@@ -140,15 +156,58 @@ def test_two_prompts_at_once_in_one_room_do_not_mix(world: World) -> None:
     assert world.take("x", prompt="x") is x
 
 
-def test_rooms_are_forgotten_after_a_while() -> None:
-    book = RoomBook()
-    asked = Asked("p", "p", "call", "r", {})
-    for room in range(5):
-        book.open(room, asked, room)
-    book.open(9, asked, KEPT_S + 2)
-    kept = [
-        room
-        for room in (*range(5), 9)
-        if book.take(room, Asked("d", "d", "call", "r", {}), KEPT_S + 2)
-    ]
-    assert kept == [3, 4, 9]
+def test_what_nobody_fetched_in_time_is_not_the_next_requests(world: World) -> None:
+    """The daemon has let go of it. And decode asks before prefill has the first tokens again."""
+    world.open("one")
+    world.now_s += KEPT * STALL_S
+    assert world.take("again") is None
+    again = world.open("again")
+    assert world.take("again") is again
+
+
+def test_what_decode_comes_for_in_time_is_still_there(world: World) -> None:
+    one = world.open("one")
+    world.now_s += KEPT * STALL_S - 1
+    assert world.take("one") is one
+    world.now_s += KEPT * STALL_S - 1
+    assert world.take("one", rank=1) is one, "another rank has just come for it"
+
+
+def test_a_daemon_that_keeps_less_is_told_of_for_less() -> None:
+    world = World()
+    world.book = RoomBook(stall_s=STALL_S / 2)
+    world.open("one")
+    world.now_s += KEPT * STALL_S / 2
+    assert world.take("again") is None
+
+
+def test_what_fails_long_after_it_was_taken_is_not_the_next_requests(world: World) -> None:
+    one = world.open("long")
+    assert world.take("long") is one
+    world.now_s += STALL_S
+    assert world.take("next") is None
+    world.open("long", error="aborted", was_opened=True)
+    assert world.take("next") is None
+    wanted = world.open("next")
+    assert world.take("next") is wanted
+
+
+def test_a_room_in_steady_use_keeps_what_is_new(world: World) -> None:
+    """As of a client that names the same one in all of its requests."""
+    for n in range(1000):
+        world.now_s += 1
+        one = world.open(f"{n}")
+        assert world.take(f"{n}") is one
+        assert world.take(f"lost {n}", prompt="y") is None
+    assert world.book.uses <= 3 * KEPT * STALL_S
+
+
+def test_rooms_are_forgotten_after_a_while(world: World) -> None:
+    rooms = range(5)
+    for room in rooms:
+        world.now_s += 1
+        world.open(f"{room}", room=room)
+    world.now_s += KEPT * STALL_S - 2.5
+    world.take("other", room=9)
+    assert world.book.uses == 4
+    assert [bool(world.take("r", room=room)) for room in rooms] == [False] * 2 + [True] * 3
