@@ -67,6 +67,7 @@ class Opening(_Use):
     transfer_id: str = ""
     source: str = ""
     error: str | None = None
+    error_s: float = 0.0  # when it was told
     is_taken: bool = False
 
 
@@ -115,7 +116,7 @@ class RoomBook:
             if not asked.was_opened:  # else it was let go of, and its request is long gone
                 uses.append(opening)
         if asked.error is not None and opening.error is None:
-            opening.error, opening.used_s = asked.error, now_s
+            opening.error, opening.error_s, opening.used_s = asked.error, now_s, now_s
         return opening
 
     def take(self, room: int, asked: Asked, now_s: float) -> Opening | None:
@@ -203,7 +204,7 @@ def _meant(
         if one.error is None:
             return one
     for one in reversed(alike):
-        if claim.since_s <= one.since_s + LEFT_S:
+        if claim.since_s <= one.error_s + LEFT_S:
             return one
     others = [one for one in left if one not in alike and one.error is None]
     return others[-1] if others else None

@@ -122,6 +122,17 @@ def test_decode_hears_that_prefill_has_given_up(world: World) -> None:
     assert told.error == "aborted"
 
 
+def test_a_decode_that_comes_late_hears_what_prefill_has_just_given_up(world: World) -> None:
+    """However long ago it was opened: the request is the same."""
+    world.open("r")
+    world.now_s += 5 * LEFT_S
+    world.open("r", error="aborted")
+    world.now_s += LEFT_S / 2
+    told = world.take("r")
+    assert told is not None
+    assert told.error == "aborted"
+
+
 @pytest.mark.parametrize("was_opened", [True, False])
 def test_the_next_request_does_not_hear_it(world: World, was_opened: bool) -> None:
     if was_opened:
