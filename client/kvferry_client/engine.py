@@ -12,7 +12,7 @@ Not imported by ``kvferry_client`` itself: it needs torch.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvferry_client.engine_outgoing import ForwardPass, Outgoing
+from kvferry_client.engine_outgoing import ForwardPass, Outgoing, Withdrawn
 from kvferry_client.engine_pages import NO_BLOCK, Pages, Tables
 from kvferry_client.engine_sides import NOTHING, Identity, Incoming, Side
 from kvferry_client.engine_thread import FerryThread
@@ -97,6 +97,13 @@ class Ferry(FerryThread):
         """
         side = Outgoing(self._pages, transfer_id, attempt, identity, total_tokens)
         side.traceparent = traceparent
+        self.start(side)
+        return side
+
+    def withdraw(self, transfer_id: str, reason: str, *, attempt: int = 0) -> Side:
+        """Nothing will be sent: a decode that waits for it fails with ``reason``, and at once."""
+        side = Withdrawn(self._pages, transfer_id, attempt, NOTHING)
+        side.reason = reason
         self.start(side)
         return side
 

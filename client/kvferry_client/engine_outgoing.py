@@ -9,6 +9,7 @@ from kvferry_client.aio import AsyncClient, AsyncSending
 from kvferry_client.engine_pages import Pages, Tables
 from kvferry_client.engine_sides import PIECE_TOKENS, Identity, Side
 from kvferry_client.views import Pool, WindowView
+from kvferry_proto.errors import Code, FerryError
 
 
 class ForwardPass:
@@ -208,3 +209,18 @@ class Outgoing(Side):
         self._pages.copy_plane_out(plane, have.tables, window, pool, piece.tokens)
         piece.left.discard(plane)
         return True
+
+
+class Withdrawn(Side):
+    """Tells a decode that waits for it that nothing will come: opened, to fail at once."""
+
+    async def move(self, client: AsyncClient) -> None:
+        """Open it and give it up."""
+        sending = await client.send(
+            self.transfer_id,
+            attempt=self.attempt,
+            rank=self._memory.rank,
+            world_size=self._memory.world_size,
+        )
+        self.end(FerryError(Code.ABORTED, self.reason))
+        await self._let_go(sending)

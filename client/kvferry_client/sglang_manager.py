@@ -110,9 +110,11 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
         return True
 
     def decline(self, ticket: Ticket) -> None:
-        """Tell prefill's daemon that nobody will fetch it. An opening of ours has sent nothing yet."""
+        """Tell a daemon that nobody will fetch what it holds, or will send what decode may wait for."""
         if self.disaggregation_mode == DisaggregationMode.DECODE:
             self.receive(ticket, [[] for _ in self.cache.groups], 0, 0)
+        elif ticket.transfer_id is not None:
+            self.ferry.withdraw(ticket.transfer_id, ticket.reason or "given up by its engine")
 
     def receive(self, ticket: Ticket, tables: Tables, first_token: int, end_token: int) -> Incoming:
         """Fetch what a room means; ``end_token``: of the last page."""

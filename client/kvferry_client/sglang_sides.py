@@ -226,6 +226,8 @@ class KvferrySender(_Transfer, BaseKVSender):  # type: ignore[misc]
             ticket = self._ticket or Ticket(self.bootstrap_room, self._request, self._identity, 0)
             reason = self._failure or "failed at another rank"
             self.kv_mgr.rooms.withdraw(self._bootstrap_addr, ticket, reason)
+            if self._side is None and ticket.give_up():
+                self.kv_mgr.decline(ticket)  # decode may have its name, and look for it there
 
     def get_transfer_metric(self) -> KVTransferMetric:
         """How many bytes there were."""

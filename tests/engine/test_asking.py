@@ -213,3 +213,16 @@ def test_a_room_that_is_no_number_fails_alone(server: Server) -> None:
     name = answered(server.open(7)).transfer_id
     assert answered(right).transfer_id == name
     assert "not a question for rooms: ValueError" in str(answered(wrong).error)
+
+
+def test_what_prefill_gives_up_before_it_knows_its_name_is_declined_under_it(
+    server: Server,
+) -> None:
+    """Decode may have the name before prefill has, and waits for it at its daemon."""
+    server.answers.clear()
+    given_up = server.open(7)
+    server.prefill.withdraw(server.address, given_up, "aborted by its engine")
+    assert not given_up.give_up()
+    server.answers.set()
+    assert answered(given_up).transfer_id is not None
+    wait_for(lambda: server.unwanted == [given_up])

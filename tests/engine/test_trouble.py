@@ -233,3 +233,18 @@ def test_what_a_daemon_refuses_for_good_is_said_at_once_and_tried_again(
             after.computed([table], 1)
             assert after.wait(WAIT_S)
             assert after.error is None
+
+
+def test_who_will_send_nothing_says_so(a: LiveDaemon, b: LiveDaemon) -> None:
+    """Decode waits for it already, and would until a deadline passes."""
+    prefill, decode = Pages(), Pages()
+    with two_engines(a, b, prefill, decode) as (source, sink):
+        theirs = decode.take(9)
+        incoming = sink.receive("t", source=a.address, tables=[theirs], first_token=0, end_token=9)
+        b.wait_for_transfer("t", lambda seen: seen.snapshot.stall == "waiting_for_source")
+        withdrawn = source.withdraw("t", "its client went away")
+        assert withdrawn.wait(AT_ONCE_S)
+        assert incoming.wait(AT_ONCE_S)
+        assert "its client went away" in str(incoming.error)
+        a.wait_until_free()
+        b.wait_until_free()
