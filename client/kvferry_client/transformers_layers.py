@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache, cache_utils
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
 
-KNOWN_VERSIONS = ("5.23", "5.24")  # whose caches were tried: we set what `update` leaves behind
+KNOWN_VERSIONS = ("5.24",)  # whose caches were tried: we set what `update` leaves behind
 _PLANE = re.compile(r"layer\.(\d+)\.([kv])(?:\.last(\d+))?")
 
 

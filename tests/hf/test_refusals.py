@@ -149,13 +149,13 @@ def test_layers_that_look_at_another_have_no_planes() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.22.2", "5.25.0", "6.0.0.dev0", "5.2"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.23.0", "5.25.0", "6.0.0.dev0", "5.2"])
 def test_an_unknown_transformers_is_refused(version: str) -> None:
     with pytest.raises(FerryError) as refused:
         require_known(version)
     assert refused.value.code == "engine_unsupported"
     assert refused.value.message == (
-        f"transformers {version} is installed; its caches are known of 5.23 and 5.24"
+        f"transformers {version} is installed; its caches are known of 5.24"
     )
 
 
