@@ -9,10 +9,10 @@ ALLOW = "KVFERRY_ALLOW_UNTESTED_VERSION"
 def check_version(version: str, *, is_allowed: bool) -> None:
     """FerryError(engine_unsupported) for an SGLang that nobody has tried this with.
 
-    What a backend is to SGLang is not a stable interface, and changes with patch releases too.
+    What a backend is to SGLang is not a stable interface, and changes with patch and post releases
+    too. Another build of a release ("+cpu") is the same.
     """
-    release = ".".join(version.split("+")[0].split(".")[:3])
-    if release not in VERSIONS and not is_allowed:
+    if version.split("+")[0] not in VERSIONS and not is_allowed:
         raise FerryError(
             Code.ENGINE_UNSUPPORTED,
             f"kvferry was tested with SGLang {', '.join(VERSIONS)}, not {version}; to try it all "
