@@ -21,8 +21,9 @@ from kvferry_proto.layout import Layout
 
 JOIN_AGAIN_S = 1.0
 JOIN_WAIT_S = 10.0  # how long a transfer waits for a daemon that has not been met yet
-# What a daemon answers and will answer again: we try on, but no transfer waits for that.
-LASTING = (Code.NO_COMMON_VERSION, Code.BAD_MESSAGE, Code.POOL_REFUSED)
+# What a daemon answers and will answer again: we try on, but no transfer waits for that. Not so a refused
+# pool: others may give back what is in the way, and a daemon with larger pools may be on its way.
+LASTING = (Code.NO_COMMON_VERSION, Code.BAD_MESSAGE)
 logger = logging.getLogger(__name__)
 
 

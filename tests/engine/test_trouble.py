@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,24 +209,18 @@ class DaemonOfTomorrow(LiveDaemon):
     program = ("-c", SPEAKS_ANOTHER)
 
 
-@pytest.mark.parametrize("code", ["no_common_version", "pool_refused"])
-def test_what_a_daemon_refuses_for_good_is_said_at_once_and_tried_again(
-    tmp_path: Path, code: str
-) -> None:
+def test_what_a_daemon_refuses_for_good_is_said_at_once_and_tried_again(tmp_path: Path) -> None:
     """Waiting for a daemon that is there would cost every request the 10 s of one that is not."""
     prefill = Pages()
-    other = code == "no_common_version"
-    refusing = DaemonOfTomorrow if other else LiveDaemon
-    flags = {} if other else {"pool_tokens": BLOCK}  # less than a window
     with Ferry(tmp_path / "a", prefill.layout, [PagedCache(prefill.layers)]) as ferry:
         waiting = ferry.send("waiting", total_tokens=1)  # from before there was a daemon
-        with refusing(tmp_path / "a", **flags):
+        with DaemonOfTomorrow(tmp_path / "a"):
             assert waiting.wait(AT_ONCE_S)
             begun = ferry.send("begun", total_tokens=1)
             assert begun.wait(AT_ONCE_S)
         for side in (waiting, begun):
             assert side.error is not None
-            assert side.error.code == code
+            assert side.error.code == "no_common_version"
         with LiveDaemon(tmp_path / "a"):
             assert ferry.wait_until_joined(WAIT_S), ferry.refusal
             table = prefill.take(1)
@@ -233,6 +228,28 @@ def test_what_a_daemon_refuses_for_good_is_said_at_once_and_tried_again(
             after.computed([table], 1)
             assert after.wait(WAIT_S)
             assert after.error is None
+
+
+def test_a_refused_pool_is_waited_for_a_while(tmp_path: Path) -> None:
+    """Its daemon may be started again with more room, or others give some back."""
+    prefill = Pages()
+    with Ferry(tmp_path / "a", prefill.layout, [PagedCache(prefill.layers)]) as ferry:
+        with LiveDaemon(tmp_path / "a", pool_tokens=BLOCK):  # less than a window
+            wait_for_refusal(ferry, "pool_refused")
+            begun = ferry.send("begun", total_tokens=1)
+        with LiveDaemon(tmp_path / "a"):
+            table = prefill.take(1)
+            begun.computed([table], 1)
+            assert begun.wait(WAIT_S)
+            assert begun.error is None
+
+
+def wait_for_refusal(ferry: Ferry, code: str) -> None:
+    """Until the daemon has said it."""
+    until_s = time.monotonic() + WAIT_S
+    while ferry.refusal is None or ferry.refusal.code != code:
+        assert time.monotonic() < until_s, ferry.refusal
+        time.sleep(0.01)
 
 
 def test_who_will_send_nothing_says_so(a: LiveDaemon, b: LiveDaemon) -> None:
