@@ -61,6 +61,7 @@ async def generate(engine: AsyncLLM, told: dict[str, Any]) -> None:
             first_s=first_s,
             params=last.kv_transfer_params,
             items=last.ec_transfer_params,
+            cached=last.num_cached_tokens,
         )
     except (EngineGenerateError, EngineDeadError, ValueError, VLLMError) as error:
         say(id=told["id"], error=f"{type(error).__name__}: {error}")

@@ -11,6 +11,7 @@ from vllm_live.engines import Engine, connector, make_model
 
 pytestmark = pytest.mark.timeout(900)
 AT_ONCE = 8
+STEP_TOKENS = 2048  # ``max_num_batched_tokens`` of the engines
 
 
 @dataclass
@@ -54,14 +55,16 @@ def test_a_prefix_that_another_request_computes_in_the_same_step(
         wait_until(scene.decode.blocks_are_free)  # and nothing is cached
         alone.append(scene.decode.generate(one).tokens)
     wait_until(scene.prefill.blocks_are_free)
-    # Fills the steps meanwhile, so that the others are all let in at once.
-    busy = scene.prefill.generate(prompt(20_000, seed=3), 1)
+    # Fills nine steps meanwhile, and leaves room for all the others in the next: they begin at once.
+    busy = scene.prefill.generate(prompt(9 * STEP_TOKENS + 8, seed=3), 1)
     names = [f"shared-{shared_tokens}-{n}" for n in range(AT_ONCE)]
     asked = [
         scene.prefill.generate(one, 1, sending(name))
         for one, name in zip(prompts, names, strict=True)
     ]
     told = [answer.result()["params"] for answer in asked]
+    cached = [answer.result()["cached"] for answer in asked]
+    assert cached == [0] + (AT_ONCE - 1) * [shared_tokens], "or nothing was tried"
     assert busy.result()["reason"] == "length"
     got = []
     for one, params in zip(prompts, told, strict=True):
