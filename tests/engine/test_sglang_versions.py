@@ -1,6 +1,9 @@
 """Which SGLang works: what the code says, what the docs say, and what happens with others."""
 
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +20,14 @@ from kvferry_client.sglang_supported import (
     check_state,
 )
 from kvferry_client.sglang_versions import VERSIONS, check_version
+from sglang_live.engines import ENVIRONMENT
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
+ARGUMENTS = """
+import inspect
+from sglang.srt.server_args import ServerArgs
+print(*inspect.signature(ServerArgs).parameters)
+"""
 
 
 def test_the_table_names_the_versions_that_are_let_in() -> None:
@@ -49,6 +58,19 @@ def test_the_installed_one_is_in_the_table_and_finds_the_plugin() -> None:
     check_version(found, is_allowed=False)
     (ours,) = (one for one in entry_points(group="sglang.srt.plugins") if one.name == "kvferry")
     assert callable(ours.load())
+
+
+def test_what_is_refused_are_arguments_of_the_installed_one() -> None:
+    """One that is called otherwise there would not be looked at, or end every engine."""
+    try:
+        version("sglang")
+    except PackageNotFoundError:
+        pytest.skip("SGLang is not installed: make test-sglang")
+    command = [sys.executable, "-c", ARGUMENTS]
+    said = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
+    ).stdout
+    assert {*UNTRIED, HOST_RECEIVE} <= set(said.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("name", UNTRIED)
