@@ -75,9 +75,9 @@ class Ticket:
             return self._is_wanted and self.error is None
 
     def give_up(self) -> bool:
-        """Nobody wants it any more; whether the answer is here, so that its source can be told.
+        """Nobody wants it any more; whether the answer is here, so that the other side can be told.
 
-        Else it is asked for all the same, so that the source can be told later.
+        Else it is asked for all the same, so that it can be told later.
         """
         with self._lock:
             self._is_wanted = False
