@@ -174,7 +174,8 @@ class RoomBook:
 
     def _room(self, room: int, now_s: float) -> _Room:
         """One that is used now, without those of its uses that are past."""
-        one = self._rooms[room] = self._rooms.pop(room, None) or _Room(now_s)
+        one = self._rooms.pop(room) if room in self._rooms else _Room(now_s)
+        self._rooms[room] = one  # behind the others: they are forgotten in the order of use
         one.used_s = now_s
         past_s = now_s - self._kept_s
         one.openings[:] = [use for use in one.openings if use.used_s > past_s]

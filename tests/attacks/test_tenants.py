@@ -176,8 +176,8 @@ def test_tenants_need_a_group_and_a_budget(place: Path) -> None:
     grouped = (*asked, "--worker-group", WORKERS)
     assert "tenant_budget_bytes" in kvferry("config", "check", *grouped).stderr
     whole = (*grouped, "--tenant-budget-bytes", "1MiB")
-    asked = (*whole, "--operator-group", WORKERS)
-    assert "operator_group" in kvferry("config", "check", *asked).stderr
+    shared = (*whole, "--operator-group", WORKERS)
+    assert "operator_group" in kvferry("config", "check", *shared).stderr
     assert kvferry("config", "check", *whole).returncode == 0
 
 
