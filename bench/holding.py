@@ -71,7 +71,7 @@ class Holding:
         wait_all(self.takes, batched(self.takes, calls), lambda seen: seen.sent_tokens == SIZE)
 
     def _are_held(self) -> bool:
-        """Seldom asked: a status is a walk over all of them."""
+        """Seldom asked: a daemon that is busy with all of them answers late."""
         time.sleep(SETTLE_LOOK_S)
         try:
             told = [one.status() for one in self.daemons.values()]

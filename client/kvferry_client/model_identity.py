@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+MODEL_FIELDS = ("weights", "config", "quantization", "cache_dtype")
+PROMPT = "prompt"  # the part of an identity that is the request's own
 SAMPLE_BYTES = 4096
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures")

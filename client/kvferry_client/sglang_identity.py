@@ -3,13 +3,11 @@
 import os
 from typing import Any
 
-from kvferry_client.model_identity import config_of, prompt_of, weights_of
-from kvferry_client.sglang_rooms import PROMPT
+from kvferry_client.model_identity import MODEL_FIELDS, PROMPT, config_of, prompt_of, weights_of
 
 TOLD = "KVFERRY_MODEL_FINGERPRINT"
 # SGLang writes these into what it has read of a model: how this engine serves it, not what it is.
 SERVING = ("context_len", "encoder_only", "language_only", "language_model_only")
-MODEL_FIELDS = ("weights", "config", "quantization", "cache_dtype")
 
 
 def model_identity(server_args: Any, model_config: Any, pool: Any) -> dict[str, str]:

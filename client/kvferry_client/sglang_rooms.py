@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from kvferry_client.model_identity import PROMPT
+
 STALL_S = 60.0  # a daemon's default: it lets go of what nobody has fetched for so long
 KEPT = 0.8  # of that: what is told of is there to be fetched, and no name of what is not is given
 LEFT_S = 2.0  # an opening that nobody has come for may be another request's, or unwanted
 FRESH_S = 10.0  # a router asks both engines at once: what was opened longer before is not meant
-PROMPT = "prompt"  # the part of an identity by which both sides meet
 
 
 class Asked(NamedTuple):

@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvferry_client.model_identity import config_of, prompt_of, weights_of
+from kvferry_client.model_identity import MODEL_FIELDS, PROMPT, config_of, prompt_of, weights_of
 
-MODEL_FIELDS = ("weights", "config", "quantization", "cache_dtype")
 CACHE_DTYPE = "model.cache_dtype"
-PROMPT = "prompt"
 NAMES = (*(f"model.{name}" for name in MODEL_FIELDS), PROMPT)
 
 

@@ -10,9 +10,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvferry_client.engine import NO_BLOCK
+from kvferry_proto.fields import TRACEPARENT_CHARS_MAX
 
 BlockIds = tuple[list[int], ...]  # a block table for each group of layers
-TRACEPARENT_CHARS_MAX = 128  # the daemon takes no more
 NULL_BLOCK = 0  # vLLM's block that stands where a sliding window has let go of one
 
 

@@ -195,9 +195,7 @@ class SchedulerSide:
 def _read(request: Any, default_id: str | None = None) -> Transfer | None:
     """The transfer that a request's params name; with a warning, None if they do not."""
     params = request.kv_transfer_params
-    if (
-        "traceparent" not in params
-    ):  # vLLM has it from the request's header, if it makes traces itself
+    if "traceparent" not in params:  # where vLLM makes traces itself, it has the request's header
         params = {**params, "traceparent": (request.trace_headers or {}).get("traceparent")}
     try:
         return transfer_of(params, default_id)

@@ -9,8 +9,8 @@ from typing import Any
 from vllm.logger import init_logger
 
 from kvferry_client.engine import NO_BLOCK, Ferry, ForwardPass, Incoming, Outgoing, Side
+from kvferry_client.model_identity import PROMPT
 from kvferry_client.vllm_cache import Cache
-from kvferry_client.vllm_identity import PROMPT
 from kvferry_client.vllm_messages import BlockIds, Load, Save, StepMeta, Transfer
 from kvferry_client.vllm_stats import KvferryStats
 from kvferry_proto.runtime_dir import default_runtime_dir

@@ -19,8 +19,9 @@ Call = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 BootId = Annotated[str, Field(min_length=16, max_length=32, pattern=r"^[0-9a-f]+$")]
 Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Text = Annotated[str, Field(max_length=1024)]
+TRACEPARENT_CHARS_MAX = 128
 # W3C trace context; one that is not is ignored, as they ask for, by who makes traces of it.
-Traceparent = Annotated[str, Field(max_length=128)]
+Traceparent = Annotated[str, Field(max_length=TRACEPARENT_CHARS_MAX)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
 
 

@@ -13,7 +13,7 @@ from kvferry_proto.worker import DeviceMemory
 Kind = Literal["whole", "urgent", "more"]  # all or none; holds none yet; could go on with more
 KINDS: tuple[Kind, ...] = ("whole", "urgent", "more")
 OVERTAKEN_MAX = 32
-SHARES = 16  # of a role's blocks: nobody is kept waiting for more, and nobody is fed with less
+SHARES = 16  # of a role's blocks; one is worth a round trip, and nobody has to wait for more
 
 
 class Zeroing(NamedTuple):

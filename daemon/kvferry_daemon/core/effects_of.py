@@ -12,12 +12,12 @@ from kvferry_daemon.core.here import can_take_over
 from kvferry_proto.peer import Progress, Pull
 from kvferry_proto.states import Role, State
 
-CRUMBS_S = 0.02  # blocks are held back for so long at most: some round trips
-
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node
     from kvferry_daemon.core.sink import SinkTransfer
     from kvferry_daemon.core.source import SourceTransfer
+
+CRUMBS_S = 0.02  # blocks are held back for so long at most: some round trips
 
 
 class EffectDesk:

@@ -131,9 +131,7 @@ class Node:
         # them are not noticed: with a worker's beat, that must stay below what it is lost after.
         self.sweep_s = min(SWEEP_S, settings.timing.lost_s / 4)
         self._sweep_at_s = now_s + self.sweep_s
-        self.crumbs_due: dict[
-            str, float
-        ] = {}  # by pool: blocks were held back for long enough then
+        self.crumbs_due: dict[str, float] = {}  # by pool: when blocks were held back long enough
         self.workers = WorkerDesk(self)
         self.sources = SourceDesk(self)
         self.sinks = SinkDesk(self)
