@@ -1,36 +1,21 @@
 """Prompts that begin alike and are computed in one step: each is sent as it is, not as it was."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
 from live import LiveDaemon
 from vllm_live.asking import FLAGS, prompt, sending, wait_until
 from vllm_live.engines import Engine, connector, make_model
+from vllm_live.pair import Pair
 
 pytestmark = pytest.mark.timeout(900)
 AT_ONCE = 8
 STEP_TOKENS = 2048  # ``max_num_batched_tokens`` of the engines
 
 
-@dataclass
-class Scene:
-    """What the tests of this file share."""
-
-    a: LiveDaemon
-    b: LiveDaemon
-    prefill: Engine
-    decode: Engine
-
-    def check_nothing_is_left(self) -> None:
-        for engine, daemon in ((self.prefill, self.a), (self.decode, self.b)):
-            wait_until(engine.blocks_are_free)
-            daemon.wait_until_free()
-
-
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     path = tmp_path_factory.mktemp("vllm")
     model = make_model(path / "model")
     flags = {**FLAGS, "lease_s": 60}  # decode fetches one after the other
@@ -40,12 +25,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         Engine(path / "prefill.log", model, connector(a.directory)) as prefill,
         Engine(path / "decode.log", model, connector(b.directory)) as decode,
     ):
-        yield Scene(a, b, prefill.wait(), decode.wait())
+        yield Pair(a, b, prefill.wait(), decode.wait())
 
 
 @pytest.mark.parametrize("shared_tokens", [512, 1024])
 def test_a_prefix_that_another_request_computes_in_the_same_step(
-    scene: Scene, shared_tokens: int
+    scene: Pair, shared_tokens: int
 ) -> None:
     """vLLM gives all of them the same blocks, before the first of them has written any."""
     shared = prompt(shared_tokens, seed=1)

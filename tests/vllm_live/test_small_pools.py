@@ -1,13 +1,13 @@
 """Daemons whose pools are too small for what is asked at once, on either side."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
 from live import LiveDaemon
 from vllm_live.asking import failed, fetching, prompt, sending, wait_until
 from vllm_live.engines import Engine, connector, make_model
+from vllm_live.pair import Pair
 
 pytestmark = pytest.mark.timeout(900)
 AT_ONCE = 12
@@ -17,24 +17,8 @@ FLAGS = {"window_tokens": 512, "pool_tokens": 2048, "lease_s": 8}
 STALL_S = {"a": 8, "b": 16}
 
 
-@dataclass
-class Scene:
-    """Prefill recomputes what it cannot load, and decode fails it, as in test_vllm."""
-
-    a: LiveDaemon
-    b: LiveDaemon
-    prefill: Engine
-    decode: Engine
-
-    def check_nothing_is_left(self) -> None:
-        wait_until(self.prefill.blocks_are_free)
-        wait_until(self.decode.blocks_are_free)
-        self.a.wait_until_free()
-        self.b.wait_until_free()
-
-
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     path = tmp_path_factory.mktemp("vllm")
     model = make_model(path / "model")
     with (
@@ -43,10 +27,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         Engine(path / "prefill.log", model, connector(a.directory, policy="recompute")) as prefill,
         Engine(path / "decode.log", model, connector(b.directory)) as decode,
     ):
-        yield Scene(a, b, prefill.wait(), decode.wait())
+        yield Pair(a, b, prefill.wait(), decode.wait())
 
 
-def test_more_requests_than_the_pools_hold_take_turns(scene: Scene) -> None:
+def test_more_requests_than_the_pools_hold_take_turns(scene: Pair) -> None:
     """Both engines are asked for all at once; windows slide through what there is."""
     prompts = [prompt(TOKENS, seed=number) for number in range(AT_ONCE)]
     alone = [answer.tokens for answer in [scene.decode.generate(one) for one in prompts]]
@@ -69,7 +53,7 @@ def hold(engine: Engine, daemon: LiveDaemon, name: str) -> None:
         )
 
 
-def test_what_nobody_fetches_keeps_others_out_no_longer_than_its_deadline(scene: Scene) -> None:
+def test_what_nobody_fetches_keeps_others_out_no_longer_than_its_deadline(scene: Pair) -> None:
     """What waits for room meanwhile is served then, since its own deadline is later."""
     hold(scene.prefill, scene.a, "left")
     scene.a.wait_for_transfer("left-0", lambda seen: seen.idle_s > STALL_S["a"] / 2)
@@ -88,7 +72,7 @@ def test_what_nobody_fetches_keeps_others_out_no_longer_than_its_deadline(scene:
     assert got == scene.decode.generate(asked).tokens
 
 
-def test_what_waits_for_a_sources_room_longer_than_its_deadline_is_computed(scene: Scene) -> None:
+def test_what_waits_for_a_sources_room_longer_than_its_deadline_is_computed(scene: Pair) -> None:
     """The other way round: daemon b holds what nobody fetches longer than daemon a waits."""
     hold(scene.decode, scene.b, "held")
     asked = prompt(900, seed=101)
@@ -105,7 +89,7 @@ def test_what_waits_for_a_sources_room_longer_than_its_deadline_is_computed(scen
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
 def test_sinks_without_room_end_as_the_policy_says_and_leave_nothing(
-    scene: Scene, policy: str
+    scene: Pair, policy: str
 ) -> None:
     """The first ones hold the sinks' half, since their source stands still. Prefill recomputes."""
     is_fail = policy == "fail"

@@ -14,6 +14,7 @@ import pytest
 from live import LiveDaemon
 from vllm_live.asking import FLAGS, failed, fetching, prompt, sending, wait_until
 from vllm_live.engines import Answer, Engine, connector, make_model
+from vllm_live.pair import Pair
 
 pytestmark = pytest.mark.timeout(900)
 LENGTHS = (
@@ -23,28 +24,17 @@ LENGTHS = (
 
 
 @dataclass
-class Scene:
-    """What the tests of this file share. Prefill and decode can both do either."""
+class Scene(Pair):
+    """Prefill recomputes what cannot be loaded; decode fails such a request."""
 
     path: Path
     model: Path
-    a: LiveDaemon
-    b: LiveDaemon
     alone: Engine
-    prefill: Engine  # at daemon a; recomputes what cannot be loaded
-    decode: Engine  # at daemon b; fails such a request
 
     def ask(self, name: str, tokens: list[int]) -> Answer:
         """As a router does: prefill first, then decode with what prefill told."""
         told = self.prefill.generate(tokens, 1, sending(name)).result()
         return self.decode.generate(tokens, params=told["params"])
-
-    def check_nothing_is_left(self) -> None:
-        """No block is held, in any engine or daemon."""
-        wait_until(self.prefill.blocks_are_free)
-        wait_until(self.decode.blocks_are_free)
-        self.a.wait_until_free()
-        self.b.wait_until_free()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         Engine(path / "prefill.log", model, connector(a.directory, policy="recompute")) as prefill,
         Engine(path / "decode.log", model, connector(b.directory)) as decode,
     ):
-        scene = Scene(path, model, a, b, alone.wait(), prefill.wait(), decode.wait())
+        scene = Scene(a, b, prefill.wait(), decode.wait(), path, model, alone.wait())
         yield scene
         scene.a.stop()
         scene.b.stop()
