@@ -68,7 +68,9 @@ class Machine:
 class World:
     """Daemons ``a`` (source) and ``b`` (sink), and what lies between them."""
 
-    def __init__(self, *, blocks: int = 16, window_tokens: int = 8, share: float = 0.5) -> None:
+    def __init__(
+        self, *, blocks: int = 16, window_tokens: int = 8, share: float = 0.5, workers_max: int = 10
+    ) -> None:
         self.now_s = 0.0
         self.wire: list[Chunk | Letter] = []
         self.secrets = 0
@@ -89,7 +91,7 @@ class World:
                 streams=1,
                 chunk_bytes=1,
                 transfers_max=100,
-                workers_max=10,
+                workers_max=workers_max,
             )
             self.machines[name] = Machine(Node(settings, self._secret, 1, 0.0))
 
@@ -100,10 +102,15 @@ class World:
     # --- workers ---
 
     def hello(
-        self, name: str, route: bytes, kind: Layout | None = None, user: str = ""
+        self,
+        name: str,
+        route: bytes,
+        kind: Layout | None = None,
+        user: str = "",
+        called: str = "",
     ) -> worker.Welcome:
-        """A worker joins."""
-        call = worker.Hello(lock=f"lock{route.hex()}", layout=kind or layout())
+        """A worker joins; ``called`` is what it calls itself."""
+        call = worker.Hello(lock=f"lock{route.hex()}", layout=kind or layout(), worker=called)
         self.feed(name, out.WorkerCalled(route, call, lock_held=True, user=user))
         reply = self.machines[name].inbox[route].pop()
         assert isinstance(reply, worker.Welcome), reply

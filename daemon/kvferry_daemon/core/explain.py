@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NEAR_LOOKED_AT = 500  # ids that are compared letter by letter
 HOLDERS_MAX = 5
+USERS_NAMED = 4  # of those that may touch a transfer's blocks: a name may have 128 characters
 Advice = tuple[str, str]  # what it waits for, and what usually helps
 
 WAITS: dict[tuple[Role, StallReason], Advice] = {
@@ -239,7 +240,9 @@ def _workers_in(node: Node, transfer: AnyTransfer) -> list[str]:
     ranks = transfer.ranks
     secrets = [ranks[number].session for number in range(ranks.size) if not ranks[number].released]
     sessions = [node.sessions.get(secret) for secret in secrets if secret]
-    return [f"worker {one.name or '?'} (pid {one.pid})" for one in sessions if one is not None]
+    users = [f"worker {one.name or '?'} (pid {one.pid})" for one in sessions if one is not None]
+    left_out = len(users) - USERS_NAMED
+    return [*users[:USERS_NAMED], f"and {left_out} more workers"] if left_out > 0 else users
 
 
 def _holders(node: Node, transfer: AnyTransfer) -> list[control.Holder]:
