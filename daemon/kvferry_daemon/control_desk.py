@@ -13,9 +13,12 @@ from kvferry_daemon.core.events import Key
 from kvferry_daemon.core.explain import explain, near_ids
 from kvferry_daemon.core.node import AnyTransfer, Node
 from kvferry_daemon.core.report import live_row, transfers
+from kvferry_daemon.inbound import single
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError, exhausted
+from kvferry_proto.fields import ErrorInfo
 
+log = logging.getLogger(__name__)
 ASKS_A_S = 1000  # of one process
 ASK_S = 0.00025  # of the loop's time: who asks for more has asked more often, so it has a quarter
 
@@ -39,8 +42,24 @@ class ControlDesk:
         self._allowed = Allowances(ASKS_A_S)
         self.stopping = False  # then nothing brings it back
 
-    def answer(self, request: control.Request, user: str) -> bytes:
-        """The frame of the answer to ``user`` (uid:gid:pid); FerryError if it is refused."""
+    def reply(self, frames: list[bytes], user: str) -> bytes:
+        """The frame that answers ``user`` (uid:gid:pid), whatever came and whatever goes wrong."""
+        try:
+            request = control.REQUESTS.decode(single(frames))
+        except FerryError as error:
+            self._node.counters["bad_messages_control"] += 1
+            return _refusal(error)
+        try:
+            return self._answer(request, user)
+        except FerryError as error:
+            self._node.counters["bad_messages_control"] += 1
+            return _refusal(error)
+        except Exception as error:  # a fault of ours: who asks must not take us for dead
+            log.exception("could not answer %s of %s", request.kind, user)
+            words = f"{request.kind}: {type(error).__name__}"
+            return _refusal(FerryError(Code.INTERNAL, words), request.call)
+
+    def _answer(self, request: control.Request, user: str) -> bytes:
         wait_s = self._allowed.wait_s(user, self._loop.time())
         if wait_s:
             self._node.counters["messages_over_rate_control"] += 1
@@ -131,6 +150,11 @@ class ControlDesk:
         before = log_level()
         logging.getLogger().setLevel(request.level.upper())
         return control.LogLevelSet(call=request.call, level=request.level, before=before)
+
+
+def _refusal(error: FerryError, call: int = 0) -> bytes:
+    failure = control.ControlFailure(call=call, error=ErrorInfo.of_error(error))
+    return control.ANSWERS.encode(failure)
 
 
 def log_level() -> str:

@@ -25,7 +25,7 @@ from kvferry_daemon.core.report import status
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.http.facts import Facts
 from kvferry_daemon.http.listen import listen, url_of
-from kvferry_daemon.inbound import Inbound, single
+from kvferry_daemon.inbound import Inbound
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
@@ -308,15 +308,7 @@ class Daemon:
         self._io_threads.be_patient(crowded)
 
     def _on_control(self, frames: list[bytes]) -> None:
-        try:
-            frame = self.operators.answer(
-                control.REQUESTS.decode(single(frames)), self._control.user
-            )
-        except FerryError as error:
-            self.node.counters["bad_messages_control"] += 1
-            failure = control.ControlFailure(error=ErrorInfo.of_error(error))
-            frame = control.ANSWERS.encode(failure)
-        self._control.send(frames[0], frame)
+        self._control.send(frames[0], self.operators.reply(frames, self._control.user))
 
     def _count(self) -> None:
         """Into the books, what others count."""
