@@ -52,8 +52,7 @@ class ControlDesk:
         try:
             return self._answer(request, user)
         except FerryError as error:
-            self._node.counters["bad_messages_control"] += 1
-            return _refusal(error)
+            return _refusal(error, request.call)
         except Exception as error:  # a fault of ours: who asks must not take us for dead
             log.exception("could not answer %s of %s", request.kind, user)
             words = f"{request.kind}: {type(error).__name__}"
