@@ -26,7 +26,7 @@ class Exit(IntEnum):
     UNKNOWN = 5  # no such transfer
     OUTPUT = 6  # the answer could not be written
     LEDGER = 7  # the daemon's ledger could not be written
-    UNDRAINED = 8  # transfers are still there after the wait of `drain`
+    UNDRAINED = 8  # `drain`: transfers are still there, or the daemon takes new ones again
     PERMISSION = 9  # the control socket, or what was asked of it, is not this user's
     VERSION = 10  # the daemon is of another version and does not know the verb
     REFUSED = 11  # the daemon refused, for another reason

@@ -133,23 +133,44 @@ def explain(runtime_dir: Path | None, json_wanted: bool, transfer_id: str) -> No
 def drain(runtime_dir: Path | None, json_wanted: bool, wait_s: float) -> None:
     """Take no new transfers, wait for the live ones, and name those that are left."""
     from kvferry_daemon.operator import transfers_for_people
-    from kvferry_proto.control import GetTransfers, SetDraining
+    from kvferry_proto.control import SetDraining
 
     until_s = time.monotonic() + wait_s
     answer = _ask(runtime_dir, SetDraining(draining=True))
-    while answer.unsettled and time.monotonic() < until_s:
+    while answer.draining and answer.unsettled and time.monotonic() < until_s:
         time.sleep(LOOK_S)
-        answer = _ask(runtime_dir, SetDraining(draining=True))
+        answer = _drain_now(runtime_dir)  # said again, it would undo what somebody else says
+    left = _left(runtime_dir, answer.unsettled) if answer.unsettled else None
     if json_wanted:
-        write(as_json("drain", answer))
-    elif not answer.unsettled:
+        rows = [] if left is None else left.model_dump(mode="json")["transfers"]
+        write(as_json("drain", {**answer.model_dump(mode="json"), "transfers": rows}))
+    elif left is not None:
+        write(transfers_for_people(left))
+    elif answer.draining:
         write("drained: no transfer is live or holds a block; new ones are refused")
+    if not answer.draining:
+        words = "the daemon takes new transfers again: somebody said undrain, or it was restarted"
+        stop(Exit.UNDRAINED, words)
     if answer.unsettled:
-        left = _ask(runtime_dir, GetTransfers(sort="blocks"))
-        if not json_wanted:
-            write(transfers_for_people(left))
         words = f"{answer.unsettled} transfers are live or hold blocks after {wait_s:g} s; "
         stop(Exit.UNDRAINED, words + "explain or abort them, or let the daemon go on: undrain")
+
+
+def _drain_now(runtime_dir: Path | None) -> "control.Draining":
+    from kvferry_proto.control import Draining, GetStatus
+
+    status = _ask(runtime_dir, GetStatus())
+    return Draining(draining=status.draining, unsettled=status.unsettled)
+
+
+def _left(runtime_dir: Path | None, unsettled: int) -> "control.Transfers":
+    """Those that are live or hold blocks: the last ones of an answer, which remembers others."""
+    from kvferry_proto.control import GetTransfers, Transfers
+
+    answer = _ask(runtime_dir, GetTransfers(sort="blocks"))
+    rows = [row for row in answer.transfers if row.blocks or not row.ended]
+    more = max(0, unsettled - len(rows))
+    return Transfers(transfers=rows, more=more)
 
 
 @click.command()

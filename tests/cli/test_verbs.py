@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import zmq
 from cli.processes import kvferry
 from kvferry_client import connect
 from kvferry_daemon.output import Exit
+from kvferry_daemon.verbs import LOOK_S
 from kvferry_proto import control, worker
 from kvferry_proto.codec import Codec
 from kvferry_proto.control import Status
@@ -23,6 +25,7 @@ from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
 
 NOT_ROOT = 12345
+KVFERRY = (sys.executable, "-m", "kvferry_daemon")
 
 
 @pytest.fixture
@@ -191,6 +194,49 @@ def test_drain_waits_names_what_is_stuck_and_can_be_taken_back(daemon: LiveDaemo
         one.snapshot(worker.Release(transfer_id="new", role=Role.SOURCE))
         assert said(daemon, "drain")["unsettled"] == 0
         assert daemon.status().draining
+
+
+def test_a_drain_is_said_once_and_ends_where_somebody_takes_it_back(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory) as one:
+        half_way(one, "stuck")
+        with subprocess.Popen(
+            [*KVFERRY, "drain", "--json", "--runtime-dir", str(daemon.directory)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as drain:
+            while not daemon.status().draining:
+                pass
+            time.sleep(3 * LOOK_S)
+            assert daemon.log().count("set_draining") == 1, "a line for each that is said"
+            assert said(daemon, "undrain")["draining"] is False
+            words, complaint = drain.communicate(timeout=10)
+        assert drain.returncode == Exit.UNDRAINED
+        assert "takes new transfers again" in complaint
+        answer = json.loads(words)
+        assert (answer["draining"], answer["unsettled"]) == (False, 2)
+        assert not daemon.status().draining
+
+
+def test_a_drain_names_what_is_left_to_programs_too(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory) as one:
+        half_way(one, "over")
+        said(daemon, "abort", "over")
+        for role in Role:
+            one.snapshot(worker.Release(transfer_id="over", role=role))
+        daemon.wait_until_free()
+        half_way(one, "stuck")
+        done = kvferry("drain", "--wait-s", "0", "--json", "--runtime-dir", daemon.directory)
+        assert done.returncode == Exit.UNDRAINED
+        left = json.loads(done.stdout)
+        assert (left["schema"], left["unsettled"]) == ("kvferry/drain/1", 2)
+        assert ids(left) == ["stuck", "stuck"], "what has ended and holds no block is not left"
+        done = kvferry("drain", "--wait-s", "0", "--runtime-dir", daemon.directory)
+        assert "over" not in done.stdout
+        said(daemon, "abort", "stuck")
+        for role in Role:
+            one.snapshot(worker.Release(transfer_id="stuck", role=role))
+        assert said(daemon, "drain")["transfers"] == []
 
 
 def test_what_was_told_to_end_is_not_brought_back(daemon: LiveDaemon) -> None:
