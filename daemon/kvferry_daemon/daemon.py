@@ -28,6 +28,7 @@ from kvferry_daemon.http.listen import listen, url_of
 from kvferry_daemon.inbound import Inbound
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.lag import LoopLag
+from kvferry_daemon.lately import Lately
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.curve import prove_ourselves
@@ -182,6 +183,7 @@ class Daemon:
         self._begin_ledger(port)
         self._io_threads = IoThreads()
         self.lag = LoopLag()
+        self._lately = Lately(self.node)
         self.closed_first: Callable[[], Awaitable[None]] | None = None
         self._messages = self._turns = 0
         self._watch = loop.create_task(self._watch_all())
@@ -279,6 +281,7 @@ class Daemon:
                 self.effects.note_deeds()
                 self.effects.audit.settle()
                 self._count()
+                self._lately.look(asyncio.get_running_loop().time())
                 self.effects.pools.beat()
             except Exception:  # a fault of ours must not end the watch of dead workers
                 log.exception("could not watch")
@@ -328,7 +331,8 @@ class Daemon:
         facts = self._placed, self.lag.status(), log_level()
         now_s = asyncio.get_running_loop().time()
         answer = status(self.node, call, str(self.directory.path), *facts, now_s)
-        return answer.model_copy(update={"security": self._security()})
+        more = {"security": self._security(), "rates": self._lately.rates(now_s)}
+        return answer.model_copy(update=more)
 
     def facts(self) -> Facts:
         """The same for those who ask by HTTP."""

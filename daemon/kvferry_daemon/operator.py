@@ -107,14 +107,17 @@ def _other_version(
 
 def status_for_people(answer: control.Status) -> str:
     """A status in words and tables."""
+    about = f"kvferry {answer.version}  pid {answer.pid}"
     drain = ", draining" if answer.draining else ""
     states = ", ".join(f"{count} {name}" for name, count in answer.transfers.items()) or "none"
     stalls = ", ".join(f"{count} {name}" for name, count in answer.stalls.items()) or "none"
     words = [
-        f"kvferry {answer.version}  pid {answer.pid}  up {answer.uptime_s:.0f} s{drain}",
+        f"{about}  up {answer.uptime_s:.0f} s{drain}  boot {answer.boot_id}",
         f"peers connect to {answer.peer_address}; {answer.workers} workers",
         f"transfers: {states}; waiting: {stalls}",
     ]
+    if answer.rates is not None:
+        words.append(_moved(answer.rates))
     if answer.security is not None:
         words.append(secured_in_words(answer.security))
     if answer.placement is not None:
@@ -146,6 +149,16 @@ def status_for_people(answer: control.Status) -> str:
         table(("peer", "state", "streams", "transport", "detail"), peers),
         table(("worker", "uid:gid:pid", "transfers", "state"), workers),
     )
+
+
+def _moved(rates: control.RateStatus) -> str:
+    sent, received, copied = (
+        size_in_words(round(rate))
+        for rate in (rates.bytes_sent, rates.bytes_received, rates.bytes_copied)
+    )
+    tokens = f"{rates.tokens_sent:.0f} tokens/s sent, {rates.tokens_received:.0f} received"
+    size = f"{sent}/s sent, {received}/s received, {copied}/s copied"
+    return f"in the last {rates.seconds:.0f} s: {tokens}; {size}"
 
 
 def _placed(placement: control.PlacementStatus) -> str:

@@ -28,6 +28,7 @@ NEAR_MAX = 5
 LogLevel = Literal["debug", "info", "warning", "error"]
 Sort = Literal["opened", "age", "idle", "sent", "blocks"]
 Seconds = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
 SESSIONS_SHOWN_MAX = 256
 
 
@@ -146,6 +147,17 @@ class LoopStatus(Message):
     turns: TurnStatus | None = None
 
 
+class RateStatus(Message):
+    """What moved a second, on average of the last ``seconds``."""
+
+    seconds: Seconds
+    tokens_sent: Rate  # that a sink has acknowledged
+    tokens_received: Rate
+    bytes_sent: Rate
+    bytes_received: Rate
+    bytes_copied: Rate  # within the daemon
+
+
 class SecurityStatus(Message):
     """How daemons talk to this one."""
 
@@ -224,6 +236,7 @@ class Status(Message):
     log_level: str = ""
     security: SecurityStatus | None = None
     sessions: Annotated[list[WorkerStatus], Field(max_length=SESSIONS_SHOWN_MAX)] | None = None
+    rates: RateStatus | None = None  # absent: it has looked once at most
 
 
 class Transfers(Message):
@@ -366,6 +379,7 @@ __all__ = [
     "PeerStatus",
     "PlacementStatus",
     "PoolStatus",
+    "RateStatus",
     "Read",
     "Request",
     "SecurityStatus",

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cli.processes import kvferry
 from kvferry_client import Client, connect
 from kvferry_proto.control import Status, Transfers
 from kvferry_proto.states import Role
-from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
+from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
 EXIT_USAGE, EXIT_SERVE, EXIT_NO_DAEMON, EXIT_UNKNOWN, EXIT_OUTPUT = 2, 3, 4, 5, 6
 HARD_IDS = ["job[/x]", "req[red]7", ":smile:", "[link=http://x]y[/link]", "-x", "\\[b]"]
@@ -94,6 +95,29 @@ def test_status_tells_of_pools_peers_and_transfers(daemon: LiveDaemon, client: C
     assert "tcp://[fe80::1]:5000" in out, "an IPv6 address is no markup"
     pool = next(line for line in out.splitlines() if line.startswith("host "))
     assert pool.split()[:9] == ["host", "2", "planes", "16", "tokens,", "640", "B", "16", "12"]
+
+
+def test_status_tells_how_much_moves(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a", lost_s=60) as live, RawWorker(live.directory) as one:
+        from kvferry_proto import worker as w
+
+        until = time.monotonic() + WAIT_S
+        while live.status().rates is None:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        one.snapshot(w.Send(transfer_id="t"))
+        one.snapshot(w.Receive(transfer_id="t"))
+        seen = one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW)
+        one.fill(seen, WINDOW)
+        one.snapshot(w.Ready(transfer_id="t", ready_tokens=WINDOW, total_tokens=2 * WINDOW))
+        one.wait_for(Role.SINK, lambda s: s.sent_tokens == WINDOW)
+        rates = live.status().rates
+        assert rates is not None
+        assert round(rates.tokens_received * rates.seconds) == WINDOW, "of one that is live, too"
+        words = ask(live, "status")
+        boot_id = live.status().boot_id
+    assert re.search(r"^in the last \d+ s: \d+ tokens/s sent, \d+ received; ", words, re.MULTILINE)
+    assert f"boot {boot_id}" in words
 
 
 @pytest.mark.parametrize("transfer_id", HARD_IDS)

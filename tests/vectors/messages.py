@@ -290,6 +290,10 @@ CONTROL: dict[str, Any] = {
         draining=True, peer_address="tcp://127.0.0.1:7000", runtime_dir="/run/kvferry", workers=1,
         blocks_total=0, blocks_free=0, transfers={}, stalls={}, counters={}, pools=[], peers=[],
         unsettled=3, log_level="info",
+        rates=c.RateStatus(
+            seconds=10.0, tokens_sent=8192.5, tokens_received=0.0, bytes_sent=1e9,
+            bytes_received=0.0, bytes_copied=2.5,
+        ),
     ),
     "explanation": c.Explanation(
         call=4,

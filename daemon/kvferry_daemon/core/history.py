@@ -42,13 +42,14 @@ class Moment(NamedTuple):
 class History:
     """One a transfer: the last changes, and since when it waits for what it waits for."""
 
-    __slots__ = ("_records", "lost", "stall", "stall_since_s")
+    __slots__ = ("_records", "counted_tokens", "lost", "stall", "stall_since_s")
 
     def __init__(self, now_s: float) -> None:
         self._records = bytearray()
         self.lost = 0  # records that were pushed out
         self.stall: StallReason | None = None
         self.stall_since_s = now_s
+        self.counted_tokens = -1  # of sent ones, in the sum of all; -1: none yet
 
     def note(self, transfer: "Transfer") -> None:
         """Something of this transfer is different. Growth alone is one record, however often."""

@@ -45,6 +45,7 @@ class Meters:
             (role, why): 0.0 for role in Role for why in StallReason
         }
         self.tokens: Counter[Role] = Counter()  # of transfers that have ended
+        self.moved_tokens: Counter[Role] = Counter()  # of all, in this life of the daemon
         self.chunk_s = Times(CHUNK_EDGES_S)
         self.transfer_s = {role: Times(TRANSFER_EDGES_S) for role in Role}
         self._claimed: dict[StreamKey, dict[tuple[int, int], float]] = {}
@@ -59,6 +60,10 @@ class Meters:
             if stall is not None:
                 self.stalls[role, stall] += 1
             history.stall, history.stall_since_s = stall, now_s
+        if (sent := transfer.sent_tokens) != history.counted_tokens:
+            if history.counted_tokens >= 0:
+                self.moved_tokens[transfer.key.role] += sent - history.counted_tokens
+            history.counted_tokens = sent
         history.note(transfer)
 
     def ended(self, transfer: Transfer) -> None:
