@@ -45,7 +45,7 @@ def _asks(command: Command) -> Command:
 @_asks
 def status(runtime_dir: Path | None, json_wanted: bool) -> None:
     """Show the daemon: pools, peers, workers, transfers by state."""
-    from kvferry_daemon.operator import status_for_people
+    from kvferry_daemon.status_words import status_for_people
     from kvferry_proto.control import GetStatus
 
     answer = _ask(runtime_dir, GetStatus())

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 
 from rich.text import Text
 
-from kvferry_daemon.operator import secured_in_words, size_in_words
+from kvferry_daemon.operator import size_in_words
 from kvferry_daemon.plain import plain
+from kvferry_daemon.status_words import secured_in_words
 from kvferry_daemon.top.rates import Rates, side_of
 from kvferry_proto.control import PeerStatus, PoolStatus, Status, TransferStatus
 
