@@ -35,19 +35,28 @@ def status_for_people(answer: control.Status) -> str:
         )
         for pool in answer.pools
     )
-    peers = (
-        (p.address, p.state, str(p.streams_open), p.transport, p.detail or p.why)
+    peers: list[tuple[str, ...]] = [
+        (p.address, "source", p.state, str(p.streams_open), p.transport, p.detail or p.why)
         for p in answer.peers
-    )
+    ]
+    peers += [
+        (s.address or s.name, "sink", s.state, str(s.streams_open), s.transport, _heard(s))
+        for s in answer.sinks or ()
+    ]
     workers = (
         (s.name, s.user, str(s.transfers), "lost" if s.lost else "") for s in answer.sessions or ()
     )
     return page(
         words,
         table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
-        table(("peer", "state", "streams", "transport", "detail"), peers),
+        table(("peer", "role", "state", "streams", "transport", "detail"), peers),
         table(("worker", "uid:gid:pid", "transfers", "state"), workers),
     )
+
+
+def _heard(sink: control.SinkStatus) -> str:
+    named = f"trusted as {sink.name}; " if sink.name else ""
+    return f"{named}heard {sink.heard_s:.1f} s ago"
 
 
 def _moved(rates: control.RateStatus) -> str:

@@ -30,6 +30,7 @@ Sort = Literal["opened", "age", "idle", "sent", "blocks"]
 Seconds = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
 SESSIONS_SHOWN_MAX = 256
+SINKS_SHOWN_MAX = 256
 
 
 class GetStatus(Message):
@@ -179,6 +180,17 @@ class PeerStatus(Message):
     detail: str = ""
 
 
+class SinkStatus(Message):
+    """A daemon that pulls from this one. Its ids are told to nobody: they let others speak as it."""
+
+    address: str  # its own word; empty where it does not say
+    state: Literal["up", "silent"]
+    heard_s: Seconds  # ago
+    name: str = ""  # under which its key is trusted
+    streams_open: Count = 0
+    transport: str = ""  # of the newest data connection
+
+
 class WorkerStatus(Message):
     """A worker's session: its name is its own word, its user the kernel's."""
 
@@ -237,6 +249,7 @@ class Status(Message):
     security: SecurityStatus | None = None
     sessions: Annotated[list[WorkerStatus], Field(max_length=SESSIONS_SHOWN_MAX)] | None = None
     rates: RateStatus | None = None  # absent: it has looked once at most
+    sinks: Annotated[list[SinkStatus], Field(max_length=SINKS_SHOWN_MAX)] | None = None
 
 
 class Transfers(Message):
@@ -385,6 +398,7 @@ __all__ = [
     "SecurityStatus",
     "SetDraining",
     "SetLogLevel",
+    "SinkStatus",
     "Status",
     "TransferStatus",
     "Transfers",

@@ -31,6 +31,7 @@ from kvferry_proto.worker import WorldSize
 WANTS_MAX = 1024
 PULLS_MAX = 1024
 STREAMS_MAX = 16
+ADDRESS_CHARS_MAX = 256
 PARTS_MAX = 1 << 12  # RANKS_MAX squared
 Handle = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Number = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -52,6 +53,7 @@ class PeerHello(Message):
     boot_id: BootId
     daemon_id: BootId
     life: Annotated[int, Field(ge=1, le=1 << 31)]
+    address: Annotated[str, Field(max_length=ADDRESS_CHARS_MAX)] = ""  # for operators: its own word
 
 
 class PeerWelcome(Message):

@@ -161,6 +161,34 @@ def test_an_unknown_id_is_told_what_is_near_it(daemon: LiveDaemon) -> None:
         assert "near it are request-471" in line
 
 
+def test_both_sides_show_the_other_ones_daemon(tmp_path: Path) -> None:
+    """A node that only sends has peers, too."""
+    with (
+        LiveDaemon(tmp_path / "a", lost_s=60) as source,
+        LiveDaemon(tmp_path / "b", lost_s=60) as sink,
+        RawWorker(source.directory) as prefill,
+        RawWorker(sink.directory) as decode,
+    ):
+        assert said(source, "status")["sinks"] == []
+        prefill.snapshot(worker.Send(transfer_id="t"))
+        decode.snapshot(worker.Receive(transfer_id="t", source=source.address))
+        seen = prefill.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW)
+        prefill.fill(seen, BLOCK)
+        prefill.snapshot(worker.Ready(transfer_id="t", ready_tokens=BLOCK, total_tokens=100))
+        decode.wait_for(Role.SINK, lambda s: s.sent_tokens == BLOCK)
+        (pulls,) = said(source, "status")["sinks"]
+        assert (pulls["address"], pulls["state"]) == (sink.address, "up")
+        assert (pulls["streams_open"], pulls["transport"]) == (1, "tcp")
+        assert pulls["heard_s"] < 60
+        assert "boot_id" not in pulls, "who has it could speak as that daemon"
+        words = kvferry("status", "--runtime-dir", source.directory).stdout
+        (row,) = [line.split() for line in words.splitlines() if line.startswith(sink.address)]
+        assert row[1:5] == ["sink", "up", "1", "tcp"]
+        words = kvferry("status", "--runtime-dir", sink.directory).stdout
+        (row,) = [line.split() for line in words.splitlines() if line.startswith(source.address)]
+        assert row[1:5] == ["source", "up", "1", "tcp"]
+
+
 def test_an_operator_aborts_one_attempt_or_all(daemon: LiveDaemon) -> None:
     with RawWorker(daemon.directory) as one:
         half_way(one, "stuck")

@@ -352,7 +352,7 @@ def any_ping_renews(patch: pytest.MonkeyPatch) -> None:
     """A ping renews all leases: those of other daemons, and of the earlier lives of its own."""
 
     def wrong(self: SourceDesk, _sink: str | None) -> float:
-        return max((one.heard_s for one in self._daemons._by_boot.values()), default=0.0)
+        return max((one.heard_s for one in self.daemons._by_boot.values()), default=0.0)
 
     patch.setattr(SourceDesk, "heard_s", wrong)
 

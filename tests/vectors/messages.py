@@ -161,6 +161,9 @@ PULL = p.Pull(
 NEWS = p.Progress(transfer_id="t", attempt=0, number=1, state=State.WAITING_FOR_INPUT)
 PEER: dict[str, Any] = {
     "peer hello": p.PeerHello(boot_id=SINK, daemon_id=SOURCE, life=2),
+    "peer hello with an address": p.PeerHello(
+        boot_id=SINK, daemon_id=SOURCE, life=2, address="tcp://b:2"
+    ),
     "peer welcome": p.PeerWelcome(version=1, boot_id=SOURCE, sink_boot_id=SINK),
     "ping": p.Ping(**LINK),
     "pong": p.Pong(news=BIG, **LINK),
@@ -294,6 +297,13 @@ CONTROL: dict[str, Any] = {
             seconds=10.0, tokens_sent=8192.5, tokens_received=0.0, bytes_sent=1e9,
             bytes_received=0.0, bytes_copied=2.5,
         ),
+        sinks=[
+            c.SinkStatus(address="", state="silent", heard_s=12.5),
+            c.SinkStatus(
+                address="tcp://b:2", state="up", heard_s=0.25, name="b", streams_open=2,
+                transport="tcp",
+            ),
+        ],
     ),
     "explanation": c.Explanation(
         call=4,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvferry_daemon.core.blocks import PoolBook
     from kvferry_daemon.core.node import AnyTransfer, Node, Session
 
+SINK_SHOWN_S = 600.0
+
 
 def status(
     node: Node,
@@ -59,6 +61,7 @@ def status(
         peers=[_peer(node, address) for address in sorted(node.sinks.peers)],
         unsettled=node.census.unsettled,
         log_level=log_level,
+        sinks=_sinks(node, now_s),
         sessions=[_worker(one) for one in list(node.sessions.values())[-SESSIONS_SHOWN_MAX:]],
     )
 
@@ -103,6 +106,23 @@ def _peer(node: Node, address: str) -> control.PeerStatus:
         why=peer.why,
         detail=peer.detail,
     )
+
+
+def _sinks(node: Node, now_s: float) -> list[control.SinkStatus]:
+    """Who pulls from us. One that has nothing to pull falls silent, and is left out some time later."""
+    lost_s, streams = node.settings.timing.lost_s, node.sources.streams_of()
+    heard = node.sources.daemons.heard_since(now_s - SINK_SHOWN_S)
+    return [
+        control.SinkStatus(
+            address=one.address,
+            state="up" if now_s - one.heard_s < lost_s else "silent",
+            heard_s=round(max(0.0, now_s - one.heard_s), 3),
+            name=one.peer,
+            streams_open=streams[one.boot_id],
+            transport=node.sources.transports.get(one.boot_id, ""),
+        )
+        for one in heard[-control.SINKS_SHOWN_MAX :]
+    ]
 
 
 def transfers(node: Node, request: control.GetTransfers, now_s: float) -> control.Transfers:

@@ -27,6 +27,7 @@ class SinkDaemon:
     heard_s: float
     peer: str = ""  # the name under which its key is trusted
     news: int = 0  # that it was told
+    address: str = ""  # of its own peer socket, by its own word
 
 
 class SinkDaemons:
@@ -57,7 +58,7 @@ class SinkDaemons:
         # Said again, the count goes on: who does not hear the answer would take news for old ones.
         news = 0 if known is None else known.news
         self._by_boot[hello.boot_id] = SinkDaemon(
-            daemon_id, hello.boot_id, hello.life, route, now_s, peer, news
+            daemon_id, hello.boot_id, hello.life, route, now_s, peer, news, hello.address
         )
         self._by_boot.move_to_end(hello.boot_id)
         self._links.setdefault(daemon_id, set()).add(hello.boot_id)
@@ -93,6 +94,10 @@ class SinkDaemons:
         daemon.heard_s = now_s
         self._by_boot.move_to_end(boot_id)
         return daemon
+
+    def heard_since(self, then_s: float) -> list[SinkDaemon]:
+        """Those that said something since then, the last one last."""
+        return [one for one in self._by_boot.values() if one.heard_s >= then_s]
 
     def get(self, boot_id: str | None) -> SinkDaemon | None:
         """The daemon of this life, if it is known."""

@@ -259,6 +259,7 @@ class SinkDesk:
             boot_id=node.new_secret()[-16:].hex(),
             daemon_id=settings.daemon_id,
             life=settings.life,
+            address=settings.peer_address[: wire.ADDRESS_CHARS_MAX],
         )
         peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s, node.ways)
         self.peers[address] = peer

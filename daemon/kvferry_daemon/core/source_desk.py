@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ class SourceDesk:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._daemons = SinkDaemons()
+        self.daemons = SinkDaemons()
         self._open: set[ev.StreamKey] = set()
         self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
@@ -90,11 +90,11 @@ class SourceDesk:
         if getattr(message, "source_boot_id", None) != ours:
             raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
         boot_id = str(getattr(message, "sink_boot_id", ""))
-        return self._daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
+        return self.daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
 
     def _on_hello(self, event: out.SinkSaid, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
-        for boot_id in self._daemons.hello(event.route, event.peer, hello, self._node.now_s):
+        for boot_id in self.daemons.hello(event.route, event.peer, hello, self._node.now_s):
             self._forget_sink(boot_id)
         welcome = wire.PeerWelcome(
             version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
@@ -221,7 +221,7 @@ class SourceDesk:
             return
         if event.sink == self._node.settings.boot_id:
             self._node.here.pull(event)
-        elif event.sink in self._daemons:  # one that was forgotten says hello first, and asks anew
+        elif event.sink in self.daemons:  # one that was forgotten says hello first, and asks anew
             self._on_pull(event)
 
     def _take_back_older(self, key: ev.Key) -> None:
@@ -276,7 +276,7 @@ class SourceDesk:
         """A sink's daemon has connected; no ticket admits another one under the same number."""
         key = event.key
         self._open.add(key)
-        if key.peer in self._daemons:
+        if key.peer in self.daemons:
             slot = (key.peer, key.stream)
             self._newest[slot] = max(self._newest.get(slot, 0), key.connection + 1)
         else:
@@ -309,7 +309,7 @@ class SourceDesk:
         """Send the news of this turn."""
         news, self._progresses = self._progresses, {}
         for sink, progresses in news.items():
-            daemon = self._daemons.get(sink)
+            daemon = self.daemons.get(sink)
             if daemon is None:
                 continue  # it has to say hello again, and to ask
             for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):
@@ -331,8 +331,12 @@ class SourceDesk:
         """When the daemon of a source's sink said anything; all its leases are renewed by that."""
         if sink == self._node.settings.boot_id:
             return self._node.now_s
-        daemon = self._daemons.get(sink)
+        daemon = self.daemons.get(sink)
         return -NEVER_S if daemon is None else daemon.heard_s
+
+    def streams_of(self) -> Counter[str]:
+        """How many data connections each sink has."""
+        return Counter(key.peer for key in self._open)
 
     # --- housekeeping ---
 

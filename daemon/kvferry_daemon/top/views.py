@@ -8,7 +8,7 @@ from kvferry_daemon.operator import size_in_words
 from kvferry_daemon.plain import plain
 from kvferry_daemon.status_words import secured_in_words
 from kvferry_daemon.top.rates import Rates, side_of
-from kvferry_proto.control import PeerStatus, PoolStatus, Status, TransferStatus
+from kvferry_proto.control import PeerStatus, PoolStatus, SinkStatus, Status, TransferStatus
 
 COLUMNS = (
     *("transfer", "role", "try", "state", "waits for", "sent", "total", "tokens/s", "idle"),
@@ -60,9 +60,10 @@ def _pool(pool: PoolStatus) -> Text:
 
 
 def peers(status: Status) -> Text:
-    """A line for each daemon that is pulled from; those that are not up come first."""
+    """A line for each daemon that is pulled from, or pulls; sources that are not up come first."""
     ordered = sorted(status.peers, key=lambda peer: peer.state == "up")
-    return _some("no peer: nothing is pulled from another daemon", map(_peer, ordered))
+    lines = [*map(_peer, ordered), *map(_sink, reversed(status.sinks or []))]
+    return _some("no peer: nothing is pulled from another daemon, and none pulls", lines)
 
 
 def _peer(peer: PeerStatus) -> Text:
@@ -71,6 +72,13 @@ def _peer(peer: PeerStatus) -> Text:
     said = peer.detail or peer.why
     way = f" by {plain(peer.transport)}" if peer.transport else ""
     return text.append(f"{way}, {peer.streams_open} streams{': ' + plain(said) if said else ''}")
+
+
+def _sink(sink: SinkStatus) -> Text:
+    text = Text(f"sink {plain(sink.address or sink.name)} ")
+    text.append(sink.state, "green" if sink.state == "up" else "dim")
+    way = f" by {plain(sink.transport)}" if sink.transport else ""
+    return text.append(f"{way}, {sink.streams_open} streams")
 
 
 def _some(nothing: str, lines: Iterable[Text]) -> Text:
