@@ -19,7 +19,6 @@ from kvferry_daemon.plain import plain
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
-from kvferry_proto.worker import Snapshot
 
 ANSWER_S = 3.0
 UNBOUNDED = 1 << 16  # columns: what is piped on is read by a program, and must be whole
@@ -105,49 +104,9 @@ def _other_version(
     )
 
 
-def transfers_for_people(answer: control.Transfers) -> str:
-    """A table of transfers, and below it the error of each that failed.
-
-    ``behind``: the ranks that a group waits for.
-    """
-    rows = (
-        (
-            row.snapshot.transfer_id,
-            row.snapshot.role.value,
-            str(row.snapshot.attempt),
-            row.snapshot.state.name.title().replace("_", ""),
-            _why(row.snapshot),
-            str(row.snapshot.sent_tokens),
-            "?" if row.snapshot.total_tokens is None else str(row.snapshot.total_tokens),
-            f"{row.snapshot.base_tokens}+{row.snapshot.allocated_tokens}",
-            str(row.snapshot.world_size),
-            ",".join(map(str, row.behind)),
-            "" if row.ended else f"{row.idle_s:.1f} s",
-        )
-        for row in answer.transfers
-    )
-    names = (
-        *("transfer", "role", "try", "state", "waits for", "sent", "total", "window"),
-        *("ranks", "behind", "idle"),
-    )
-    errors = [
-        f"{seen.transfer_id}: {error_in_words(seen.error)}"
-        for seen in (row.snapshot for row in answer.transfers)
-        if seen.error is not None
-    ]
-    more = [f"{answer.more} more not shown"] if answer.more else []
-    return page([], table(names, rows, always=True), "\n".join(map(plain, errors + more)))
-
-
 def error_in_words(error: ErrorInfo) -> str:
     """Code, fault, message and remedy."""
     return f"{error.code} (fault: {error.fault}): {error.message}. Remedy: {error.remedy}"
-
-
-def _why(seen: Snapshot) -> str:
-    if seen.stall is not None:
-        return seen.stall.value
-    return "" if seen.error is None else seen.error.code
 
 
 def table(
@@ -165,11 +124,12 @@ def table(
 
 def page(words: Iterable[str], *parts: Table | str | None) -> str:
     """All of it as text. Ids, reasons and addresses are nobody's markup."""
-    terminal, page = sys.stdout.isatty(), io.StringIO()
+    terminal, page, size = sys.stdout.isatty(), io.StringIO(), shutil.get_terminal_size()
     console = Console(
         file=page,  # not stdout: one place writes there, and minds what may happen
         force_terminal=terminal,
-        width=shutil.get_terminal_size().columns if terminal else UNBOUNDED,
+        width=size.columns if terminal else UNBOUNDED,
+        height=size.lines,  # else a dumb terminal has 80 columns, whatever its width
         markup=False,
         emoji=False,
         highlight=False,

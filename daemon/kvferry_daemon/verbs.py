@@ -3,9 +3,9 @@
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -59,7 +59,7 @@ def status(runtime_dir: Path | None, json_wanted: bool) -> None:
 @click.option("--role", type=click.Choice(["source", "sink"]), help="only this side")
 @click.option("--stall", type=click.Choice(STALLS), help="only those that wait for this")
 @click.option("--worker", help="only those of the worker with this name")
-@click.option("--peer", help="only those pulled from the daemon at this address")
+@click.option("--peer", help="only those whose other side is at this daemon's address")
 @click.option("--age-s", type=click.FloatRange(min=0), help="only those at least so old")
 @click.option("--idle-s", type=click.FloatRange(min=0), help="only those so long without progress")
 @click.option(
@@ -79,8 +79,8 @@ def transfers(
     **filters: Any,
 ) -> None:
     """Show transfers, those that fit all filters, or every attempt of one id."""
-    from kvferry_daemon.operator import transfers_for_people
-    from kvferry_proto.control import GetTransfers
+    from kvferry_daemon.transfers_words import transfers_for_people
+    from kvferry_proto.control import Explain, GetTransfers
     from kvferry_proto.states import State
 
     if filters["state"] is not None:
@@ -98,8 +98,8 @@ def transfers(
     if watch:
         _again_and_again(lambda: show(line=True))
     elif not show() and transfer_id is not None:
-        words = f"this daemon knows no transfer {transfer_id} like that; it may have forgotten it"
-        stop(Exit.UNKNOWN, words)
+        near = _ask(runtime_dir, _made(Explain, transfer_id=transfer_id)).near
+        _stop_at_unknown(f"{transfer_id} like that", near)
 
 
 @click.command()
@@ -116,9 +116,7 @@ def explain(runtime_dir: Path | None, json_wanted: bool, transfer_id: str) -> No
     elif answer.transfers:
         write(story(answer))
     if not answer.transfers:
-        near = f"; near it are {', '.join(answer.near)}" if answer.near else ""
-        words = f"this daemon knows no transfer {transfer_id}; it may have forgotten it{near}"
-        stop(Exit.UNKNOWN, words)
+        _stop_at_unknown(transfer_id, answer.near)
 
 
 @click.command()
@@ -132,7 +130,7 @@ def explain(runtime_dir: Path | None, json_wanted: bool, transfer_id: str) -> No
 )
 def drain(runtime_dir: Path | None, json_wanted: bool, wait_s: float) -> None:
     """Take no new transfers, wait for the live ones, and name those that are left."""
-    from kvferry_daemon.operator import transfers_for_people
+    from kvferry_daemon.transfers_words import transfers_for_people
     from kvferry_proto.control import SetDraining
 
     until_s = time.monotonic() + wait_s
@@ -259,6 +257,11 @@ def _ask(runtime_dir: Path | None, request: "control.Request") -> Any:
         return ask(runtime_dir or default_runtime_dir(), request)
     except FerryError as error:
         stop_by(error)
+
+
+def _stop_at_unknown(what: str, near: Sequence[str]) -> NoReturn:
+    known = f"; near it are {', '.join(near)}" if near else ""
+    stop(Exit.UNKNOWN, f"this daemon knows no transfer {what}; it may have forgotten it{known}")
 
 
 def _made(kind: Callable[..., Any], **fields: object) -> Any:

@@ -54,7 +54,7 @@ class GetTransfers(Message):
     role: WireRole | None = None
     stall: WireStall | None = None
     worker: Annotated[str, Field(max_length=128)] | None = None
-    peer: Annotated[str, Field(max_length=256)] | None = None  # address of the source's daemon
+    peer: Annotated[str, Field(max_length=256)] | None = None  # address of the other side's daemon
     age_s: Seconds | None = None  # at least so old
     idle_s: Seconds | None = None  # at least so long without progress
     sort: Sort = "opened"
@@ -212,6 +212,7 @@ class TransferStatus(Message):
     worker: str
     user: str | None = None  # uid:gid:pid of `worker`
     source: str | None = None
+    sink: str | None = None  # of a source: the daemon that pulls, by the address that it names
     transport: str = ""
     age_s: float = 0.0
     idle_s: float = 0.0

@@ -22,6 +22,7 @@ from kvferry_proto.control import Status, Transfers
 from kvferry_proto.states import Role
 from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
+LOST = "tcp://127.0.0.1:1"
 EXIT_USAGE, EXIT_SERVE, EXIT_NO_DAEMON, EXIT_UNKNOWN, EXIT_OUTPUT = 2, 3, 4, 5, 6
 HARD_IDS = ["job[/x]", "req[red]7", ":smile:", "[link=http://x]y[/link]", "-x", "\\[b]"]
 LONG_ID = "0f8fad5b-d9cb-469f-a165-70867728950e-cmpl-42-" + "x" * 80
@@ -79,6 +80,43 @@ def test_the_table_lists_transfers_with_state_numbers_and_reason(daemon: LiveDae
     assert early["try"] == "3"
     assert early["state"] == "Bootstrapping"
     assert (early["waits"], early["sent"], early["total"]) == ("waiting_for_source", "0", "?")
+
+
+def test_the_table_shows_what_it_filters_and_sorts_by(daemon: LiveDaemon, client: Client) -> None:
+    client.receive("shown", source=LOST)
+    client.send("held")
+    rows = table(daemon)
+    assert rows["shown"]["worker"] == "tester"
+    assert list(table(daemon, "--peer", LOST)) == ["shown"]
+    assert float(rows["shown"]["age"].removesuffix("s")) < 60
+    assert (rows["shown"]["blocks"], rows["shown"]["peer"]) == ("0", LOST)
+    assert (rows["held"]["blocks"], rows["held"]["peer"]) == ("4", "-")
+
+
+def test_the_table_fits_a_terminal_and_says_what_it_leaves_out(
+    daemon: LiveDaemon, client: Client
+) -> None:
+    client.receive("wide-0f8fad5b-d9cb", source="tcp://10.11.12.13:54321")
+    shown = on_terminal(daemon, "transfers", "--worker", "tester", columns=120)
+    head = shown.splitlines()[1].replace("┃", " ").split()
+    assert {"transfer", "state", "blocks", "age", "idle", "peer", "worker"} <= set(head)
+    (row,) = [line for line in shown.splitlines() if "wide-0f8fad5b-d9cb" in line]
+    assert " 10.11.12.13:54321 " in row
+    assert "tester" in row
+    assert "window" not in head
+    assert "no room for try, total, window" in shown
+    wide = on_terminal(daemon, "transfers", "--worker", "tester", columns=300)
+    assert "window" in wide
+    assert "no room" not in wide
+
+
+def test_an_id_that_is_not_there_is_told_with_those_near_it(
+    daemon: LiveDaemon, client: Client
+) -> None:
+    client.send("request-4711")
+    done = kvferry("transfers", "--runtime-dir", daemon.directory, "request-4712")
+    assert done.returncode == EXIT_UNKNOWN
+    assert "near it are request-4711" in done.stderr
 
 
 def test_status_tells_of_pools_peers_and_transfers(daemon: LiveDaemon, client: Client) -> None:

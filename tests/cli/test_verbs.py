@@ -181,6 +181,9 @@ def test_both_sides_show_the_other_ones_daemon(tmp_path: Path) -> None:
         assert (pulls["streams_open"], pulls["transport"]) == (1, "tcp")
         assert pulls["heard_s"] < 60
         assert "boot_id" not in pulls, "who has it could speak as that daemon"
+        (row,) = said(source, "transfers", "--peer", sink.address)["transfers"]
+        assert (row["sink"], row["source"]) == (sink.address, None)
+        assert ids(said(source, "transfers", "--peer", source.address)) == []
         words = kvferry("status", "--runtime-dir", source.directory).stdout
         (row,) = [line.split() for line in words.splitlines() if line.startswith(sink.address)]
         assert row[1:5] == ["sink", "up", "1", "tcp"]

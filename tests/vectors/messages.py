@@ -281,7 +281,7 @@ CONTROL: dict[str, Any] = {
     "transfers": c.Transfers(
         call=2, more=1,
         transfers=[
-            c.TransferStatus(snapshot=SNAPSHOT, worker="w"),
+            c.TransferStatus(snapshot=SNAPSHOT, worker="w", sink="tcp://b:2"),
             c.TransferStatus(
                 snapshot=FULL, worker="", source="tcp://a:1", transport="tcp", age_s=1.5,
                 idle_s=0.125, blocks=64, ended=True, workers=["", "w"], behind=[0],

@@ -169,11 +169,25 @@ def _fits(node: Node, transfer: AnyTransfer, request: control.GetTransfers, now_
         and request.state in (None, transfer.state)
         and request.role in (None, key.role)
         and request.stall in (None, transfer.stall)
-        and request.peer in (None, transfer.opening.source)
+        and (request.peer is None or request.peer in _addresses(node, transfer))
         and (request.age_s is None or now_s - transfer.opened_s >= request.age_s)
         and (request.idle_s is None or now_s - transfer.progress_s >= request.idle_s)
         and (request.worker is None or request.worker in _worker_names(node, transfer))
     )
+
+
+def _addresses(node: Node, transfer: AnyTransfer) -> set[str]:
+    """What the other side's daemon may be called."""
+    address = transfer.opening.source or sink_of(node, transfer) or ""
+    return {address, address.partition("?")[0]} - {""}
+
+
+def sink_of(node: Node, transfer: AnyTransfer) -> str | None:
+    """The daemon that pulls from a source, as far as it is known; None if it is this one, or none."""
+    if not isinstance(transfer, SourceTransfer):
+        return None
+    daemon = node.sources.daemons.get(transfer.sink)
+    return None if daemon is None else daemon.address or daemon.peer or None
 
 
 def _worker_names(node: Node, transfer: AnyTransfer) -> list[str]:
@@ -195,6 +209,7 @@ def live_row(node: Node, transfer: AnyTransfer, now_s: float) -> control.Transfe
         worker=session.name if session else "",
         user=session.user if session else None,
         source=source,
+        sink=sink_of(node, transfer),
         transport=_transport(node, transfer),
         age_s=round(now_s - transfer.opened_s, 3),
         idle_s=round(now_s - transfer.progress_s, 3),
