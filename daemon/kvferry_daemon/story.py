@@ -35,8 +35,9 @@ def _words(each: control.Explained) -> Iterator[str]:
     yield f"{seen.transfer_id}, {seen.role.value}, attempt {seen.attempt}: {state}, " + (
         f"{seen.sent_tokens} of {total} tokens, snapshot {seen.snapshot}"
     )
-    if row.worker or row.source:
+    if row.worker or row.source or row.sink:
         source = f"; its source's daemon is {row.source}" if row.source else ""
+        source += f"; the sink's daemon is {row.sink}" if row.sink else ""
         by = f" by {row.transport}" if row.transport else ""
         yield f"  worker {row.worker or 'without a name'}{source}{by}"
     if row.workers:

@@ -216,7 +216,7 @@ class TransferStatus(Message):
     transport: str = ""
     age_s: float = 0.0
     idle_s: float = 0.0
-    blocks: Count = 0
+    blocks: Count = 0  # of all ranks, as Holder has them
     ended: bool = False
     workers: Annotated[list[str], Field(max_length=RANKS_MAX)] = Field(default_factory=list)
     behind: Annotated[list[Rank], Field(max_length=RANKS_MAX)] = Field(default_factory=list)

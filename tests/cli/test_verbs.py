@@ -99,7 +99,7 @@ def test_a_stalled_transfer_is_explained(daemon: LiveDaemon) -> None:
         assert "source's worker" in sink["waits_for"]
         assert sink["helps"]
         assert sink["stalled_s"] >= 0
-        assert f"pid {0}" in sink["holding"], "the raw worker tells no pid"
+        assert f"(pid {os.getpid()})" in sink["holding"], "the kernel's: the raw worker tells none"
         told = [moment["what"] for moment in sink["moments"]]
         assert told[0].startswith("opened")
         assert any("the total is known" in what for what in told)

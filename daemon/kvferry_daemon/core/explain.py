@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import history
-from kvferry_daemon.core.report import live_row, remembered_row
+from kvferry_daemon.core.report import blocks_of, live_row, remembered_row, sink_of
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import control
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NEAR_LOOKED_AT = 500  # ids that are compared letter by letter
 HOLDERS_MAX = 5
 USERS_NAMED = 4  # of those that may touch a transfer's blocks: a name may have 128 characters
-Advice = tuple[str, str]  # what it waits for, and what usually helps
+Advice = tuple[str, str]  # what it waits for, and what usually helps; {other}: the other daemon
 
 WAITS: dict[tuple[Role, StallReason], Advice] = {
     (Role.SINK, StallReason.WAITING_FOR_PEER): (
@@ -36,7 +36,7 @@ WAITS: dict[tuple[Role, StallReason], Advice] = {
     ),
     (Role.SINK, StallReason.WAITING_FOR_INPUT): (
         "the source's worker to make more tokens ready",
-        "explain the same id at the source's daemon; prefill may be queued, slow or gone",
+        "explain the same id at {other}; prefill may be queued, slow or gone",
     ),
     (Role.SINK, StallReason.WAITING_FOR_BLOCKS): (
         "free blocks in this daemon's pool",
@@ -66,7 +66,7 @@ WAITS: dict[tuple[Role, StallReason], Advice] = {
     ),
     (Role.SOURCE, StallReason.WAITING_FOR_RESUME): (
         "the sink to ask for more: its window is full, or it has no blocks",
-        "explain the same id at the sink's daemon, which names what it waits for",
+        "explain the same id at {other} and see what it waits for there",
     ),
     (Role.SINK, StallReason.DRAINING): (
         "whoever may still touch its blocks, though it has ended",
@@ -114,7 +114,7 @@ def _live(node: Node, transfer: AnyTransfer, now_s: float) -> control.Explained:
     stall, past = transfer.stall, transfer.history
     block = transfer.opening.block_size_tokens
     start_s = now_s - transfer.opened_s
-    waits_for, helps = _advice(transfer)
+    waits_for, helps = _advice(node, transfer)
     error = transfer.error
     return control.Explained(
         seen=live_row(node, transfer, now_s),
@@ -142,12 +142,21 @@ def _ended(stone: Tombstone, now_s: float) -> control.Explained:
     )
 
 
-def _advice(transfer: AnyTransfer) -> Advice:
+def _advice(node: Node, transfer: AnyTransfer) -> Advice:
     if transfer.stall is None:
         return "", ""
     if not transfer.ended and transfer.ranks.missing:
         return GROUP
-    return WAITS[transfer.key.role, transfer.stall]
+    waits_for, helps = WAITS[transfer.key.role, transfer.stall]
+    return waits_for, helps.format(other=_other_side(node, transfer))
+
+
+def _other_side(node: Node, transfer: AnyTransfer) -> str:
+    """Whom to ask there, by name if it is known."""
+    is_sink = isinstance(transfer, SinkTransfer)
+    address = transfer.opening.source if is_sink else sink_of(node, transfer)
+    daemon = "the source's daemon" if is_sink else "the sink's daemon"
+    return f"{daemon}, {address}," if address else daemon
 
 
 # --- the timeline ---
@@ -240,28 +249,30 @@ def _workers_in(node: Node, transfer: AnyTransfer) -> list[str]:
     ranks = transfer.ranks
     secrets = [ranks[number].session for number in range(ranks.size) if not ranks[number].released]
     sessions = [node.sessions.get(secret) for secret in secrets if secret]
-    users = [f"worker {one.name or '?'} (pid {one.pid})" for one in sessions if one is not None]
+    users = [
+        f"worker {one.name or '?'} (pid {one.kernel_pid})" for one in sessions if one is not None
+    ]
     left_out = len(users) - USERS_NAMED
     return [*users[:USERS_NAMED], f"and {left_out} more workers"] if left_out > 0 else users
 
 
 def _holders(node: Node, transfer: AnyTransfer) -> list[control.Holder]:
-    """Those with most blocks of the pool and role that it waits for."""
+    """Those others with most blocks of the pool and role that it waits for."""
     if transfer.stall is not StallReason.WAITING_FOR_BLOCKS:
         return []
     role, pool_id = transfer.key.role, transfer.opening.pool_id
     others = [
         one
         for key, one in node.transfers.items()
-        if key.role is role and one.opening.pool_id == pool_id and one.window.blocks
+        if key.role is role and one.opening.pool_id == pool_id and one is not transfer
     ]
-    others.sort(key=lambda one: -one.window.blocks)
+    others = sorted(filter(blocks_of, others), key=blocks_of, reverse=True)
     return [
         control.Holder(
             transfer_id=one.key.transfer_id,
             role=role,
             attempt=one.key.attempt,
-            blocks=one.window.blocks * one.ranks.size,
+            blocks=blocks_of(one),
             stall=one.stall,
         )
         for one in others[:HOLDERS_MAX]

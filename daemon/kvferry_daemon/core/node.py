@@ -88,6 +88,11 @@ class Session:
     routes: dict[bytes, None] = field(default_factory=dict)
     keys: set[ev.Key] = field(default_factory=set)
 
+    @property
+    def kernel_pid(self) -> str:
+        """The process that opened it; ``pid`` is its own word, and of another namespace maybe."""
+        return self.user.rpartition(":")[2] or "?"
+
     def belongs_to(self, user: str) -> bool:
         """Whether this user may take it up: a worker's children and its next life are its own."""
         return user.partition(":")[0] == self.user.partition(":")[0]

@@ -143,11 +143,16 @@ def transfers(node: Node, request: control.GetTransfers, now_s: float) -> contro
     return control.Transfers(call=request.call, transfers=rows, more=more)
 
 
+def blocks_of(transfer: AnyTransfer) -> int:
+    """What it holds of its pool, for all its ranks."""
+    return transfer.window.blocks * transfer.ranks.size
+
+
 ORDERS: dict[control.Sort, Callable[[AnyTransfer], float]] = {
     "age": lambda transfer: -transfer.opened_s,
     "idle": lambda transfer: -transfer.progress_s,
     "sent": lambda transfer: transfer.sent_tokens,
-    "blocks": lambda transfer: transfer.window.blocks * transfer.ranks.size,
+    "blocks": blocks_of,
 }
 
 
@@ -213,7 +218,7 @@ def live_row(node: Node, transfer: AnyTransfer, now_s: float) -> control.Transfe
         transport=_transport(node, transfer),
         age_s=round(now_s - transfer.opened_s, 3),
         idle_s=round(now_s - transfer.progress_s, 3),
-        blocks=transfer.window.blocks,
+        blocks=blocks_of(transfer),
         ended=transfer.ended,
         workers=_workers(node, transfer),
         behind=_behind(transfer),
