@@ -146,6 +146,28 @@ def test_an_abort_asks_first(daemon: LiveDaemon, key: str, states: set[State]) -
         driven(daemon, drive)
 
 
+def test_rows_of_a_daemon_that_is_gone_are_marked_as_old(daemon: LiveDaemon) -> None:
+    async def drive(pilot: Pilot[None]) -> None:
+        table = pilot.app.query_one("#transfers", DataTable)
+        await until(pilot, lambda: column(pilot, 0) == ["waits"])
+        assert not table.has_class("old")
+        daemon.pause()
+        await until(pilot, lambda: "daemon_unreachable" in said(pilot, "#head"))
+        first, second = said(pilot, "#head").splitlines()
+        assert "daemon_unreachable" in first
+        assert second == "looking again every second"
+        assert table.has_class("old")
+        assert "as it was" in said(pilot, "#order")
+        daemon.resume()
+        await until(pilot, lambda: "pid " in said(pilot, "#head"))
+        assert not table.has_class("old")
+        assert "as it was" not in said(pilot, "#order")
+
+    with RawWorker(daemon.directory) as one:
+        one.snapshot(worker.Receive(transfer_id="waits"))
+        driven(daemon, drive)
+
+
 def test_it_goes_on_when_the_daemon_comes_back(daemon: LiveDaemon) -> None:
     async def drive(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "pid " in said(pilot, "#head"))

@@ -1,16 +1,22 @@
 """The status page in a real browser: it is live, it explains, and runs nobody else's script."""
 
 import asyncio
+from contextlib import ExitStack
+from http.client import HTTPResponse
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from browser import CHROMIUM, Tab, browser, open_page
+from http_daemon import get
 from kvferry_proto import worker
 from kvferry_proto.states import Role
 from live import BLOCK, WINDOW, LiveDaemon, RawWorker
 
+WATCHERS_MAX = 16  # of /events
 HOSTILE = "<img/src=x/onerror=document.title='taken'>"
+STORY = "document.querySelector('#story-body').innerText"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
@@ -21,6 +27,38 @@ def test_the_page_is_live_and_explains(tmp_path: Path) -> None:
         browser(tmp_path / "home") as port,
     ):
         asyncio.run(look(port, daemon.http, one))
+
+
+def test_the_page_says_what_it_is_not_told_and_goes_on_when_it_can(tmp_path: Path) -> None:
+    """All places to watch are taken at first; later it refuses, and then it is gone."""
+    with LiveDaemon(tmp_path / "a", http_port=0, lost_s=60) as daemon, ExitStack() as watching:
+        places = [watching.enter_context(events_of(daemon)) for _ in range(WATCHERS_MAX)]
+        assert get(daemon, "/events")[0] == 503
+        with browser(tmp_path / "home") as port:
+            asyncio.run(refused(port, daemon, places))
+
+
+async def refused(port: str, daemon: LiveDaemon, places: list[HTTPResponse]) -> None:
+    async with open_page(port, daemon.http + "/") as tab:
+        await tab.until("document.querySelector('#link').textContent.includes('trying again')")
+        for place in places:
+            place.close()
+        await tab.until("document.querySelector('#daemon').textContent.includes('pid')")
+        assert await tab.value("document.querySelector('#link').textContent") == ""
+        await tab.value("explain('nobody')")
+        await tab.until(STORY + ".includes('not known; near it: none')")
+        await tab.value("explain('no id')")
+        await tab.until(STORY + ".includes('the daemon answers 400: id: 1 to 128')")
+        daemon.stop()
+        await tab.value("explain('nobody')")
+        await tab.until(STORY + ".includes('the daemon does not answer')")
+
+
+def events_of(daemon: LiveDaemon) -> HTTPResponse:
+    """One who watches, and has heard something."""
+    answer: HTTPResponse = urlopen(daemon.http + "/events", timeout=10)
+    answer.readline()
+    return answer
 
 
 async def look(port: str, url: str, one: RawWorker) -> None:

@@ -2,6 +2,7 @@
 // What comes from the daemon goes into the page as text only: ids and reasons are strangers' words.
 const STATES = ["Failed", "Bootstrapping", "WaitingForInput", "Transferring", "Success"];
 const find = (id) => document.getElementById(id);
+const AGAIN_MS = 2000;
 let latest = null;
 let explained = null;
 
@@ -85,15 +86,28 @@ function show() {
 
 async function explain(id) {
   explained = id;
-  const answer = await fetch(`explain?id=${encodeURIComponent(id)}`);
-  const story = answer.ok || answer.status === 404 ? await answer.json() : { transfers: [], near: [] };
+  const parts = await asked(id);
   if (explained !== id) return;
   find("story-id").textContent = id;
-  const parts = story.transfers.flatMap(told);
-  if (!parts.length) parts.push(make("p", `not known; near it: ${story.near.join(", ") || "none"}`));
   find("story-body").replaceChildren(...parts);
   find("story").hidden = false;
   find("story").scrollIntoView({ block: "nearest" });
+}
+
+async function asked(id) {
+  let answer, text;
+  try {
+    answer = await fetch(`explain?id=${encodeURIComponent(id)}`);
+    text = await answer.text();
+  } catch (error) {
+    return [make("p", `the daemon does not answer: ${error.message}`, "failed")];
+  }
+  if (!answer.ok && answer.status !== 404) {
+    return [make("p", `the daemon answers ${answer.status}: ${text}`, "failed")];
+  }
+  const story = JSON.parse(text);
+  if (story.transfers.length) return story.transfers.flatMap(told);
+  return [make("p", `not known; near it: ${story.near.join(", ") || "none"}`)];
 }
 
 function told(one) {
@@ -126,12 +140,20 @@ function told(one) {
   return [...parts, table];
 }
 
-const events = new EventSource("events");
-events.onmessage = (event) => {
-  latest = JSON.parse(event.data);
-  find("link").textContent = "";
-  show();
-};
-events.onerror = () => { find("link").textContent = "the daemon does not answer; trying again"; };
+function watch() {
+  const events = new EventSource("events");
+  events.onmessage = (event) => {
+    latest = JSON.parse(event.data);
+    find("link").textContent = "";
+    show();
+  };
+  events.onerror = () => {
+    find("link").textContent = "the daemon does not answer; trying again";
+    // A browser goes on by itself after a lost connection, and never after an answer that is not 200.
+    if (events.readyState === EventSource.CLOSED) setTimeout(watch, AGAIN_MS);
+  };
+}
+
+watch();
 find("filter").addEventListener("input", show);
 find("story-close").addEventListener("click", () => { explained = null; find("story").hidden = true; });

@@ -35,6 +35,7 @@ class Top(App[None]):
     #head, #pools, #peers, #order { height: auto; padding: 0 1; }
     #pools, #peers { border-top: solid $foreground 20%; }
     #order { background: $boost; }
+    .old { text-opacity: 50%; }
     #transfers { height: 1fr; }
     #filter { display: none; }
     #filter.asked { display: block; }
@@ -55,6 +56,7 @@ class Top(App[None]):
         self._sort: Sort = SORTS[0]
         self._words = ""  # that a transfer must have
         self._answer: Transfers | None = None
+        self._is_old = False
         self._shown: list[TransferStatus] = []
 
     def compose(self) -> ComposeResult:
@@ -93,9 +95,18 @@ class Top(App[None]):
         self.call_from_thread(self._take, status, rows, time.monotonic())
 
     def _tell_of(self, error: FerryError) -> None:
-        self._put("#head", Text(plain(f"{error}\nlooking again every second"), "bold red"))
+        self._put("#head", Text(f"{plain(str(error))}\nlooking again every second", "bold red"))
+        self._mark_old(True)
+        self._fill()
+
+    def _mark_old(self, old: bool) -> None:
+        """What the last answer told is shown on, and is not taken for what is now."""
+        self._is_old = old
+        for name in ("#pools", "#peers", "#order", "#transfers"):
+            self.query_one(name).set_class(old, "old")
 
     def _take(self, status: Status, answer: Transfers, at_s: float) -> None:
+        self._mark_old(False)
         self._rates.look(at_s, status, answer.transfers)
         self._answer = answer
         self._put("#head", views.head(status, self._rates))
@@ -113,7 +124,8 @@ class Top(App[None]):
         more = f"; {self._answer.more} more are not looked at" if self._answer.more else ""
         words = f"; with {self._words!r}" if self._words else ""
         all_ = len(self._answer.transfers)
-        order = f"{len(self._shown)} of {all_} transfers, most {self._sort} first{words}{more}"
+        order = "as it was when the daemon answered last: " if self._is_old else ""
+        order += f"{len(self._shown)} of {all_} transfers, most {self._sort} first{words}{more}"
         self._put("#order", Text(plain(order)))
         scroll_y = table.scroll_y
         table.clear()
