@@ -31,6 +31,15 @@ from kvferry_proto.runtime_dir import default_runtime_dir
 
 ENV_PREFIX = "KVFERRY_"
 ENV_FILE = "KVFERRY_CONFIG"
+# What workers read: one file of variables may serve them and the daemon.
+WORKERS_OWN = frozenset(
+    {
+        "KVFERRY_ALLOW_UNTESTED_VERSION",
+        "KVFERRY_ALLOW_UNTRIED",
+        "KVFERRY_BLOCK_SIZE_TOKENS",
+        "KVFERRY_MODEL_FINGERPRINT",
+    }
+)
 # Kubernetes and Docker put these into every container beside a service called kvferry.
 SERVICE_LINK = re.compile(
     r"KVFERRY_(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
@@ -266,7 +275,7 @@ def _from_environment() -> dict[str, str]:
     known = {_variable(name): name for name in Config.model_fields}
     ours = [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]
     given = [name for name in ours if not _is_service_link(name)]
-    _refuse_unknown("environment variable", given, [*known, ENV_FILE])
+    _refuse_unknown("environment variable", given, [*known, ENV_FILE, *WORKERS_OWN])
     return {known[name]: os.environ[name] for name in given if name in known and os.environ[name]}
 
 

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvferry_client
 from cli.processes import kvferry
-from kvferry_daemon.config import Config, Deadlines
+from kvferry_daemon.config import WORKERS_OWN, Config, Deadlines
 from kvferry_daemon.life import settings_of
 
 EXIT_CONFIG = 2
@@ -132,6 +134,16 @@ def test_variables_that_kubernetes_adds_for_a_service_called_kvferry_do_no_harm(
     }
     assert shown(env=links) == shown()
     assert "KVFERRY_PORT" in refused(env={"KVFERRY_PORT": "5000"}), "meant for us, and misspelt"
+
+
+def test_what_workers_read_is_no_mistake_where_daemon_and_workers_share_an_environment() -> None:
+    sources = (Path(kvferry_client.__file__).parent).rglob("*.py")
+    read = {name for one in sources for name in re.findall(r'"(KVFERRY_\w+)"', one.read_text())}
+    settings = {f"KVFERRY_{name.upper()}" for name in Config.model_fields}
+    assert read - settings == WORKERS_OWN
+    assert shown(env=dict.fromkeys(WORKERS_OWN, "1")) == shown()
+    line = refused(env={"KVFERRY_MODEL_FINGERPRNT": "x"})
+    assert line.endswith("KVFERRY_MODEL_FINGERPRINT")
 
 
 def test_an_empty_variable_is_as_good_as_none() -> None:
