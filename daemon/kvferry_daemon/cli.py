@@ -132,8 +132,24 @@ def config_group() -> None:
 @click.option("--json", "json_wanted", is_flag=True, help="one JSON object")
 @_config_options
 def check(config_path: Path | None, json_wanted: bool, **flags: Any) -> None:
-    """Check flags, environment and file as `serve` does, and start nothing."""
+    """Check flags, environment, file, keys and extras as `serve` does, and start nothing.
+
+    Directory, memory, GPU and ports are the doctor's: `kvferry doctor`.
+    """
     config = _loaded(config_path, flags)
+    from kvferry_daemon.checks import check_here
+    from kvferry_daemon.http.listen import HttpMissing
+    from kvferry_daemon.keys import KeysRefused
+    from kvferry_daemon.memory.placement import PlacementRefused
+    from kvferry_daemon.traces import TracesRefused
+    from kvferry_daemon.transports.nixl.agent import NixlMissing
+    from kvferry_daemon.transports.tcp.tls import EncryptionFailed
+
+    missing = (EncryptionFailed, HttpMissing, NixlMissing, TracesRefused)
+    try:
+        check_here(config)
+    except (KeysRefused, PlacementRefused, *missing) as error:
+        stop(Exit.USAGE, f"config: {error}")
     settings = config.model_dump(mode="json")
     write(as_json("config", {"settings": settings}) if json_wanted else "the config is good")
 

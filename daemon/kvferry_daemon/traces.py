@@ -41,7 +41,7 @@ class Traces:
 
     def __init__(self, endpoint: str, boot_id: str, now_s: Callable[[], float]) -> None:
         """``now_s``: the clock of the events. Raises TracesRefused without the extra."""
-        _check_installed()
+        check_installed()
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -163,7 +163,8 @@ def traces(endpoint: str | None, boot_id: str, now_s: Callable[[], float]) -> Tr
     return None if endpoint is None else Traces(endpoint, boot_id, now_s)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """TracesRefused where the extra is not installed."""
     try:
         absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     except ModuleNotFoundError as error:  # a package around it

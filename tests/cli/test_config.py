@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,46 @@ def test_what_workers_read_is_no_mistake_where_daemon_and_workers_share_an_envir
     assert shown(env=dict.fromkeys(WORKERS_OWN, "1")) == shown()
     line = refused(env={"KVFERRY_MODEL_FINGERPRNT": "x"})
     assert line.endswith("KVFERRY_MODEL_FINGERPRINT")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--keys-dir", "/nowhere/keys"),
+        ("--numa-node", "777"),
+        ("--http-port", "0"),
+        ("--otlp-endpoint", "http://127.0.0.1:4318/v1/traces"),
+        ("--transport", "nixl"),
+    ],
+)
+def test_the_check_refuses_keys_and_extras_in_the_words_of_serve(
+    tmp_path: Path, flags: tuple[str, str]
+) -> None:
+    """In an installation without extras: none of them is found."""
+    for verb in (("config", "check"), ("serve", "--runtime-dir", str(tmp_path / "d"))):
+        done = without_extras(*verb, *flags)
+        assert (done.returncode, done.stdout) == (EXIT_CONFIG, ""), done
+        (line, *_) = done.stderr.splitlines()
+        assert line.startswith("kvferry: config: ")
+        assert any(word in line for word in ("/nowhere/keys", "NUMA node 777", "pip install"))
+
+
+def without_extras(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command where what extras bring is not installed."""
+    run = (
+        "import importlib.util as u, importlib.metadata as m, sys\n"
+        "find, version = u.find_spec, m.version\n"
+        "gone = ('aiohttp', 'opentelemetry', 'nixl')\n"
+        "u.find_spec = lambda n, *a: None if n.split('.')[0] in gone else find(n, *a)\n"
+        "def told(n):\n"
+        "    if n == 'nixl': raise m.PackageNotFoundError(n)\n"
+        "    return version(n)\n"
+        "m.version = told\n"
+        f"from kvferry_daemon.cli import main; main({list(args)!r})"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", run], capture_output=True, text=True, timeout=30, check=False
+    )
 
 
 def test_an_empty_variable_is_as_good_as_none() -> None:

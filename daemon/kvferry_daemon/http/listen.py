@@ -14,13 +14,18 @@ class HttpMissing(HttpRefused):
     """What it needs is not installed."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. HttpRefused if that cannot be."""
+def check_installed() -> None:
+    """HttpMissing where its extra is not installed."""
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         raise HttpMissing(
             f"http_port needs {' and '.join(absent)}: pip install 'kvferry[http]', or leave it out"
         )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. HttpRefused if that cannot be."""
+    check_installed()
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]

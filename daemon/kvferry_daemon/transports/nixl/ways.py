@@ -26,6 +26,14 @@ def ways(wish: str, device_memory: bool = False, rdma_devices: Path = RDMA_DEVIC
     return Ways.model_validate({"wish": wish, "nixl": version, "fast": fast, "why": why})
 
 
+def wanted(wish: str, device_memory: bool = False) -> Ways:
+    """The same; NixlMissing where the operator insists on NIXL and it is not installed."""
+    found = ways(wish, device_memory)
+    if wish == "nixl" and not found.nixl:
+        raise NixlMissing(f"transport is set to nixl, but {found.why}: pip install 'kvferry[nixl]'")
+    return found
+
+
 def begin(
     wish: str, device_memory: bool = False, enter: Enter = stay, encryption: Encryption = "off"
 ) -> tuple[Ways, Poller | None]:
@@ -37,9 +45,7 @@ def begin(
     """
     if encryption == "tls":
         return Ways(wish="tcp", why="payload_encryption is tls", payload_encryption="tls"), None
-    found = ways(wish, device_memory)
-    if wish == "nixl" and not found.nixl:
-        raise NixlMissing(f"transport is set to nixl, but {found.why}: pip install 'kvferry[nixl]'")
+    found = wanted(wish, device_memory)
     if not found.nixl:
         return found, None
     if wish == "auto" and not found.fast:  # loaded only if a peer insists
