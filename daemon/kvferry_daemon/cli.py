@@ -87,14 +87,14 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of the live view")
+@click.option("--json", "json_wanted", is_flag=True, help="one JSON object, and no live view")
 @click.option("--payload", type=click.Choice(["kv", "embeddings"]), default="kv", show_default=True)
 @click.option("--tokens", type=click.IntRange(1, 1 << 16), default=20480, show_default=True)
 @click.option("--handoff", is_flag=True, help="one daemon for both sides: no byte is copied")
 @click.option("--block-reuse", is_flag=True, help="pools just one window large")
 @click.option("--total-late", is_flag=True, help="tell the payload's length only at its end")
 @click.option("--harm", type=click.Choice(["swap-windows", "zero-token"]), hidden=True)
-def demo(**choices: Any) -> None:
+def demo(json_wanted: bool, **choices: Any) -> None:
     """Move a real model's payload from one process to another through two daemons."""
     if choices["handoff"] and choices["block_reuse"]:
         words = "--block-reuse: a handoff moves no byte into blocks of its own; leave one out"
@@ -103,7 +103,10 @@ def demo(**choices: Any) -> None:
         stop(Exit.USAGE, "the demo needs its extra: pip install 'kvferry[demo]'")
     from kvferry_daemon.demo.run import run_demo
 
-    sys.exit(run_demo(**choices))
+    def tell(result: dict[str, Any]) -> None:
+        write(as_json("demo", result, line=True))
+
+    sys.exit(run_demo(tell=tell if json_wanted else None, **choices))
 
 
 @main.command()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cli.test_documented import documented
 from kvferry_proto.states import State
 from live import LiveDaemon
 
@@ -41,6 +42,7 @@ def demo(*args: str) -> tuple[int, dict[str, Any]]:
 def test_tokens_and_bytes_are_the_same_over_two_resumes(args: list[str]) -> None:
     code, result = demo(*args)
     assert code == 0
+    assert set(result) == documented()[result["schema"]]
     assert result["tokens_equal"]
     assert result["bytes_equal"]
     assert result["tokens"] == 20480

@@ -1,10 +1,10 @@
 """Starts two daemons and two workers, lets a real payload move, and compares what came out."""
 
 import asyncio
-import json
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ class Story:
 
 def run_demo(
     *,
-    as_json: bool,
+    tell: Callable[[dict[str, Any]], None] | None,
     payload: str,
     tokens: int,
     handoff: bool,
@@ -46,15 +46,18 @@ def run_demo(
     total_late: bool,
     harm: str | None,
 ) -> int:
-    """Run it; return the exit code: 0 if tokens and bytes are equal, 1 if not."""
+    """Run it; return the exit code: 0 if tokens and bytes are equal, 1 if not.
+
+    ``tell`` takes the result, in place of a live view and a summary.
+    """
     demo = _Demo(payload, tokens, handoff, block_reuse, total_late, harm)
     try:
-        result = asyncio.run(demo.run(quiet=as_json))
+        result = asyncio.run(demo.run(quiet=tell is not None))
     except (ProcessFailed, TimeoutError, asyncio.CancelledError, ExceptionGroup) as error:
         print(f"kvferry demo: {_why(error)}", file=sys.stderr)
         return 1
-    if as_json:
-        print(json.dumps(result))
+    if tell is not None:
+        tell(result)
     else:
         show_summary(result)
     return 0 if result["tokens_equal"] and result["bytes_equal"] else 1
