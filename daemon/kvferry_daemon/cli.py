@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from kvferry_daemon.config import Config
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Verbs(click.Group):
+    """All commands; one that is interrupted has not failed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run one; click's own answer to Ctrl-C would be 1, which is the demo's."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            stop(Exit.INTERRUPTED, "interrupted")
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kvferry", message="kvferry %(version)s")
 def main() -> None:
     """kvferry moves KV cache and embeddings between inference nodes, window by window."""

@@ -31,6 +31,7 @@ class Exit(IntEnum):
     VERSION = 10  # the daemon is of another version and does not know the verb
     REFUSED = 11  # the daemon refused, for another reason
     DOCTOR = 12  # `doctor` found what keeps a daemon from running
+    INTERRUPTED = 130  # Ctrl-C, as shells have it
 
 
 EXITS = {

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from cli.processes import kvferry
 from kvferry_client import connect
 from kvferry_daemon.cli import main
 from kvferry_daemon.output import Exit
-from live import LAYOUT, LiveDaemon
+from live import LAYOUT, WAIT_S, LiveDaemon
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()
 WIRE = (Path(kvferry_proto.__file__).parent / "WIRE.md").read_text()
@@ -96,3 +99,18 @@ def test_every_json_answer_has_the_schema_and_the_fields_that_are_documented(
     table = documented()
     assert "kvferry/demo/1" in table
     assert seen == {schema: table[schema] for schema in table if schema != "kvferry/demo/1"}
+
+
+def test_an_interrupted_verb_ends_as_a_shell_expects(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path / "a") as daemon, connect(daemon.directory, LAYOUT, "one") as one:
+        one.send("t")
+        with subprocess.Popen(
+            [sys.executable, "-m", "kvferry_daemon", "drain", "--runtime-dir", daemon.directory],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as asking:
+            daemon.wait_for_log("set_draining")
+            asking.send_signal(signal.SIGINT)
+            out, said = asking.communicate(timeout=WAIT_S)
+    assert (asking.returncode, out, said) == (130, "", "kvferry: interrupted\n")

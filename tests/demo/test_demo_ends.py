@@ -89,7 +89,8 @@ def check_its_end(process: subprocess.Popen[str], mark: str, number: signal.Sign
     assert directory.is_dir()
     process.send_signal(number)
     _, said = process.communicate(timeout=WAIT_S)
-    assert process.returncode == (-signal.SIGKILL if number is signal.SIGKILL else 1)
+    codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
+    assert process.returncode == codes.get(number, 1)
     assert "Traceback" not in said
     until = time.monotonic() + WAIT_S
     while marked(mark) or directory.exists():
