@@ -1,5 +1,6 @@
 """What this installation is: its version, its commit, and what it is capable of."""
 
+import ast
 import importlib.util
 import json
 import subprocess
@@ -7,11 +8,21 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TypedDict
 
+from kvferry_daemon import traces
 from kvferry_daemon.core.report import our_version
+from kvferry_daemon.http import listen
 from kvferry_proto.versions import OURS
 
 COMMIT = Path(__file__).with_name("COMMIT")  # an image's build writes it
 GIT_S = 5.0
+NEEDS = {
+    "nixl": ("nixl",),
+    "http": listen.NEEDED,
+    "paged_kernel": ("triton",),
+    "tls": ("cryptography",),
+    "otel": traces.NEEDED,
+    "top": ("textual",),
+}
 
 
 class About(TypedDict):
@@ -25,14 +36,40 @@ class About(TypedDict):
 
 def about() -> About:
     """Look at what is installed; loads none of it."""
-    needs = {"nixl": "nixl", "cuda": "torch", "http": "aiohttp", "paged_kernel": "triton"}
-    can = {name: importlib.util.find_spec(module) is not None for name, module in needs.items()}
+    can = {name: all(map(_is_there, modules)) for name, modules in NEEDS.items()}
     return About(
         version=our_version(),
         commit=_commit(),
         wire=(OURS.low, OURS.high),
-        capabilities={"tcp": True, "handoff": True, **can},
+        capabilities={"tcp": True, "handoff": True, "cuda": _torch_has_cuda(), **can},
     )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package around it
+        return False
+
+
+def _torch_has_cuda() -> bool:
+    """Whether torch is built for CUDA: its build writes down for which one, or None."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    try:
+        tree = ast.parse(Path(found.origin).with_name("version.py").read_text())
+    except (OSError, ValueError, SyntaxError):
+        return False
+    told = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return any(_is_a_version_of_cuda(node) for node in told)
+
+
+def _is_a_version_of_cuda(node: ast.Assign | ast.AnnAssign) -> bool:
+    names = node.targets if isinstance(node, ast.Assign) else [node.target]
+    is_cuda = any(isinstance(name, ast.Name) and name.id == "cuda" for name in names)
+    value = node.value
+    return is_cuda and isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def _commit() -> str | None:

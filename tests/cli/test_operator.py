@@ -309,3 +309,25 @@ def test_version_speaks_to_people_and_programs() -> None:
     facts = json.loads(kvferry("version", "--json").stdout)
     assert set(facts) == {"schema", "version", "commit", "wire", "capabilities"}
     assert facts["capabilities"]["tcp"] is True
+    extras = {"nixl", "http", "paged_kernel", "cuda", "tls", "otel", "top"}
+    assert extras <= set(facts["capabilities"])
+
+
+@pytest.mark.parametrize(
+    ("built", "can"),
+    [
+        ("cuda: str | None = None", False),
+        ("cuda = '12.8'", True),
+        ("", False),
+        ("cuda = what(", False),
+    ],
+)
+def test_cuda_is_what_torch_was_built_for(tmp_path: Path, built: str, can: bool) -> None:
+    """It is not loaded for that: it takes seconds, and a version is asked for in passing."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('it is loaded')")
+    (tmp_path / "torch" / "version.py").write_text(f"from typing import Optional\n{built}\n")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = kvferry("version", "--json", env={"PYTHONPATH": os.pathsep.join(paths)})
+    assert json.loads(done.stdout)["capabilities"]["cuda"] is can
+    assert ("cuda" in kvferry("version", env={"PYTHONPATH": os.pathsep.join(paths)}).stdout) is can
