@@ -73,6 +73,17 @@ def test_the_silent_ones_are_forgotten_first() -> None:
     ]  # may return
 
 
+def test_those_that_were_heard_last_are_told_and_no_more() -> None:
+    daemons = SinkDaemons()
+    for number in range(10):
+        boot_id = f"{number:016x}"
+        daemons.hello(b"r", "", hello(boot_id, 1, boot_id), float(number))
+    daemons.seen(f"{0:016x}", b"r", "", 20.0)
+    told = [one.boot_id for one in daemons.last_heard(7.0, 10)]
+    assert told == [f"{number:016x}" for number in (7, 8, 9, 0)]
+    assert [one.boot_id for one in daemons.last_heard(0.0, 2)] == told[-2:]
+
+
 def test_one_peer_has_so_many_links_and_drives_nobody_out() -> None:
     daemons = SinkDaemons()
     daemons.hello(b"r", "honest", hello(FIRST, 1), 0.0)

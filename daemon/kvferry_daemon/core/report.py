@@ -111,7 +111,7 @@ def _peer(node: Node, address: str) -> control.PeerStatus:
 def _sinks(node: Node, now_s: float) -> list[control.SinkStatus]:
     """Who pulls from us. One that has nothing to pull falls silent, and is left out some time later."""
     lost_s, streams = node.settings.timing.lost_s, node.sources.streams_of()
-    heard = node.sources.daemons.heard_since(now_s - SINK_SHOWN_S)
+    heard = node.sources.daemons.last_heard(now_s - SINK_SHOWN_S, control.SINKS_SHOWN_MAX)
     return [
         control.SinkStatus(
             address=one.address,
@@ -121,7 +121,7 @@ def _sinks(node: Node, now_s: float) -> list[control.SinkStatus]:
             streams_open=streams[one.boot_id],
             transport=node.sources.transports.get(one.boot_id, ""),
         )
-        for one in heard[-control.SINKS_SHOWN_MAX :]
+        for one in heard
     ]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.peer import PeerHello
@@ -95,9 +96,10 @@ class SinkDaemons:
         self._by_boot.move_to_end(boot_id)
         return daemon
 
-    def heard_since(self, then_s: float) -> list[SinkDaemon]:
-        """Those that said something since then, the last one last."""
-        return [one for one in self._by_boot.values() if one.heard_s >= then_s]
+    def last_heard(self, then_s: float, most: int) -> list[SinkDaemon]:
+        """Those that said something since then, the last one last; no more than so many."""
+        newest = takewhile(lambda one: one.heard_s >= then_s, reversed(self._by_boot.values()))
+        return list(islice(newest, most))[::-1]
 
     def get(self, boot_id: str | None) -> SinkDaemon | None:
         """The daemon of this life, if it is known."""
