@@ -58,6 +58,7 @@ class SchedulerSide:
         self._groups = groups
         self._outbound: dict[str, Outbound] = {}
         self._loading: set[str] = set()
+        self._unsent: set[str] = set()  # requests whose prompt could not be sent
         self._senders, self._fetchers = FirstOnes(), FirstOnes()
         self._twins: dict[str, str] = {}  # of requests that fetch: who was the first
         self._next = StepMeta()
@@ -97,6 +98,10 @@ class SchedulerSide:
             return _read(request, request.request_id)
         words = "request %s goes on alone: with a sliding window max_tokens has to be 1, not %s"
         logger.warning(words, request.request_id, request.max_tokens)
+        transfer = _read(request, request.request_id)
+        if transfer is not None:
+            why = f"request {request.request_id}: not sent, its max_tokens is {request.max_tokens}"
+            self._next.withdrawn.append((transfer, why))
         return None
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
@@ -162,8 +167,10 @@ class SchedulerSide:
     def worked(self, output: Any) -> None:
         """What the workers told after a step."""
         self._loading -= output.finished_recving or set()
-        if output.kv_connector_worker_meta is not None:
-            self.peer_address = output.kv_connector_worker_meta.peer_address
+        news = output.kv_connector_worker_meta
+        if news is not None:
+            self.peer_address = news.peer_address or self.peer_address
+            self._unsent |= news.unsent & self._outbound.keys()
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are needed a while longer, and what the router is told."""
@@ -182,14 +189,26 @@ class SchedulerSide:
             return False, None
         if outbound is None:
             return False, None
+        return outbound.is_known, self._answer(request, outbound)
+
+    def _answer(self, request: Any, outbound: Outbound) -> dict[str, Any] | None:
+        """What the router carries to decode; None if there is nothing to be had."""
+        request_id = request.request_id
+        is_unsent = request_id in self._unsent
+        self._unsent.discard(request_id)
         if request.status not in COMPLETE:
             if outbound.is_known:
                 self._next.aborts[request_id] = _reason(request)
-            return outbound.is_known, None
+            elif not outbound.is_twin:
+                self._next.withdrawn.append((outbound.transfer, _reason(request)))
+            return None
         if self.peer_address is None:
             logger.warning("request %s is sent to nobody: no daemon was met", request_id)
-            return outbound.is_known, None
-        return outbound.is_known, told(outbound.transfer._replace(source=self.peer_address))
+            return None
+        if is_unsent:
+            logger.warning("request %s was not sent: decode is not told of it", request_id)
+            return None
+        return told(outbound.transfer._replace(source=self.peer_address))
 
 
 def _read(request: Any, default_id: str | None = None) -> Transfer | None:

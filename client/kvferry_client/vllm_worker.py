@@ -60,6 +60,7 @@ class WorkerSide:
         )
         self._outgoing: dict[str, Outgoing] = {}
         self._finished: set[str] = set()  # requests that are over, and whose blocks we may hold
+        self._unsent: set[str] = set()  # those that the scheduler knows of
         self._incoming: dict[str, tuple[Incoming, Load]] = {}
         self._started_s: dict[Side, float] = {}
         self._pass: ForwardPass | None = None
@@ -100,6 +101,8 @@ class WorkerSide:
             self._started_s[incoming] = time.monotonic()
         for transfer in meta.declined:
             self._receive(transfer, None)
+        for transfer, reason in meta.withdrawn:
+            self._ferry.withdraw(transfer.transfer_id, reason, attempt=transfer.attempt)
         for request_id, reason in meta.aborts.items():
             if request_id in self._incoming:
                 self._incoming[request_id][0].abort(reason)
@@ -159,6 +162,12 @@ class WorkerSide:
         )
         self._started_s[outgoing] = time.monotonic()
         return outgoing
+
+    def unsent(self) -> set[str]:
+        """Requests that cannot be sent, and were not told yet."""
+        failed = {one for one, side in self._outgoing.items() if side.error is not None}
+        new, self._unsent = failed - self._unsent, failed
+        return new
 
     def results(self, finished: set[str]) -> Results:
         """What has ended. Blocks of ``finished`` requests are kept until we say that they are sent."""

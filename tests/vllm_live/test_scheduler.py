@@ -121,6 +121,51 @@ def test_a_request_that_generates_on_is_not_sent_where_blocks_are_let_go_of_mean
         assert (params is None) is (name == "more")
 
 
+def test_a_decode_that_waits_for_a_prompt_which_is_never_computed_is_told() -> None:
+    """Aborted in the queue: no worker has heard of it, and decode may have been asked already."""
+    from vllm.v1.request import RequestStatus
+
+    told = side()
+    for name in ("begun", "queued"):
+        told.new_request(asked := request(name, 600, sending(name)))
+        if name == "begun":
+            told.step(Step(new={name: 0}, tokens={name: 300}).output)
+        asked.status = RequestStatus.FINISHED_ABORTED
+        assert told.finished(asked) == (name == "begun", None)
+    meta = told.step(Step().output)
+    assert [(transfer.transfer_id, why) for transfer, why in meta.withdrawn] == [
+        ("queued", "request queued: finished_aborted")
+    ]
+    assert list(meta.aborts) == ["begun"]
+    assert told.step(Step().output).withdrawn == []
+
+
+def test_a_decode_that_waits_for_what_a_sliding_window_forbids_is_told() -> None:
+    told = side(groups=2, keeps_blocks=False)
+    told.new_request(request("more", 600, sending("more", attempt=3), 2))
+    ((transfer, why),) = told.step(Step().output).withdrawn
+    assert transfer[:2] == ("more", 3)
+    assert "max_tokens is 2" in why
+
+
+def test_what_could_not_be_sent_is_not_told_to_decode() -> None:
+    """Such as at a daemon that drains: its decode would wait for what nobody has."""
+    from kvferry_client.vllm_messages import News
+
+    told = side()
+    asked = {name: request(name, 600, sending(name)) for name in ("lost", "sent")}
+    for one in asked.values():
+        told.new_request(one)
+    told.step(Step(new=dict.fromkeys(asked, 0), tokens=dict.fromkeys(asked, 600)).output)
+    ranks = News(None, {"lost", "nobody's"}), News("tcp://127.0.0.1:2", set())
+    news = ranks[0].aggregate(ranks[1])
+    told.worked(SimpleNamespace(finished_recving=None, kv_connector_worker_meta=news))
+    assert finished(told, asked["lost"]) == (True, None)
+    is_held, params = finished(told, asked["sent"])
+    assert is_held
+    assert params["source"] == "tcp://127.0.0.1:2"
+
+
 def test_a_request_that_generates_on_is_sent_where_blocks_stay() -> None:
     told = side()
     asked = request("more", 600, sending("more"), 2)
