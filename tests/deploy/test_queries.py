@@ -16,12 +16,18 @@ from live import LAYOUT, LiveDaemon, RawWorker
 
 TOP = Path(__file__).parent.parent.parent
 RULES = TOP / "deploy" / "prometheus" / "kvferry.rules.yaml"
+CASES = RULES.with_name("kvferry.test.yaml")
 DASHBOARD = TOP / "deploy" / "grafana" / "kvferry.json"
 PAGE = (TOP / "docs" / "operations.md").read_text()
 NAME = re.compile(r"\bkvferry_\w+")
 SELECTOR = re.compile(r"\b(kvferry_\w+)\{([^}]*)\}")
 MATCH = re.compile(r'(\w+)(=~|!=|=)"([^"]*)"')
 OUTSIDE = {"instance"}  # labels that Prometheus adds
+SOME = [{"labels": "{}", "value": 1}]  # of a count: there is at least one
+THRESHOLD = re.compile(r" (?:>|<|==) [\d.]+")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed"
+)
 
 
 def rules() -> list[dict[str, Any]]:
@@ -86,13 +92,45 @@ def test_every_metric_is_documented(metrics: dict[str, list[dict[str, str]]]) ->
     }
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@needs_promtool
 def test_promtool_finds_the_rules_good_and_sees_alerts_fire() -> None:
-    for command in (
-        ["check", "rules", str(RULES)],
-        ["test", "rules", str(RULES.with_name("kvferry.test.yaml"))],
-    ):
-        done = subprocess.run(
-            ["promtool", *command], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    promtool("check", "rules", RULES)
+    promtool("test", "rules", CASES)
+
+
+@needs_promtool
+def test_what_a_query_brings_together_has_the_same_labels(
+    metrics: dict[str, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """Of a division whose sides have no labels in common nothing is left, whatever the numbers."""
+    asked = [query for query in queries() if not query.startswith("label_values")]
+    seen = [
+        {"expr": f"count({plain(query)}) > bool 0", "eval_time": "20m", "exp_samples": SOME}
+        for query in asked
+    ]
+    series = [
+        {"series": name + labelled({**labels, "instance": "a"}), "values": "0+1x20"}
+        for name, samples in metrics.items()
+        for labels in samples
+    ]
+    tests = [{"interval": "1m", "input_series": series, "promql_expr_test": seen}]
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"tests": tests}))
+    promtool("test", "rules", tmp_path / "all.yaml")
+
+
+def plain(query: str) -> str:
+    """Without thresholds and Grafana's variables."""
+    query = query.replace("$instance", ".*").replace("$__rate_interval", "5m")
+    return THRESHOLD.sub("", query)
+
+
+def labelled(labels: dict[str, str]) -> str:
+    return "{" + ",".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"
+
+
+def promtool(*args: object) -> None:
+    """Run it; what it finds is a failure."""
+    done = subprocess.run(
+        ["promtool", *map(str, args)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
