@@ -23,6 +23,10 @@ from kvferry_proto.worker import Snapshot
 
 ANSWER_S = 3.0
 UNBOUNDED = 1 << 16  # columns: what is piped on is read by a program, and must be whole
+POOL_COLUMNS = (
+    *("pool", "block", "total", "free", "leased", "quarantined"),
+    *("sources", "sinks", "largest run"),
+)
 
 
 def ask(runtime_dir: Path, request: control.Request) -> Any:
@@ -129,6 +133,8 @@ def status_for_people(answer: control.Status) -> str:
             str(pool.blocks_free),
             str(pool.blocks_leased),
             str(pool.blocks_quarantined),
+            _of_quota(pool.source_held_blocks, pool.source_blocks),
+            _of_quota(pool.sink_held_blocks, pool.sink_blocks),
             str(pool.largest_run_blocks),
         )
         for pool in answer.pools
@@ -142,10 +148,15 @@ def status_for_people(answer: control.Status) -> str:
     )
     return page(
         words,
-        table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
+        table(POOL_COLUMNS, pools),
         table(("peer", "state", "streams", "transport", "detail"), peers),
         table(("worker", "uid:gid:pid", "transfers", "state"), workers),
     )
+
+
+def _of_quota(held: int | None, quota: int) -> str:
+    """A role waits when it has all of its quota, however much is free."""
+    return f"{'?' if held is None else held} of {quota}"
 
 
 def _placed(placement: control.PlacementStatus) -> str:

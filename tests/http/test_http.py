@@ -19,7 +19,7 @@ from cli.processes import kvferry
 from http_daemon import get, metrics_of
 from kvferry_client import connect
 from kvferry_proto import worker
-from kvferry_proto.states import Role
+from kvferry_proto.states import Role, StallReason
 from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
 
 OPEN = {"Accept": "application/openmetrics-text;version=1.0.0"}
@@ -86,6 +86,32 @@ def test_metrics_count_what_moved(daemon: LiveDaemon) -> None:
     ]
     assert sum(blocks) == 4 * WINDOW // BLOCK
     assert set(before) - {k for k in before if "transfer_seconds" in k[0]} <= set(after)
+
+
+def test_a_role_that_is_full_shows_though_the_other_half_and_another_pool_are_free(
+    daemon: LiveDaemon,
+) -> None:
+    other = LAYOUT.model_copy(update={"planes": LAYOUT.planes[:1]})
+    half = 2 * WINDOW // BLOCK
+    with RawWorker(daemon.directory) as one, RawWorker(daemon.directory, other):
+        for transfer_id in ("t0", "t1", "t2"):
+            one.snapshot(worker.Send(transfer_id=transfer_id))
+            one.snapshot(worker.Receive(transfer_id=transfer_id))
+            one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW, transfer_id)
+            ready = worker.Ready(transfer_id=transfer_id, ready_tokens=WINDOW, total_tokens=WINDOW)
+            one.snapshot(ready)
+            if transfer_id != "t2":  # which is kept, and not released
+                one.wait_end(Role.SINK, transfer_id)
+        one.wait_for(Role.SINK, lambda s: s.stall is StallReason.WAITING_FOR_BLOCKS, "t2")
+        found = samples(daemon)
+        status = kvferry("status", "--runtime-dir", daemon.directory).stdout
+    assert found["kvferry_pool_blocks", ("host", "free")] > half, "of four halves"
+    assert found["kvferry_transfers_stalled", ("waiting_for_blocks", "sink")] == 1
+    assert found["kvferry_pool_held_blocks", ("host", "sink")] == half
+    assert found["kvferry_pool_quota_blocks", ("host", "sink")] == 2 * half
+    assert found["kvferry_pool_fullest_ratio", ("host", "sink")] == 1
+    assert found["kvferry_pool_fullest_ratio", ("host", "source")] < 1
+    assert f"{half} of {half}" in status
 
 
 def test_chunks_between_daemons_are_timed(tmp_path: Path) -> None:

@@ -164,12 +164,34 @@ class NodeCollector(Collector):
         for labels, count in sorted(counts.items()):
             blocks.add_metric(labels, count)
         yield blocks
+        yield from self._quotas()
         yield _gauge("kvferry_pools", "Pools", len(self._node.books))
         peers = GaugeMetricFamily("kvferry_peers", "Daemons pulled from", labels=("state",))
         states = Counter(peer.state for peer in self._node.sinks.peers.values())
         for state in ("connecting", "up", "lost"):
             peers.add_metric((state,), states[state])
         yield peers
+
+    def _quotas(self) -> Iterator[Metric]:
+        """A role whose quota is used up waits, however much is free. A sum would hide the pool."""
+        held: Counter[tuple[str, str]] = Counter()
+        quotas: Counter[tuple[str, str]] = Counter()
+        fullest: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for book in self._node.books.values():
+            for role in Role:
+                labels, blocks, quota = (book.device, role.value), book.held(role), book.quota(role)
+                held[labels] += blocks
+                quotas[labels] += quota
+                fullest[labels] = max(fullest[labels], blocks / quota if quota else 0.0)
+        for name, words, values in (
+            ("held_blocks", "Blocks that a role's transfers hold or have set aside", held),
+            ("quota_blocks", "Blocks that a role's transfers may hold", quotas),
+            ("fullest_ratio", "Held of the quota, in the pool where that is most", fullest),
+        ):
+            family = GaugeMetricFamily(f"kvferry_pool_{name}", words, labels=("device", "role"))
+            for labels, value in sorted(values.items()):
+                family.add_metric(labels, value)
+            yield family
 
     def _times(self) -> Iterator[Metric]:
         meters = self._node.meters
