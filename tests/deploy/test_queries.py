@@ -19,10 +19,11 @@ RULES = TOP / "deploy" / "prometheus" / "kvferry.rules.yaml"
 CASES = RULES.with_name("kvferry.test.yaml")
 DASHBOARD = TOP / "deploy" / "grafana" / "kvferry.json"
 PAGE = (TOP / "docs" / "operations.md").read_text()
-NAME = re.compile(r"\bkvferry_\w+")
-SELECTOR = re.compile(r"\b(kvferry_\w+)\{([^}]*)\}")
+NAME = re.compile(r"\bkvferry_\w+|\bup(?={)")
+SELECTOR = re.compile(r"\b(kvferry_\w+|up)\{([^}]*)\}")
 MATCH = re.compile(r'(\w+)(=~|!=|=)"([^"]*)"')
 OUTSIDE = {"instance"}  # labels that Prometheus adds
+UP = {"job": "kvferry"}  # of the series that Prometheus makes of each target
 SOME = [{"labels": "{}", "value": 1}]  # of a count: there is at least one
 THRESHOLD = re.compile(r" (?:>|<|==) [\d.]+")
 needs_promtool = pytest.mark.skipif(
@@ -47,7 +48,7 @@ def queries() -> list[str]:
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
     """The labels of every sample of a daemon with a pool, by its name."""
     directory = tmp_path_factory.mktemp("deploy") / "a"
-    found: dict[str, list[dict[str, str]]] = {}
+    found: dict[str, list[dict[str, str]]] = {"up": [UP]}
     with LiveDaemon(directory, http_port=0) as daemon, RawWorker(daemon.directory, LAYOUT):
         for family in text_string_to_metric_families(metrics_of(daemon)):
             for sample in family.samples:
@@ -76,6 +77,22 @@ def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
         assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
 
 
+def test_every_alert_is_seen_to_fire() -> None:
+    cases = yaml.safe_load(CASES.read_text())["tests"]
+    tests = [one for case in cases for one in case["alert_rule_test"]]
+    assert {one["alertname"] for one in tests if one["exp_alerts"]} == {
+        rule["alert"] for rule in rules()
+    }
+
+
+def test_the_chart_names_the_job_as_the_rules_do() -> None:
+    made = yaml.safe_load_all((TOP / "deploy" / "kubernetes" / "daemonset.yaml").read_text())
+    objects = {one["kind"]: one for one in made}
+    label = objects["PodMonitor"]["spec"]["jobLabel"]
+    pod = objects["DaemonSet"]["spec"]["template"]["metadata"]
+    assert pod["labels"][label] == UP["job"]
+
+
 def test_every_metric_is_documented(metrics: dict[str, list[dict[str, str]]]) -> None:
     told = set()
     for line in PAGE.splitlines():
@@ -84,7 +101,7 @@ def test_every_metric_is_documented(metrics: dict[str, list[dict[str, str]]]) ->
         told |= {name if name.startswith("kvferry_") else stem + name for name in names}
     histograms = {"_bucket", "_count", "_sum", "_created"}
     there = {name for name in metrics if not any(name.endswith(end) for end in histograms)}
-    assert there <= told
+    assert there - {"up"} <= told
     assert {name for name in told if name not in metrics} == {
         "kvferry_chunk_seconds",
         "kvferry_loop_turn_seconds",
