@@ -57,6 +57,7 @@ class NodeCollector(Collector):
     def __init__(self, node: Node, facts: Facts) -> None:
         self._node = node
         self._facts = facts
+        self._stalled_s: defaultdict[Stall, float] = defaultdict(float)  # as shown last
 
     def collect(self) -> Iterator[Metric]:
         """Every family, in one walk over the live transfers."""
@@ -123,7 +124,10 @@ class NodeCollector(Collector):
         for stall in _waits():
             labels = tuple(part.value for part in stall)
             began.add_metric(labels, meters.stalls[stall])
-            spent.add_metric(labels, meters.stalled_s[stall] + lasting[stall])
+            stalled_s = meters.stalled_s[stall] + lasting[stall]
+            # A wait ends by its transfer's clock, which may lag behind ours (STALE_CLOCK_S).
+            self._stalled_s[stall] = max(self._stalled_s[stall], stalled_s)
+            spent.add_metric(labels, self._stalled_s[stall])
         yield began
         yield spent
 
