@@ -6,7 +6,8 @@ from kvferry_daemon.http.facts import Facts
 from kvferry_daemon.http.metrics import NodeCollector
 from kvferry_proto import worker
 from kvferry_proto.control import LoopStatus
-from kvferry_proto.states import Role, StallReason
+from kvferry_proto.errors import Code
+from kvferry_proto.states import Role, StallReason, State
 from world import World
 
 WORKER = b"source worker"
@@ -48,3 +49,19 @@ def test_time_in_waits_does_not_go_down_where_one_ends_by_a_clock_that_lags() ->
     assert before > 0
     world.call("a", WORKER, worker.Abort(transfer_id="t", role=Role.SOURCE))
     assert value(metrics, "kvferry_stall_seconds_total", **waits) >= before
+
+
+def test_a_failure_is_counted_by_its_code() -> None:
+    world = World()
+    metrics = collector(world)
+    world.hello("a", WORKER)
+    failed = "kvferry_transfers_failed_total"
+    aborted = {"role": "source", "code": Code.ABORTED.value}
+    assert value(metrics, failed, **aborted) == 0, "one that is not there at first is missed"
+    world.call("a", WORKER, worker.Send(transfer_id="t"))
+    world.call("a", WORKER, worker.Abort(transfer_id="t", role=Role.SOURCE))
+    world.call("a", WORKER, worker.Send(transfer_id="left"))
+    world.wait(100)
+    assert world.snapshot("a", WORKER, Role.SOURCE, "left").state is State.FAILED
+    assert value(metrics, failed, **aborted) == 1
+    assert value(metrics, failed, role="source", code=Code.WORKER_LOST.value) == 1

@@ -23,6 +23,7 @@ from kvferry_daemon.core.node import AnyTransfer, Node
 from kvferry_daemon.core.report import our_version
 from kvferry_daemon.http.facts import Facts
 from kvferry_proto import control
+from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, StallReason, State
 
 RESUMES = ("accepted", "repeated", "stale")
@@ -99,13 +100,25 @@ class NodeCollector(Collector):
         oldest = max((now_s - t.progress_s for t in live if not t.ended), default=0.0)
         words = "How long the live transfer that waits longest has made no progress"
         yield _gauge("kvferry_transfer_idle_seconds_max", words, max(0.0, oldest))
-        for what in ("opened", "success", "failed"):
+        for what in ("opened", "success"):
             family = CounterMetricFamily(
                 f"kvferry_transfers_{what}", f"Transfers that have {what}", labels=("role",)
             )
             for role in Role:
                 family.add_metric((role.value,), self._node.counters[f"{role.value}_{what}"])
             yield family
+        yield self._failed()
+
+    def _failed(self) -> Metric:
+        """Every code is there from the first: of one that comes with its first failure that is missed."""
+        family = CounterMetricFamily(
+            "kvferry_transfers_failed", "Transfers that have failed", labels=("role", "code")
+        )
+        for role in Role:
+            for code in Code:
+                labels = role.value, code.value
+                family.add_metric(labels, self._node.meters.failed[role, code.value])
+        return family
 
     def _stalls(self, live: Iterable[AnyTransfer]) -> Iterator[Metric]:
         meters, now_s = self._node.meters, self._facts.now_s()
