@@ -3,10 +3,12 @@
 import http.client
 import json
 import re
+import resource
 import signal
 import socket
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from http_daemon import get, metrics_of
 from kvferry_client import connect
 from kvferry_proto import worker
 from kvferry_proto.states import Role, StallReason
-from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
+from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
 OPEN = {"Accept": "application/openmetrics-text;version=1.0.0"}
 LONG_ID = "x" * 128
@@ -64,6 +66,27 @@ def test_probes_follow_pools_and_draining(daemon: LiveDaemon) -> None:
         assert get(daemon, "/healthz")[0] == 200
         assert kvferry("undrain", "--runtime-dir", daemon.directory).returncode == 0
         assert get(daemon, "/readyz")[0] == 200
+
+
+def test_a_daemon_is_not_healthy_while_its_ledger_cannot_be_written(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory) as one:
+        limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        call = worker.Send(call=1, transfer_id="waits")
+        one.socket.send(worker.CALLS.encode(call))  # its answer waits for the ledger
+        wait_until(lambda: get(daemon, "/healthz")[0] == 503)
+        assert "the ledger cannot be written" in get(daemon, "/healthz")[1]
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert isinstance(one.reply(), worker.Snapshots)
+        wait_until(lambda: get(daemon, "/healthz") == (200, "ok\n"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look until it is so."""
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
 
 
 def test_metrics_count_what_moved(daemon: LiveDaemon) -> None:

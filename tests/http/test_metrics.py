@@ -26,7 +26,7 @@ def collector(world: World) -> NodeCollector:
         status=not_asked,
         loop=lambda: LOOP,
         not_sent=lambda: 0,
-        failed=lambda: None,
+        failing=lambda: "",
     )
     return NodeCollector(world.machines["a"].node, facts)
 
