@@ -4,9 +4,9 @@
 
 Each of ``--prefill`` and ``--decode`` may stand several times; they take turns. A request goes to a
 prefill engine first, for one token, and then to a decode engine with what prefill answered. When
-either fails before a byte of the answer has gone out, the request is tried again as attempt + 1, the
+either fails before a token of the answer has gone out, the request is tried again as attempt + 1, the
 number by which both daemons know what is old. An answer that breaks off later ends the connection.
-Needs aiohttp, which vLLM brings.
+What an engine refuses (a status of 4xx) is passed on. Needs aiohttp, which vLLM brings.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import itertools
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -23,11 +23,22 @@ from aiohttp import web
 
 ATTEMPTS = 3
 ANSWER_S = 3600.0
+HELD_BYTES_MAX = 1 << 16  # of a stream that has said nothing yet
+PASSED_ON = ("Content-Type", "Retry-After", "WWW-Authenticate")
 logger = logging.getLogger(__name__)
 
 
 class TryAgainError(Exception):
     """An engine failed and the client has seen nothing of it yet."""
+
+
+class RefusedError(Exception):
+    """An engine does not take the request: the client's own mistake, or it is to ask later."""
+
+    def __init__(self, answer: web.Response) -> None:
+        """``answer``: what the client is told."""
+        super().__init__()
+        self.answer = answer
 
 
 class Router:
@@ -45,18 +56,20 @@ class Router:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One request, tried up to so many times."""
-        body = await request.json()
+        body = _read(await request.text())
         transfer_id = f"proxy-{secrets.token_hex(12)}"  # never used again
         for attempt in range(ATTEMPTS):
             try:
-                params = await self._ask_prefill(request.path, body, transfer_id, attempt)
+                params = await self._ask_prefill(request, body, transfer_id, attempt)
                 return await self._ask_decode(request, body, params)
+            except RefusedError as error:
+                return error.answer
             except (TryAgainError, aiohttp.ClientError, TimeoutError) as error:
                 failure = f"attempt {attempt}: {type(error).__name__}: {error}"
         return web.json_response({"error": failure}, status=502)
 
     async def _ask_prefill(
-        self, path: str, body: dict[str, Any], transfer_id: str, attempt: int
+        self, request: web.Request, body: dict[str, Any], transfer_id: str, attempt: int
     ) -> dict[str, Any] | None:
         params = {"do_remote_decode": True, "transfer_id": transfer_id, "attempt": attempt}
         asked = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": params}
@@ -64,7 +77,7 @@ class Router:
             asked.pop(name, None)
         if "max_completion_tokens" in asked:
             asked["max_completion_tokens"] = 1
-        async with self._post(next(self._prefill) + path, asked) as response:
+        async with self._post(next(self._prefill), request, asked) as response:
             told = (await response.json())["kv_transfer_params"]
             return told if told is None else dict(told)
 
@@ -73,26 +86,80 @@ class Router:
     ) -> web.StreamResponse:
         """Pass decode's answer on, as it comes. Without params it computes the prompt itself."""
         asked = {**body, "kv_transfer_params": params}
-        async with self._post(next(self._decode) + request.path, asked) as response:
+        async with self._post(next(self._decode), request, asked) as response:
             chunks = response.content.iter_any()
-            first = await anext(chunks, b"")  # nothing goes out before there is something
-            if _is_failure(first):
-                raise TryAgainError(first[:300].decode(errors="replace"))
+            first = await _first(chunks, is_stream=response.content_type == "text/event-stream")
             answer = web.StreamResponse(headers={"Content-Type": response.content_type})
             await _pass_on(request, answer, first, chunks)
             return answer
 
     @asynccontextmanager
-    async def _post(self, url: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _post(
+        self, engine: str, request: web.Request, body: dict[str, Any]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask an engine what the client asks, and as the client."""
         assert self._session is not None
-        async with self._session.post(url, json=body) as response:
+        url, headers = engine + request.path, _those(request.headers, "Authorization")
+        async with self._session.post(url, json=body, headers=headers) as response:
             if response.status >= 500:
                 raise TryAgainError(f"{url}: {response.status}: {(await response.text())[:300]}")
-            if response.status >= 400:  # the client's own mistake
-                raise web.HTTPBadRequest(
-                    text=await response.text(), content_type="application/json"
-                )
+            if response.status >= 400:
+                told = _those(response.headers, *PASSED_ON)
+                said = await response.read()
+                raise RefusedError(web.Response(status=response.status, body=said, headers=told))
             yield response
+
+
+def _those(headers: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: headers[name] for name in names if name in headers}
+
+
+def _read(text: str) -> dict[str, Any]:
+    """A request for one answer; HTTPBadRequest for another, since a transfer is one prompt's."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise web.HTTPBadRequest(text="a request is an object of JSON")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        raise web.HTTPBadRequest(text="this router takes one prompt a request, not several")
+    return body
+
+
+async def _first(chunks: AsyncIterator[bytes], *, is_stream: bool) -> bytes:
+    """What an answer begins with: all of it, or of a stream up to its first token.
+
+    TryAgainError if it is a failure, which a chat's stream tells behind the assistant's role.
+    """
+    first = b""
+    async for chunk in chunks:
+        first += chunk
+        if is_stream and (len(first) > HELD_BYTES_MAX or any(map(_says_something, _told(first)))):
+            break
+    if any(map(_is_failure, _told(first))):
+        raise TryAgainError(first[:300].decode(errors="replace"))
+    return first
+
+
+def _told(first: bytes) -> Iterator[dict[str, Any]]:
+    """The objects of an answer, or of the lines of a stream that are here."""
+    for line in first.splitlines():
+        with suppress(ValueError):
+            said = json.loads(line.removeprefix(b"data: "))
+            if isinstance(said, dict):
+                yield said
+
+
+def _says_something(said: dict[str, Any]) -> bool:
+    """Whether there is more in a stream's line than whose words will come."""
+    return bool(said.get("error")) or any(
+        one.get("text")
+        or one.get("finish_reason")
+        or any(value for name, value in (one.get("delta") or {}).items() if name != "role")
+        for one in said.get("choices") or []
+    )
 
 
 async def _pass_on(
@@ -114,14 +181,10 @@ async def _pass_on(
             request.transport.close()
 
 
-def _is_failure(first: bytes) -> bool:
-    """Whether an answer, or the first line of a stream, is that a request could not be served."""
-    try:
-        said = json.loads(first.strip().removeprefix(b"data: ").split(b"\n")[0])
-    except ValueError:
-        return False
-    choices = said.get("choices") or [{}]
-    return "error" in said or choices[0].get("finish_reason") == "error"
+def _is_failure(said: dict[str, Any]) -> bool:
+    """Whether an answer, or a line of a stream, is that a request could not be served."""
+    choices = said.get("choices") or []
+    return bool(said.get("error")) or any(one.get("finish_reason") == "error" for one in choices)
 
 
 def application(prefill: list[str], decode: list[str]) -> web.Application:
