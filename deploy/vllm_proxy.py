@@ -3,20 +3,24 @@
     python deploy/vllm_proxy.py --port 8000 --prefill http://p1:8100 --decode http://d1:8200
 
 Each of ``--prefill`` and ``--decode`` may stand several times; they take turns. A request goes to a
-prefill engine first, for one token, and then to a decode engine with what prefill answered. When
-either fails before a token of the answer has gone out, the request is tried again as attempt + 1, the
-number by which both daemons know what is old. An answer that breaks off later ends the connection.
+prefill engine first, for one token, and then to a decode engine with what prefill answered. That says
+where prefill's daemon is: once it is known both engines are asked at once, so that decode takes a long
+prompt over while it is computed. After a failure it is learned anew.
+
+When either fails before a token of the answer has gone out, the request is tried again as attempt + 1,
+the number by which both daemons know what is old. An answer that breaks off later ends the connection.
 What an engine refuses (a status of 4xx) is passed on. Needs aiohttp, which vLLM brings.
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -25,6 +29,7 @@ ATTEMPTS = 3
 ANSWER_S = 3600.0
 HELD_BYTES_MAX = 1 << 16  # of a stream that has said nothing yet
 PASSED_ON = ("Content-Type", "Retry-After", "WWW-Authenticate")
+Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +51,7 @@ class Router:
 
     def __init__(self, prefill: list[str], decode: list[str]) -> None:
         self._prefill, self._decode = itertools.cycle(prefill), itertools.cycle(decode)
+        self._sources: dict[str, str] = {}  # by prefill engine: where its daemon is
         self._session: aiohttp.ClientSession | None = None
 
     async def session(self, _app: web.Application) -> AsyncIterator[None]:
@@ -60,35 +66,61 @@ class Router:
         transfer_id = f"proxy-{secrets.token_hex(12)}"  # never used again
         for attempt in range(ATTEMPTS):
             try:
-                params = await self._ask_prefill(request, body, transfer_id, attempt)
-                return await self._ask_decode(request, body, params)
+                return await self._try(request, body, transfer_id, attempt)
             except RefusedError as error:
                 return error.answer
             except (TryAgainError, aiohttp.ClientError, TimeoutError) as error:
                 failure = f"attempt {attempt}: {type(error).__name__}: {error}"
         return web.json_response({"error": failure}, status=502)
 
-    async def _ask_prefill(
+    async def _try(
         self, request: web.Request, body: dict[str, Any], transfer_id: str, attempt: int
+    ) -> web.StreamResponse:
+        """One attempt, with prefill and decode at once where prefill's source is known."""
+        engine, named = next(self._prefill), {"transfer_id": transfer_id, "attempt": attempt}
+        source, goes_out = self._sources.get(engine), asyncio.Event()
+        try:
+            async with _running(self._ask_prefill(engine, request, body, named)) as prefill:
+                fetch = {"do_remote_prefill": True, "source": source, **named}
+                params = await prefill if source is None else fetch
+                async with _running(self._ask_decode(request, body, params, goes_out)) as decode:
+                    await asyncio.wait([prefill, decode], return_when=asyncio.FIRST_COMPLETED)
+                    if not decode.done() and not goes_out.is_set():
+                        _check_source(params, await prefill)
+                    return await decode
+        except (TryAgainError, aiohttp.ClientError, TimeoutError):
+            self._sources.pop(engine, None)
+            raise
+
+    async def _ask_prefill(
+        self, engine: str, request: web.Request, body: dict[str, Any], named: dict[str, Any]
     ) -> dict[str, Any] | None:
-        params = {"do_remote_decode": True, "transfer_id": transfer_id, "attempt": attempt}
+        params = {"do_remote_decode": True, **named}
         asked = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": params}
         for name in ("stream_options", "min_tokens"):
             asked.pop(name, None)
         if "max_completion_tokens" in asked:
             asked["max_completion_tokens"] = 1
-        async with self._post(next(self._prefill), request, asked) as response:
+        async with self._post(engine, request, asked) as response:
             told = (await response.json())["kv_transfer_params"]
-            return told if told is None else dict(told)
+        if told is None:  # it has never met its daemon
+            return None
+        self._sources[engine] = told["source"]
+        return dict(told)
 
     async def _ask_decode(
-        self, request: web.Request, body: dict[str, Any], params: dict[str, Any] | None
+        self,
+        request: web.Request,
+        body: dict[str, Any],
+        params: dict[str, Any] | None,
+        goes_out: asyncio.Event,
     ) -> web.StreamResponse:
         """Pass decode's answer on, as it comes. Without params it computes the prompt itself."""
         asked = {**body, "kv_transfer_params": params}
         async with self._post(next(self._decode), request, asked) as response:
             chunks = response.content.iter_any()
             first = await _first(chunks, is_stream=response.content_type == "text/event-stream")
+            goes_out.set()
             answer = web.StreamResponse(headers={"Content-Type": response.content_type})
             await _pass_on(request, answer, first, chunks)
             return answer
@@ -108,6 +140,24 @@ class Router:
                 said = await response.read()
                 raise RefusedError(web.Response(status=response.status, body=said, headers=told))
             yield response
+
+
+@asynccontextmanager
+async def _running(asking: Coroutine[Any, Any, Answer]) -> AsyncIterator[asyncio.Task[Answer]]:
+    """Ask an engine beside something else; when that is over the engine's request is ended."""
+    task = asyncio.create_task(asking)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _check_source(params: dict[str, Any] | None, told: dict[str, Any] | None) -> None:
+    """TryAgainError where decode waits for what prefill does not send, or not from there."""
+    asked, sends = (one["source"] if one else None for one in (params, told))
+    if asked != sends:
+        raise TryAgainError(f"decode was told {asked}, and prefill sends from {sends}")
 
 
 def _those(headers: Mapping[str, str], *names: str) -> dict[str, str]:

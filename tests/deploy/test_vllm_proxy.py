@@ -21,14 +21,19 @@ TOLD = {"do_remote_prefill": True, "transfer_id": "t", "attempt": 0, "source": "
 Engine = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@pytest.fixture
-def proxy() -> Any:
+def loaded() -> Any:
+    """The example, as a module."""
     spec = importlib.util.spec_from_file_location("vllm_proxy", PROXY)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def proxy() -> Any:
+    return loaded()
 
 
 @asynccontextmanager
