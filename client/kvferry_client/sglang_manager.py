@@ -22,7 +22,8 @@ from sglang.srt.runtime_context import get_disagg, get_parallel
 
 from kvferry_client.engine import Ferry, Incoming, Tables
 from kvferry_client.sglang_asking import Rooms, Ticket
-from kvferry_client.sglang_cache import Cache, aux_of, cache_of
+from kvferry_client.sglang_aux import aux_of
+from kvferry_client.sglang_cache import Cache, cache_of
 from kvferry_client.sglang_identity import model_identity
 from kvferry_client.sglang_rooms import STALL_S, RoomBook
 from kvferry_client.sglang_supported import ALLOW, check_arguments, check_parallelism, check_state
