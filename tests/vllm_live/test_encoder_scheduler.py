@@ -1,0 +1,131 @@
+"""What the encoder connector's scheduler side fetches and answers, of steps that vLLM might schedule. No engine."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what importing vLLM warns of
+TOLD = {"transfer_id": "t", "attempt": 0, "source": "tcp://a:1", "dtype": "float32", "width": 64}
+
+
+@dataclass
+class Fetched:
+    """What a ferry was asked for; a test says what becomes of it."""
+
+    transfer_id: str
+    tokens: int  # none: that the source need not wait
+    ended: bool = False
+    error: Exception | None = None
+    tensor: Any = None
+
+    def arrives(self) -> None:
+        self.tensor, self.ended = object(), True
+
+    def fails(self) -> None:
+        self.error, self.ended = ConnectionError("nobody has it"), True
+
+    def abort(self, reason: str) -> None:
+        self.fails()
+
+
+@dataclass
+class Ferry:
+    """All ferries, as far as the scheduler's side uses them."""
+
+    asked: list[Fetched] = field(default_factory=list)
+
+    def of(self, kind: Any) -> "Ferry":
+        return self
+
+    def receive(self, transfer_id: str, attempt: int, source: str | None, tokens: int) -> Fetched:
+        self.asked.append(Fetched(transfer_id, tokens))
+        return self.asked[-1]
+
+
+def consuming(ferry: Ferry, *, has_media: bool) -> Any:
+    """A consumer's scheduler side."""
+    from kvferry_client.vllm_encoder_scheduler import Consuming
+
+    return Consuming(ferry, lambda feature: has_media)  # type: ignore[arg-type]
+
+
+def request(name: str, told: Any, *items: str) -> Any:
+    """One of vLLM's, as far as a connector looks at it: each item has 10 tokens."""
+    features = [
+        SimpleNamespace(
+            identifier=item,
+            mm_position=SimpleNamespace(offset=20 * place, length=10, get_num_embeds=lambda: 10),
+        )
+        for place, item in enumerate(items)
+    ]
+    return SimpleNamespace(request_id=name, ec_transfer_params=told, mm_features=features)
+
+
+def test_a_request_without_an_item_is_not_scheduled_however_often_vllm_asks() -> None:
+    """It may ask several times before it takes the requests that have to fail."""
+    ferry = Ferry()
+    told = consuming(ferry, has_media=False)
+    asked = request("r", {"item": TOLD}, "item")
+    assert not told.are_here(asked, 0)
+    ferry.asked[0].fails()
+    assert [told.are_here(asked, 0) for _ in range(3)] == [False] * 3
+    assert told.unavailable == {"r"}
+    told.unavailable = set()
+    assert not told.are_here(asked, 0)
+    assert len(ferry.asked) == 1
+    told.finished(asked)
+    assert not told.are_here(request("r", {"item": TOLD}, "item"), 0)  # another one, and asked for
+    assert len(ferry.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"item": {**TOLD, "width": "64"}},
+        {"item": {**TOLD, "width": True}},
+        {"item": {**TOLD, "width": 1 << 40}},
+        {"item": {**TOLD, "dtype": "float31"}},
+        {"item": {**TOLD, "attempt": -1}},
+        {"item": {"metadata": {}}},  # of an encoder that never met its daemon
+        {"item": "t"},
+        {"other": TOLD},
+    ],
+)
+@pytest.mark.parametrize("has_media", [False, True])
+def test_an_item_that_no_transfer_can_bring_needs_its_media(told: Any, has_media: bool) -> None:
+    ferry = Ferry()
+    side = consuming(ferry, has_media=has_media)
+    asked = request("r", told, "item")
+    assert [side.are_here(asked, 0) for _ in range(2)] == [has_media] * 2
+    assert side.unavailable == (set() if has_media else {"r"})
+    side.finished(asked)
+    assert ferry.asked == []
+
+
+@pytest.mark.parametrize("told", [None, {}, ["item"], "item"])
+def test_a_request_whose_params_tell_nothing_is_left_to_vllm(told: Any) -> None:
+    """Which refuses one that has no media then."""
+    side = consuming(Ferry(), has_media=False)
+    asked = request("r", told, "item")
+    assert side.are_here(asked, 0)
+    side.finished(asked)
+
+
+def test_an_item_without_a_transfer_may_be_what_another_request_fetched() -> None:
+    ferry = Ferry()
+    told = consuming(ferry, has_media=False)
+    told.are_here(request("first", {"item": TOLD}, "item"), 0)
+    ferry.asked[0].arrives()
+    assert told.are_here(request("second", None, "item"), 0)
+
+
+def test_a_request_with_media_encodes_what_cannot_be_fetched() -> None:
+    ferry = Ferry()
+    told = consuming(ferry, has_media=True)
+    asked = request("r", {"item": TOLD}, "item")
+    told.are_here(asked, 0)
+    ferry.asked[0].fails()
+    assert [told.are_here(asked, 0) for _ in range(2)] == [True] * 2
+    assert told.unavailable == set()
