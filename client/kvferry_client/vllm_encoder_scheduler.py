@@ -95,7 +95,6 @@ class Consuming:
         """``has_media`` of a feature: whether this engine could encode it itself."""
         self._ferries, self._has_media = ferries, has_media
         self._announced: dict[str, dict[str, Parcel]] = {}  # by request and item: to be fetched
-        self._refused: dict[str, set[Parcel]] = {}  # by request: the source was told so
         self._fetches: dict[Parcel, Fetch] = {}
         self._held_tokens = 0
         self._doomed: set[str] = set()  # requests without an item, until they have ended
@@ -119,21 +118,25 @@ class Consuming:
                     self._fail(request, "nobody sends it")
             elif is_needed:
                 needed[parcel] = feature
-            elif parcel not in self._fetches:
-                self._refuse(request, parcel)
         if request.request_id in self._doomed:
             return False
-        if not self._have_room_for([_tokens(needed[one]) for one in needed.keys() - self._fetches]):
+        held = self._fetches.keys() & announced.values()
+        for parcel in held:  # also what it does not need now: it may be preempted
+            self._fetches[parcel].requests.add(request.request_id)
+        missing = [_tokens(needed[one]) for one in needed.keys() - held]
+        if not held and not self._have_room_for(missing):  # who holds some may have all
             return False
         here = [self._is_here(request, *one) for one in needed.items()]  # all of them are asked for
         return all(here)
 
     def finished(self, request: Any) -> None:
-        """A request holds nothing any more."""
-        for parcel in self._announced.pop(request.request_id, {}).values():
-            if parcel not in self._fetches:
-                self._refuse(request, parcel)
-        self._refused.pop(request.request_id, None)
+        """A request holds nothing any more. The sources of what nobody fetched or will are told so."""
+        announced = self._announced_to(request)
+        del self._announced[request.request_id]
+        others = (one.values() for one in self._announced.values())
+        for parcel in set(announced.values()).difference(self._fetches, *others):
+            ferry = self._ferries.of(parcel.kind)
+            ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, 0)
         self._doomed.discard(request.request_id)
         self.unavailable.discard(request.request_id)
         for parcel, fetch in list(self._fetches.items()):
@@ -177,7 +180,7 @@ class Consuming:
             side = ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, tokens)
             fetch = self._fetches[parcel] = Fetch(feature.identifier, side, tokens)
             self._held_tokens += tokens
-        fetch.requests.add(request.request_id)
+            fetch.requests.add(request.request_id)
         if not fetch.side.ended:
             return False
         if fetch.side.error is None:
@@ -210,14 +213,6 @@ class Consuming:
             logger.error("request %s fails without an item: %s", request.request_id, why)
             self._doomed.add(request.request_id)
             self.unavailable.add(request.request_id)
-
-    def _refuse(self, request: Any, parcel: Parcel) -> None:
-        """Tell the source that nobody will fetch; once."""
-        refused = self._refused.setdefault(request.request_id, set())
-        if parcel not in refused:
-            refused.add(parcel)
-            ferry = self._ferries.of(parcel.kind)
-            ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, 0)
 
 
 def _tokens(feature: Any) -> int:

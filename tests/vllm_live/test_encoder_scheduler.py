@@ -129,3 +129,74 @@ def test_a_request_with_media_encodes_what_cannot_be_fetched() -> None:
     ferry.asked[0].fails()
     assert [told.are_here(asked, 0) for _ in range(2)] == [True] * 2
     assert told.unavailable == set()
+
+
+def test_an_item_that_a_prefix_cache_covers_can_be_had_after_a_preemption() -> None:
+    """The blocks that covered it may be another's by then; its source waits until the request ends."""
+    ferry = Ferry()
+    told = consuming(ferry, has_media=False)
+    asked = request("r", {"item": TOLD}, "item")
+    assert told.are_here(asked, 10)
+    assert ferry.asked == []
+    assert not told.are_here(asked, 0)
+    (fetched,) = ferry.asked
+    assert fetched.tokens == 10
+    fetched.arrives()
+    assert told.are_here(asked, 0)
+    told.finished(asked)
+    assert len(ferry.asked) == 1
+
+
+def test_the_source_of_what_was_never_fetched_is_told_when_the_last_request_ends() -> None:
+    """Samples of one request share its transfers."""
+    ferry = Ferry()
+    told = consuming(ferry, has_media=False)
+    samples = [request(name, {"item": TOLD}, "item") for name in ("one", "two")]
+    for sample in samples:
+        assert told.are_here(sample, 10)
+    told.finished(samples[0])
+    assert ferry.asked == []
+    told.finished(samples[1])
+    assert [one.tokens for one in ferry.asked] == [0]
+
+
+def test_what_one_sample_fetched_stays_for_another_that_a_prefix_cache_covers() -> None:
+    ferry = Ferry()
+    told = consuming(ferry, has_media=False)
+    first, second = (request(name, {"item": TOLD}, "item") for name in ("one", "two"))
+    assert not told.are_here(first, 0)
+    ferry.asked[0].arrives()
+    assert told.are_here(first, 0)
+    assert told.are_here(second, 10)
+    told.finished(first)
+    assert told.are_here(second, 0)  # preempted
+    told.finished(second)
+    assert len(ferry.asked) == 1
+
+
+def test_the_source_of_a_request_that_ends_in_the_queue_is_told() -> None:
+    ferry = Ferry()
+    consuming(ferry, has_media=False).finished(request("r", {"item": TOLD}, "item"))
+    assert [one.tokens for one in ferry.asked] == [0]
+
+
+def test_preempted_requests_that_hold_an_item_do_not_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What their prefix cache covered is to be fetched now, and there is no room for it."""
+    monkeypatch.setattr("kvferry_client.vllm_encoder_scheduler.HELD_TOKENS_MAX", 20)
+    ferry = Ferry()
+    told = consuming(ferry, has_media=False)
+    both = [
+        request(name, {item: {**TOLD, "transfer_id": name + item} for item in "ab"}, "a", "b")
+        for name in ("one", "two")
+    ]
+    for asked in both:
+        assert not told.are_here(asked, 10)
+    assert not told.are_here(request("three", {"c": {**TOLD, "transfer_id": "c"}}, "c"), 0)
+    assert [one.transfer_id for one in ferry.asked] == ["oneb", "twob"]
+    for asked in both:
+        assert not told.are_here(asked, 0)
+    for one in ferry.asked:
+        one.arrives()
+    assert all(told.are_here(asked, 0) for asked in both)
