@@ -1,4 +1,4 @@
-"""vLLM's cache as planes. No engine."""
+"""vLLM's cache as planes, and its block tables. No engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -46,3 +46,24 @@ def test_layers_that_would_share_a_name_are_refused() -> None:
     """One of them would not travel, and nobody would notice."""
     with pytest.raises(ValueError, match=r"b\.x+\.layers\.0.* another layer's"):
         cache(f"a.{SAME_END}", f"b.{SAME_END}")
+
+
+def test_a_table_is_padded_behind_the_tokens_that_it_has_to_hold() -> None:
+    """Groups with smaller blocks have nothing where the largest block's end is rounded up to."""
+    from kvferry_client.engine import NO_BLOCK
+    from kvferry_client.vllm_worker import padded
+
+    tables = ([3, 4], [5, 6, 7, 8])
+    assert padded(tables, [32, 16], 50, 96) == (
+        [3, 4, NO_BLOCK],
+        [5, 6, 7, 8, NO_BLOCK, NO_BLOCK],
+    )
+    assert padded(tables, [32, 16], 50, 32) == tables
+
+
+def test_a_table_that_is_too_short_stays_so() -> None:
+    """Whoever copies says that, and the request fails: its tokens are somewhere."""
+    from kvferry_client.vllm_worker import padded
+
+    assert padded(([3], [5, 6, 7, 8]), [32, 16], 50, 64) == ([3], [5, 6, 7, 8])
+    assert padded(([3, 4], [5, 6, 7]), [32, 16], 50, 64) == ([3, 4], [5, 6, 7])
