@@ -19,7 +19,11 @@ from kvferry_client.vllm_messages import (
 
 logger = init_logger("vllm.kvferry.scheduler")
 REMEMBERED = 1 << 16
-COMPLETE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+COMPLETE = (
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+    RequestStatus.FINISHED_STOPPED,
+)
 
 
 class Outbound:

@@ -174,6 +174,18 @@ def test_a_request_that_generates_on_is_sent_where_blocks_stay() -> None:
     assert finished(told, asked)[0]
 
 
+def test_what_vllm_stops_as_a_repetition_is_complete() -> None:
+    from vllm.v1.request import RequestStatus
+
+    told = side()
+    asked = request("t", 600, sending("t"), 9)
+    told.new_request(asked)
+    told.step(Step(new={"t": 0}, tokens={"t": 600}).output)
+    asked.status = RequestStatus.FINISHED_REPETITION
+    _, params = told.finished(asked)
+    assert params["do_remote_prefill"]
+
+
 @pytest.mark.parametrize("way", ["params", "header", "neither"])
 def test_a_routers_trace_goes_to_the_workers_and_on_to_decode(way: str) -> None:
     told = side()
