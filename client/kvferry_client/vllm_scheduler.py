@@ -61,6 +61,7 @@ class SchedulerSide:
         self._keeps_blocks = keeps_blocks
         self._groups = groups
         self._outbound: dict[str, Outbound] = {}
+        self._inbound: dict[str, Transfer] = {}  # of requests that have not begun to fetch
         self._loading: set[str] = set()
         self._unsent: set[str] = set()  # requests whose prompt could not be sent
         self._senders, self._fetchers = FirstOnes(), FirstOnes()
@@ -85,11 +86,11 @@ class SchedulerSide:
         if params.get("do_remote_prefill"):
             transfer = _read(request)
             if transfer is None:
-                params["do_remote_prefill"] = False
                 return
             first = self._fetchers.first(*transfer[:2], request.request_id)
-            if first != request.request_id:
-                params["do_remote_prefill"] = False
+            if first == request.request_id:
+                self._inbound[request.request_id] = transfer
+            else:
                 self._twins[request.request_id] = first
 
     def _to_send(self, request: Any) -> Transfer | None:
@@ -115,19 +116,14 @@ class SchedulerSide:
         """
         if self._twins.get(request.request_id) in self._loading:
             return None, False
-        params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
+        if request.request_id not in self._inbound:
             return 0, False
         missing = request.num_prompt_tokens - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """Fetch into blocks that a request was given; once only, whatever becomes of it."""
-        params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
-            return
-        params["do_remote_prefill"] = False
-        transfer = _read(request)
+        transfer = self._inbound.pop(request.request_id, None)
         if transfer is None:
             return
         if not external_tokens:
@@ -181,15 +177,13 @@ class SchedulerSide:
         request_id = request.request_id
         self._twins.pop(request_id, None)
         outbound = self._outbound.pop(request_id, None)
+        inbound = self._inbound.pop(request_id, None)
         if request_id in self._loading:  # the scheduler itself waits for the workers' word
             self._loading.discard(request_id)
             self._next.aborts[request_id] = _reason(request)
             return False, None
-        params = request.kv_transfer_params
-        if params and params.get("do_remote_prefill"):
-            transfer = _read(request)
-            if transfer is not None:
-                self._next.declined.append(transfer)
+        if inbound is not None:
+            self._next.declined.append(inbound)
             return False, None
         if outbound is None:
             return False, None

@@ -186,6 +186,25 @@ def test_what_vllm_stops_as_a_repetition_is_complete() -> None:
     assert params["do_remote_prefill"]
 
 
+def test_samples_that_share_their_params_fetch_once_and_leave_them_as_they_are() -> None:
+    told = side()
+    params = {**sending("t"), "do_remote_decode": False, "do_remote_prefill": True}
+    first, second = (request(name, 600, params) for name in ("first", "second"))
+    for asked in (first, second):
+        asked.kv_transfer_params = params
+        told.new_request(asked)
+    assert told.matched(first, 0) == (600, True)
+    assert told.matched(second, 0) == (0, False)
+    told.allocated(first, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4, 5],)), 600)
+    assert told.matched(second, 0) == (None, False)
+    assert told.matched(first, 0) == (0, False)  # once only
+    meta = told.step(Step().output)
+    assert set(meta.loads) == {"first"}
+    assert finished(told, second) == (False, None)
+    assert told.step(Step().output).declined == []
+    assert params["do_remote_prefill"]
+
+
 @pytest.mark.parametrize("way", ["params", "header", "neither"])
 def test_a_routers_trace_goes_to_the_workers_and_on_to_decode(way: str) -> None:
     told = side()
