@@ -104,7 +104,7 @@ test-vllm-upstream: .venv-vllm/installed
 	mkdir -p build
 	test -d $(UPSTREAM) || (cd build && VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.32.0 \
 	  ../.venv-vllm/bin/python -m pip download --quiet --no-deps --no-build-isolation --no-binary vllm vllm==0.32.0 \
-	  && tar xzf vllm-0.32.0.tar.gz)
+	  && tar xzf vllm-0.32.0.tar.gz && rm -r vllm-0.32.0/vllm*)  # what is installed is to be tried
 	cd $(UPSTREAM) && PYTHONPATH=$(CURDIR)/tests/vllm_live HF_HUB_OFFLINE=1 \
 	  $(CURDIR)/.venv-vllm/bin/python -m pytest -p upstream --noconftest $(ARGS)
 

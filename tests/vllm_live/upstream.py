@@ -29,8 +29,6 @@ CANNOT = {  # these fail, and have to: docs/engines.md says it at length
     "test_short_prompt_lifecycle": "looks for NIXL's params",
     "test_prefix_cache_lifecycle": "looks for NIXL's params",
     "test_p_side_chunked_prefill_mamba": "Mamba is refused",
-    "test_async_load_reserves_blocks_for_promotion_margin": "hybrid caches, which vLLM's CPU build has not",
-    "test_async_load_does_not_double_reserve_mamba_spec_blocks": "the same",
 }
 OPT = {
     "architectures": ["OPTForCausalLM"],
