@@ -165,7 +165,7 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
             "attention data": self.attn_dp_size,
             "data": self.system_dp_size,
         }
-        check_parallelism(self.attn_tp_size, sizes)
+        check_parallelism(sizes)
         check_state(one.value for one in args.state_types)
         check_arguments(server_args)
         if get_disagg().disaggregation_enable_kv_checksum:

@@ -9,13 +9,12 @@ from sglang_live.engines import FLAGS, Engine, make_model, wait_until
 from vllm_live.asking import prompt
 
 pytestmark = pytest.mark.timeout(900)
-TRY = {"KVFERRY_ALLOW_UNTRIED": "1"}
 TWO = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # SGLang asks for it where two ranks share a NUMA node
 LENGTHS = (1, 129, 700, 3000)
 
 
 def environment(ranks: int) -> dict[str, str]:
-    return TRY if ranks == 1 else {**TRY, **TWO}
+    return TWO if ranks == 2 else {}
 
 
 @pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(2, 1), (1, 2)])
