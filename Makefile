@@ -9,8 +9,11 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
 
+# The first ones start no process, so they share the cores; the others have them alone.
+PURE := tests/core tests/model tests/proto tests/sim
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(PURE) $(ARGS)
+	$(BIN)/python -m pytest $(PURE:%=--ignore=%) $(ARGS)
 	$(MAKE) test-vllm-short
 
 # The shortest run that hands prompts over between real vLLM engines: two minutes, and 3.5 GB the
