@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-sglang docs manifests clean
+.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-vllm-upstream test-sglang docs manifests clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
 
+# The first ones start no process, so they share the cores; the others have them alone.
+PURE := tests/core tests/model tests/proto tests/sim
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(PURE) $(ARGS)
+	$(BIN)/python -m pytest $(PURE:%=--ignore=%) $(ARGS)
 	$(MAKE) test-vllm-short
 
 # The shortest run that hands prompts over between real vLLM engines: two minutes, and 3.5 GB the
@@ -96,6 +99,17 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm_live/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
+
+# vLLM's own tests of its connectors, on ours: docs/engines.md says which, and why not the others.
+UPSTREAM := build/vllm-0.32.0
+test-vllm-upstream: .venv-vllm/installed
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm_live/upstream.txt
+	mkdir -p build
+	test -d $(UPSTREAM) || (cd build && VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.32.0 \
+	  ../.venv-vllm/bin/python -m pip download --quiet --no-deps --no-build-isolation --no-binary vllm vllm==0.32.0 \
+	  && tar xzf vllm-0.32.0.tar.gz && rm -r vllm-0.32.0/vllm*)  # what is installed is to be tried
+	cd $(UPSTREAM) && PYTHONPATH=$(CURDIR)/tests/vllm_live HF_HUB_OFFLINE=1 \
+	  $(CURDIR)/.venv-vllm/bin/python -m pytest -p upstream --noconftest $(ARGS)
 
 # The same of SGLang.
 test-sglang: .venv-sglang/installed

@@ -3,8 +3,16 @@
 import atexit
 import os
 import sys
+from importlib.util import find_spec
 
 import pytest
+
+if find_spec("hypothesis") is not None:  # the engines' environments have none
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says how busy the machine is, and nothing of us.
+    settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("ours")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

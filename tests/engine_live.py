@@ -24,7 +24,7 @@ MODEL = """
 import json, sys, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 path, kind, seed, shape = sys.argv[1:]
 words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(512)}, unk_token="t0"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -37,16 +37,6 @@ common = dict(
 ) | json.loads(shape)
 if kind == "llama":
     model = LlamaForCausalLM(LlamaConfig(**common))
-elif kind == "deepseek":
-    shape = dict(
-        kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64,
-        qk_nope_head_dim=32, v_head_dim=32, head_dim=64, num_key_value_heads=4,
-    )
-    experts = dict(
-        first_k_dense_replace=99, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-        moe_intermediate_size=32,
-    )
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**common, **shape, **experts}))
 else:
     layers = ["sliding_attention", "full_attention"] * 2
     config = Gemma3TextConfig(
@@ -67,7 +57,7 @@ def make_model(
 ) -> Path:
     """A random model whose tokens tell when its cache is wrong: initialised wide.
 
-    ``kind``: llama; gemma3, half of whose layers look back 256 tokens only; deepseek, of latents.
+    ``kind``: llama; gemma3, half of whose layers look back 256 tokens only.
     ``environment``: what transformers needs beside this process's. ``shape``: of the model's
     configuration, what is to be another.
     """

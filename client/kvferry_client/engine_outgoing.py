@@ -178,14 +178,20 @@ class Outgoing(Side):
             if piece is None:
                 return None
             if len(piece.left) == len(self._pages.planes) and piece.tokens.stop <= have.tokens:
-                self._pages.follow(have.event)
-                self._pages.copy(have.tables, window, pool, piece.tokens, out=True)
-            elif not self._copy_plane(piece, have, window, pool):
+                return self._copy_whole(piece.tokens[:PIECE_TOKENS], have, window, pool)
+            if not self._copy_plane(piece, have, window, pool):
                 return None
-            elif piece.left:
+            if piece.left:
                 return 0
             self._piece = None
             return piece.tokens.stop
+
+    def _copy_whole(self, tokens: range, have: _Have, window: WindowView, pool: Pool) -> int:
+        """All planes of them. Few enough at once: `forget` waits for it."""
+        self._pages.follow(have.event)
+        self._pages.copy(have.tables, window, pool, tokens, out=True)
+        self._piece = None
+        return tokens.stop
 
     def _next_piece(self, have: _Have, window: WindowView) -> _Piece | None:
         first = window.first_token

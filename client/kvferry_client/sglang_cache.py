@@ -1,4 +1,4 @@
-"""SGLang's KV pools as planes, and its metadata buffers as aux values.
+"""SGLang's KV pools as planes.
 
 SGLang hands a backend addresses and lengths; the pools behind them say more: which dtype, how many
 heads, and in what order.
@@ -16,8 +16,6 @@ from kvferry_client.paged import CachePlane, PagedCache
 from kvferry_client.sglang_supported import check_tried
 from kvferry_proto.layout import Layout
 
-AUX_VALUE_BYTES_MAX = 1 << 16
-
 
 class Cache(NamedTuple):
     """One scheduler's share of an engine's cache."""
@@ -32,7 +30,7 @@ def cache_of(
 ) -> Cache:
     """The layers that travel; ValueError names what cannot be carried.
 
-    ``heads_total``: of keys and values over all ranks. ``aux``: see ``aux_of``.
+    ``heads_total``: of keys and values over all ranks. ``aux``: see ``sglang_aux``.
     """
     if type(pool) is SWAKVPool and pool.request_window is None:
         check_tried("layers that look back a window")
@@ -47,34 +45,6 @@ def cache_of(
     }
     layout = layout_of(groups, heads_total=totals, block_size_tokens=pool_block_tokens, aux=[*aux])
     return Cache(layout, [PagedCache(planes) for planes in groups], pool.page_size)
-
-
-def aux_of(buffers: Any) -> dict[str, torch.Tensor]:
-    """The rows that go with a request, by name: (rows, values) each.
-
-    ``buffers``: SGLang's MetadataBuffers. ValueError names one whose rows are too long.
-    """
-    pointers = buffers.get_buf_infos()[0]
-    found = {one.data_ptr(): name for name, one in vars(buffers).items() if torch.is_tensor(one)}
-    aux = {found[pointer]: getattr(buffers, found[pointer]) for pointer in pointers}
-    for name, rows in aux.items():
-        if rows[0].nbytes > AUX_VALUE_BYTES_MAX:
-            raise ValueError(
-                f"metadata {name} has {rows[0].nbytes} bytes a request, over {AUX_VALUE_BYTES_MAX}"
-            )
-    return aux
-
-
-def aux_values(aux: Mapping[str, torch.Tensor], row: int) -> dict[str, bytes]:
-    """A request's row of each."""
-    return {name: rows[row].cpu().view(torch.uint8).numpy().tobytes() for name, rows in aux.items()}
-
-
-def take_aux(aux: Mapping[str, torch.Tensor], row: int, values: Mapping[str, bytes]) -> None:
-    """Write what came into a request's row of each."""
-    for name, rows in aux.items():
-        came = torch.frombuffer(bytearray(values[name]), dtype=torch.uint8)
-        rows[row].view(torch.uint8).copy_(came)
 
 
 def _planes(pool: Any, prefix: str) -> dict[str, CachePlane]:

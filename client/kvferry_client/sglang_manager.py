@@ -22,7 +22,8 @@ from sglang.srt.runtime_context import get_disagg, get_parallel
 
 from kvferry_client.engine import Ferry, Incoming, Tables
 from kvferry_client.sglang_asking import Rooms, Ticket
-from kvferry_client.sglang_cache import Cache, aux_of, cache_of
+from kvferry_client.sglang_aux import aux_of
+from kvferry_client.sglang_cache import Cache, cache_of
 from kvferry_client.sglang_identity import model_identity
 from kvferry_client.sglang_rooms import STALL_S, RoomBook
 from kvferry_client.sglang_supported import ALLOW, check_arguments, check_parallelism, check_state
@@ -164,7 +165,7 @@ class KvferryManager(CommonKVManager):  # type: ignore[misc]
             "attention data": self.attn_dp_size,
             "data": self.system_dp_size,
         }
-        check_parallelism(self.attn_tp_size, sizes)
+        check_parallelism(sizes)
         check_state(one.value for one in args.state_types)
         check_arguments(server_args)
         if get_disagg().disaggregation_enable_kv_checksum:

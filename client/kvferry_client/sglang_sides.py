@@ -22,7 +22,7 @@ from sglang.srt.disaggregation.common.conn import KVTransferError
 from kvferry_client.engine import NO_BLOCK, Incoming, Outgoing, Side
 from kvferry_client.engine_thread import JOIN_WAIT_S
 from kvferry_client.sglang_asking import Ticket
-from kvferry_client.sglang_cache import aux_values, take_aux
+from kvferry_client.sglang_aux import aux_values, take_aux
 from kvferry_client.sglang_identity import prompt_identity
 from kvferry_client.sglang_manager import KvferryManager
 from kvferry_proto.states import State
@@ -283,7 +283,10 @@ class KvferryReceiver(_Transfer, BaseKVReceiver):  # type: ignore[misc]
     def _arrived(self) -> State:
         assert isinstance(self._side, Incoming)
         assert self._side.aux is not None
-        take_aux(self.kv_mgr.aux, self._aux_index, self._side.aux)
+        try:
+            take_aux(self.kv_mgr.aux, self._aux_index, self._side.aux)
+        except ValueError as error:
+            return self._fail(str(error))
         return State.SUCCESS
 
     def _stop(self) -> None:

@@ -43,13 +43,11 @@ def check_arguments(arguments: Any) -> None:
         raise ValueError(f"kvferry fetches into the device's pool only: drop --{option}")
 
 
-def check_parallelism(ranks: int, others: Mapping[str, int]) -> None:
-    """ValueError names the first kind that is asked for; ``ranks``: tensor-parallel ones."""
-    for name, size in others.items():
+def check_parallelism(kinds: Mapping[str, int]) -> None:
+    """ValueError names the first kind that is asked for. Tensor-parallel ranks are one transfer."""
+    for name, size in kinds.items():
         if size > 1:
             raise ValueError(f"kvferry does not support {name} parallelism above 1 in SGLang")
-    if ranks > 1:
-        check_tried("more than one tensor-parallel rank")
 
 
 def check_state(kinds: Iterable[str]) -> None:

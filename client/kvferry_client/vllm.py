@@ -23,7 +23,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvferry_client.vllm_cache import cache_of, keeps_all_blocks
 from kvferry_client.vllm_identity import model_identity
-from kvferry_client.vllm_messages import Address, StepMeta
+from kvferry_client.vllm_messages import Address, News, StepMeta
 from kvferry_client.vllm_scheduler import SchedulerSide
 from kvferry_client.vllm_stats import KvferryPromMetrics, KvferryStats
 from kvferry_client.vllm_versions import check_version
@@ -74,16 +74,23 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert self._worker is not None
         if not self._worker.wait_for_daemon(float(self._extra.get("connect_s", CONNECT_S))):
             return None
-        return self.build_connector_worker_meta()
+        address = self._new_address()
+        return None if address is None else Address(address)
 
-    def build_connector_worker_meta(self) -> Address | None:
+    def _new_address(self) -> str | None:
         """Where the daemon is, if that has changed."""
         assert self._worker is not None
         address = self._worker.peer_address
-        if address is None or address == self._told_address:
+        if address == self._told_address:
             return None
         self._told_address = address
-        return Address(address)
+        return address
+
+    def build_connector_worker_meta(self) -> News | None:
+        """What the scheduler has to know, if there is anything."""
+        assert self._worker is not None
+        news = News(self._new_address(), self._worker.unsent())
+        return news if news.peer_address or news.unsent else None
 
     def bind_connector_metadata(self, connector_metadata: StepMeta) -> None:
         """A step begins: its layers tell as they are computed."""

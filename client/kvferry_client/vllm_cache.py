@@ -76,7 +76,10 @@ def cache_of(
             reader = _reader(layers[layer].get_attn_backend().get_name(), spec)
             if reader:
                 whole_tokens = lcm(whole_tokens, spec.block_size)
-            names[layer] = name = layer[-NAME_CHARS_MAX:] + reader
+            name = layer[-NAME_CHARS_MAX:] + reader
+            if name in names.values():
+                raise ValueError(f"layer {layer}: the plane {name} is another layer's already")
+            names[layer] = name
             planes[name] = plane
             if plane.tensor.ndim == 4:
                 heads_total[name] = _heads_total(spec.num_heads, vllm_config)

@@ -8,8 +8,10 @@ import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
 
 from kvferry_client.vllm_messages import transfer_of
+from kvferry_proto.layout import Dtype
 
 NAME_CHARS_MAX = 100  # of what a router or vLLM calls a request; the item's name comes behind
+WIDTH_MAX = 1 << 16  # of a token's embedding
 
 
 class Kind(NamedTuple):
@@ -64,7 +66,13 @@ def parcel_of(announced: Any) -> Parcel | None:
     if not isinstance(announced, dict) or "transfer_id" not in announced:
         return None
     named = transfer_of(announced)
-    dtype, width = announced.get("dtype"), announced.get("width")
-    if not isinstance(dtype, str) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"dtype and width are of an embedding, not {dtype!r} and {width!r}")
-    return Parcel(named.transfer_id, named.attempt, named.source, Kind(dtype, width))
+    kind = Kind(announced.get("dtype", ""), announced.get("width", 0))
+    if (
+        kind.dtype not in [*Dtype]
+        or type(kind.width) is not int
+        or not 1 <= kind.width <= WIDTH_MAX
+    ):
+        raise ValueError(
+            f"dtype and width are of an embedding, not {kind.dtype!r} and {kind.width!r}"
+        )
+    return Parcel(named.transfer_id, named.attempt, named.source, kind)

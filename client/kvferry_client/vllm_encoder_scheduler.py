@@ -42,7 +42,7 @@ class Producing:
         if request.request_id in self._promised:
             return
         found = self._promised[request.request_id] = {}
-        params = request.ec_transfer_params or {}
+        params = _params(request)
         for feature in request.mm_features:
             kind = self._kind_of(feature.modality)
             try:
@@ -95,10 +95,10 @@ class Consuming:
         """``has_media`` of a feature: whether this engine could encode it itself."""
         self._ferries, self._has_media = ferries, has_media
         self._announced: dict[str, dict[str, Parcel]] = {}  # by request and item: to be fetched
-        self._refused: dict[str, set[Parcel]] = {}  # by request: the source was told so
         self._fetches: dict[Parcel, Fetch] = {}
         self._held_tokens = 0
-        self.unavailable: set[str] = set()
+        self._doomed: set[str] = set()  # requests without an item, until they have ended
+        self.unavailable: set[str] = set()  # those of which vLLM does not know yet
 
     def tensor(self, mm_hash: str) -> torch.Tensor | None:
         """An item that is here; it stays until the requests that fetched it have ended."""
@@ -112,23 +112,33 @@ class Consuming:
         for feature in request.mm_features:
             parcel = announced.get(feature.identifier)
             position = feature.mm_position
+            is_needed = position.offset + position.length > computed_tokens
             if parcel is None:
-                continue
-            if position.offset + position.length > computed_tokens:
+                if is_needed and not self._can_do_without(request, feature):
+                    self._fail(request, "nobody sends it")
+            elif is_needed:
                 needed[parcel] = feature
-            elif parcel not in self._fetches:
-                self._refuse(request, parcel)
-        if not self._have_room_for([_tokens(needed[one]) for one in needed.keys() - self._fetches]):
+        if request.request_id in self._doomed:
+            return False
+        held = self._fetches.keys() & announced.values()
+        for parcel in held:  # also what it does not need now: it may be preempted
+            self._fetches[parcel].requests.add(request.request_id)
+        missing = [_tokens(needed[one]) for one in needed.keys() - held]
+        if not held and not self._have_room_for(missing):  # who holds some may have all
             return False
         here = [self._is_here(request, *one) for one in needed.items()]  # all of them are asked for
         return all(here)
 
     def finished(self, request: Any) -> None:
-        """A request holds nothing any more."""
-        for parcel in self._announced.pop(request.request_id, {}).values():
-            if parcel not in self._fetches:
-                self._refuse(request, parcel)
-        self._refused.pop(request.request_id, None)
+        """A request holds nothing any more. The sources of what nobody fetched or will are told so."""
+        announced = self._announced_to(request)
+        del self._announced[request.request_id]
+        others = (one.values() for one in self._announced.values())
+        for parcel in set(announced.values()).difference(self._fetches, *others):
+            ferry = self._ferries.of(parcel.kind)
+            ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, 0)
+        self._doomed.discard(request.request_id)
+        self.unavailable.discard(request.request_id)
         for parcel, fetch in list(self._fetches.items()):
             fetch.requests.discard(request.request_id)
             if not fetch.requests:
@@ -145,9 +155,10 @@ class Consuming:
         found = self._announced[request.request_id] = {}
         for feature in request.mm_features:
             try:
-                parcel = parcel_of((request.ec_transfer_params or {}).get(feature.identifier))
+                parcel = parcel_of(_params(request).get(feature.identifier))
             except ValueError as error:
-                self._without(request, feature, str(error))
+                words = "request %s has an item that is not fetched: %s"
+                logger.warning(words, request.request_id, error)
                 continue
             if parcel is not None:
                 found[feature.identifier] = parcel
@@ -169,7 +180,7 @@ class Consuming:
             side = ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, tokens)
             fetch = self._fetches[parcel] = Fetch(feature.identifier, side, tokens)
             self._held_tokens += tokens
-        fetch.requests.add(request.request_id)
+            fetch.requests.add(request.request_id)
         if not fetch.side.ended:
             return False
         if fetch.side.error is None:
@@ -182,18 +193,33 @@ class Consuming:
         if self._has_media(feature):
             logger.warning("request %s encodes an item itself: %s", request.request_id, why)
             return True
-        logger.error("request %s fails without an item: %s", request.request_id, why)
-        self.unavailable.add(request.request_id)
+        self._fail(request, why)
         return False
 
-    def _refuse(self, request: Any, parcel: Parcel) -> None:
-        """Tell the source that nobody will fetch; once."""
-        refused = self._refused.setdefault(request.request_id, set())
-        if parcel not in refused:
-            refused.add(parcel)
-            ferry = self._ferries.of(parcel.kind)
-            ferry.receive(parcel.transfer_id, parcel.attempt, parcel.source, 0)
+    def _can_do_without(self, request: Any, feature: Any) -> bool:
+        """Whether an item that is not fetched can be encoded here, or is here for another request.
+
+        vLLM lets in no request that has neither media nor params.
+        """
+        return (
+            not _params(request)
+            or self.tensor(feature.identifier) is not None
+            or self._has_media(feature)
+        )
+
+    def _fail(self, request: Any, why: str) -> None:
+        """Have vLLM fail a request. It asks for those after a step, and schedules others meanwhile."""
+        if request.request_id not in self._doomed:
+            logger.error("request %s fails without an item: %s", request.request_id, why)
+            self._doomed.add(request.request_id)
+            self.unavailable.add(request.request_id)
 
 
 def _tokens(feature: Any) -> int:
     return int(feature.mm_position.get_num_embeds())
+
+
+def _params(request: Any) -> dict[str, Any]:
+    """What a router told, if it can be read at all: clients may write anything there."""
+    told = request.ec_transfer_params
+    return told if isinstance(told, dict) else {}

@@ -55,17 +55,28 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
     aborts: dict[str, str] = field(default_factory=dict)  # the reason
     preempted: set[str] = field(default_factory=set)
     declined: list[Transfer] = field(default_factory=list)  # nobody will fetch these
+    withdrawn: list[tuple[Transfer, str]] = field(
+        default_factory=list
+    )  # nobody will send these: why
 
 
 @dataclass
-class Address(KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """From a worker to the scheduler: where others reach the daemon of this engine."""
+class Address(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """From a worker to the scheduler, at the start: where others reach the daemon of this engine."""
 
     peer_address: str
 
-    def aggregate(self, other: Any) -> "Address":
+
+@dataclass
+class News(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """From a worker to the scheduler, after a step: what is new at its daemon."""
+
+    peer_address: str | None  # of the daemon, if it is another one
+    unsent: set[str]  # requests that will not be sent
+
+    def aggregate(self, other: "News") -> "News":
         """Of the workers of one engine, which all have one daemon."""
-        return self
+        return News(self.peer_address or other.peer_address, self.unsent | other.unsent)
 
 
 def tables_of(block_ids: Any, groups: tuple[int, ...]) -> BlockIds:

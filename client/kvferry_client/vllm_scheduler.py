@@ -19,7 +19,11 @@ from kvferry_client.vllm_messages import (
 
 logger = init_logger("vllm.kvferry.scheduler")
 REMEMBERED = 1 << 16
-COMPLETE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+COMPLETE = (
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+    RequestStatus.FINISHED_STOPPED,
+)
 
 
 class Outbound:
@@ -57,7 +61,9 @@ class SchedulerSide:
         self._keeps_blocks = keeps_blocks
         self._groups = groups
         self._outbound: dict[str, Outbound] = {}
+        self._inbound: dict[str, Transfer] = {}  # of requests that have not begun to fetch
         self._loading: set[str] = set()
+        self._unsent: set[str] = set()  # requests whose prompt could not be sent
         self._senders, self._fetchers = FirstOnes(), FirstOnes()
         self._twins: dict[str, str] = {}  # of requests that fetch: who was the first
         self._next = StepMeta()
@@ -80,11 +86,11 @@ class SchedulerSide:
         if params.get("do_remote_prefill"):
             transfer = _read(request)
             if transfer is None:
-                params["do_remote_prefill"] = False
                 return
             first = self._fetchers.first(*transfer[:2], request.request_id)
-            if first != request.request_id:
-                params["do_remote_prefill"] = False
+            if first == request.request_id:
+                self._inbound[request.request_id] = transfer
+            else:
                 self._twins[request.request_id] = first
 
     def _to_send(self, request: Any) -> Transfer | None:
@@ -97,6 +103,10 @@ class SchedulerSide:
             return _read(request, request.request_id)
         words = "request %s goes on alone: with a sliding window max_tokens has to be 1, not %s"
         logger.warning(words, request.request_id, request.max_tokens)
+        transfer = _read(request, request.request_id)
+        if transfer is not None:
+            why = f"request {request.request_id}: not sent, its max_tokens is {request.max_tokens}"
+            self._next.withdrawn.append((transfer, why))
         return None
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
@@ -106,19 +116,14 @@ class SchedulerSide:
         """
         if self._twins.get(request.request_id) in self._loading:
             return None, False
-        params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
+        if request.request_id not in self._inbound:
             return 0, False
         missing = request.num_prompt_tokens - computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """Fetch into blocks that a request was given; once only, whatever becomes of it."""
-        params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
-            return
-        params["do_remote_prefill"] = False
-        transfer = _read(request)
+        transfer = self._inbound.pop(request.request_id, None)
         if transfer is None:
             return
         if not external_tokens:
@@ -162,34 +167,46 @@ class SchedulerSide:
     def worked(self, output: Any) -> None:
         """What the workers told after a step."""
         self._loading -= output.finished_recving or set()
-        if output.kv_connector_worker_meta is not None:
-            self.peer_address = output.kv_connector_worker_meta.peer_address
+        news = output.kv_connector_worker_meta
+        if news is not None:
+            self.peer_address = news.peer_address or self.peer_address
+            self._unsent |= news.unsent & self._outbound.keys()
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are needed a while longer, and what the router is told."""
         request_id = request.request_id
         self._twins.pop(request_id, None)
         outbound = self._outbound.pop(request_id, None)
+        inbound = self._inbound.pop(request_id, None)
         if request_id in self._loading:  # the scheduler itself waits for the workers' word
             self._loading.discard(request_id)
             self._next.aborts[request_id] = _reason(request)
             return False, None
-        params = request.kv_transfer_params
-        if params and params.get("do_remote_prefill"):
-            transfer = _read(request)
-            if transfer is not None:
-                self._next.declined.append(transfer)
+        if inbound is not None:
+            self._next.declined.append(inbound)
             return False, None
         if outbound is None:
             return False, None
+        return outbound.is_known, self._answer(request, outbound)
+
+    def _answer(self, request: Any, outbound: Outbound) -> dict[str, Any] | None:
+        """What the router carries to decode; None if there is nothing to be had."""
+        request_id = request.request_id
+        is_unsent = request_id in self._unsent
+        self._unsent.discard(request_id)
         if request.status not in COMPLETE:
             if outbound.is_known:
                 self._next.aborts[request_id] = _reason(request)
-            return outbound.is_known, None
+            elif not outbound.is_twin:
+                self._next.withdrawn.append((outbound.transfer, _reason(request)))
+            return None
         if self.peer_address is None:
             logger.warning("request %s is sent to nobody: no daemon was met", request_id)
-            return outbound.is_known, None
-        return outbound.is_known, told(outbound.transfer._replace(source=self.peer_address))
+            return None
+        if is_unsent:
+            logger.warning("request %s was not sent: decode is not told of it", request_id)
+            return None
+        return told(outbound.transfer._replace(source=self.peer_address))
 
 
 def _read(request: Any, default_id: str | None = None) -> Transfer | None:

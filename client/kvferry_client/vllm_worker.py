@@ -26,6 +26,19 @@ def runtime_dir_of(extra: Mapping[str, Any]) -> Path:
     return Path(told) if told else default_runtime_dir()
 
 
+def padded(tables: BlockIds, sizes: list[int], held_tokens: int, tokens: int) -> BlockIds:
+    """Tables that hold ``held_tokens`` reach ``tokens``, their end rounded up; others stay as they are.
+
+    Of groups with smaller blocks there may be nothing behind the end.
+    """
+    return tuple(
+        [*table, *[NO_BLOCK] * (-(-tokens // size) - len(table))]
+        if len(table) * size >= held_tokens
+        else table
+        for table, size in zip(tables, sizes, strict=True)
+    )
+
+
 class Results:
     """What became of requests since the last step."""
 
@@ -60,6 +73,7 @@ class WorkerSide:
         )
         self._outgoing: dict[str, Outgoing] = {}
         self._finished: set[str] = set()  # requests that are over, and whose blocks we may hold
+        self._unsent: set[str] = set()  # those that the scheduler knows of
         self._incoming: dict[str, tuple[Incoming, Load]] = {}
         self._started_s: dict[Side, float] = {}
         self._pass: ForwardPass | None = None
@@ -94,12 +108,15 @@ class WorkerSide:
         """Begin what is to be fetched, and give up what is not wanted any more."""
         for request_id, told in meta.loads.items():
             end_token = self._cache.rounded(told.end_token)
-            load = told._replace(end_token=end_token, tables=self._padded(told.tables, end_token))
+            tables = padded(told.tables, self._block_sizes, told.end_token, end_token)
+            load = told._replace(end_token=end_token, tables=tables)
             incoming = self._receive(load.transfer, load)
             self._incoming[request_id] = incoming, load
             self._started_s[incoming] = time.monotonic()
         for transfer in meta.declined:
             self._receive(transfer, None)
+        for transfer, reason in meta.withdrawn:
+            self._ferry.withdraw(transfer.transfer_id, reason, attempt=transfer.attempt)
         for request_id, reason in meta.aborts.items():
             if request_id in self._incoming:
                 self._incoming[request_id][0].abort(reason)
@@ -127,7 +144,7 @@ class WorkerSide:
                 outgoing = self._outgoing[request_id] = self._send(save)
             first = self._cache.whole(save.first_token, save.total_tokens)
             tokens = self._cache.whole(save.computed_tokens, save.total_tokens)
-            outgoing.computing(self._padded(save.tables, tokens), first, tokens, self._pass)
+            outgoing.computing(self._tables(save, tokens), first, tokens, self._pass)
 
     def layer_computed(self, layer: str) -> None:
         """A layer has written all tokens of the step, or the GPU is about to."""
@@ -140,14 +157,10 @@ class WorkerSide:
         self._pass = None
         for request_id, save in meta.saves.items():
             tokens = self._cache.whole(save.computed_tokens, save.total_tokens)
-            self._outgoing[request_id].computed(self._padded(save.tables, tokens), tokens)
+            self._outgoing[request_id].computed(self._tables(save, tokens), tokens)
 
-    def _padded(self, tables: BlockIds, tokens: int) -> BlockIds:
-        """Tables that reach so far. Of groups with smaller blocks there may be nothing at the end."""
-        return tuple(
-            [*table, *[NO_BLOCK] * (-(-tokens // size) - len(table))]
-            for table, size in zip(tables, self._block_sizes, strict=True)
-        )
+    def _tables(self, save: Save, tokens: int) -> BlockIds:
+        return padded(save.tables, self._block_sizes, save.computed_tokens, tokens)
 
     def _send(self, save: Save) -> Outgoing:
         outgoing = self._ferry.send(
@@ -159,6 +172,12 @@ class WorkerSide:
         )
         self._started_s[outgoing] = time.monotonic()
         return outgoing
+
+    def unsent(self) -> set[str]:
+        """Requests that cannot be sent, and were not told yet."""
+        failed = {one for one, side in self._outgoing.items() if side.error is not None}
+        new, self._unsent = failed - self._unsent, failed
+        return new
 
     def results(self, finished: set[str]) -> Results:
         """What has ended. Blocks of ``finished`` requests are kept until we say that they are sent."""

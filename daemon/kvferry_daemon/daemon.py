@@ -343,7 +343,7 @@ class Daemon:
             status=self.status,
             loop=self.lag.status,
             not_sent=lambda: sum(link.dropped for link in links),
-            failed=lambda: self.failed.result() if self.failed.done() else None,
+            failing=lambda: self.ledger.failing,
         )
 
     def _security(self) -> control.SecurityStatus:

@@ -13,9 +13,12 @@ from typing import Final, Literal, NamedTuple
 
 from kvferry_daemon.config import Config
 from kvferry_daemon.core.records import HOST
+from kvferry_daemon.http.listen import NEEDED as HTTP_NEEDS
+from kvferry_daemon.keys import KeysRefused, own_key, read_trusted
 from kvferry_daemon.memory.huge_pages import huge_pages
 from kvferry_daemon.operator import ask, page, table
 from kvferry_daemon.runtime_dir import LOCK
+from kvferry_daemon.traces import NEEDED as OTEL_NEEDS
 from kvferry_proto import control
 from kvferry_proto.errors import FerryError
 
@@ -26,6 +29,8 @@ FAULT: Final = "fault"
 FILES_WANTED = 4096  # sockets of ZeroMQ, data connections and pools
 NOT_SYNCHRONISED = 5  # adjtimex's TIME_ERROR
 TIMEX_BYTES = 512  # more than any struct timex has
+TRIED_BYTES = 20 << 20  # of a GPU: torch gives them an allocation of their own, as it does a pool
+INFINIBAND = Path("/sys/class/infiniband")  # its devices, and those of RoCE
 
 
 class Finding(NamedTuple):
@@ -41,7 +46,7 @@ def examine(config: Config) -> list[Finding]:
     """Everything, in the order in which a daemon would need it."""
     runs = _daemon(config)
     findings = [runs, *_directory(config), _tmpfs(config), _memlock(config), _files()]
-    findings += [_gpu(config), _nixl(config)]
+    findings += [_gpu(config), _nixl(config), *_extras(config), _keys(config)]
     if runs.verdict == NOTE:  # none runs: the ports are free, or somebody else's
         findings += _ports(config)
     return [*findings, _clock()]
@@ -66,7 +71,7 @@ def _daemon(config: Config) -> Finding:
 
 def _directory(config: Config) -> Iterator[Finding]:
     path, what = config.runtime_dir, "runtime directory"
-    if not path.exists():
+    if not _is_there(path):
         parent = _nearest(path)
         if os.access(parent, os.W_OK | os.X_OK):
             yield Finding(what, WELL, f"{path} will be made in {parent}")
@@ -90,25 +95,26 @@ def _directory(config: Config) -> Iterator[Finding]:
         yield Finding(what, FAULT, seen, f"name a directory in it, such as {path / 'kvferry'}")
     else:
         private = not facts.st_mode & 0o077
-        seen = f"{path}, mode {stat.S_IMODE(facts.st_mode):o}{_holder(path)}"
+        holder = _holder(path)
+        held = "" if holder is None else f", held by pid {holder}"
+        seen = f"{path}, mode {stat.S_IMODE(facts.st_mode):o}{held}"
         remedy = "" if private else "nothing: the daemon makes it private when it starts"
         yield Finding(what, WELL if private else NOTE, seen, remedy)
 
 
-def _holder(path: Path) -> str:
-    """Who has the directory now; empty if nobody does."""
+def _holder(path: Path) -> str | None:
+    """The pid of the daemon that has the directory now; None if none has: its file outlives it."""
     try:
         lock = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:  # nobody was here before
-        return ""
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace").strip()
-        return f", held by pid {holder or 'unknown'}"
+        return os.read(lock, 32).decode(errors="replace").strip() or "unknown"
     finally:
         os.close(lock)
-    return ""
+    return None
 
 
 def _tmpfs(config: Config) -> Finding:
@@ -124,23 +130,25 @@ def _tmpfs(config: Config) -> Finding:
         return Finding(what, NOTE, seen, remedy)
     if free < config.budget_bytes:
         seen += f"; the budget is {_gib(config.budget_bytes)}"
-        running = (config.runtime_dir / LOCK).exists()
+        running = _holder(config.runtime_dir) is not None  # and has its pools there
         remedy = "make the tmpfs larger (`--shm-size`, emptyDir sizeLimit), or lower budget_bytes"
         return Finding(what, NOTE if running else FAULT, seen, remedy)
     return Finding(what, WELL, seen)
 
 
 def _memlock(config: Config) -> Finding:
+    what = "locked memory"
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    seen = "unlimited" if soft == resource.RLIM_INFINITY else _gib(soft)
-    has_rdma = any(Path("/sys/class/infiniband").glob("*"))
-    if soft != resource.RLIM_INFINITY and soft < config.budget_bytes:
-        seen += ", less than the budget"
-        if has_rdma and config.transport != "tcp":
-            remedy = "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity): RDMA pins the pools"
-            return Finding("locked memory", FAULT, seen, remedy)
-        return Finding("locked memory", NOTE, f"{seen}; only RDMA needs it, and there is none")
-    return Finding("locked memory", WELL, seen)
+    if soft == resource.RLIM_INFINITY or soft >= config.budget_bytes:
+        return Finding(what, WELL, "unlimited" if soft == resource.RLIM_INFINITY else _gib(soft))
+    seen = f"{_gib(soft)}, less than the budget; only RDMA needs it, and"
+    if not any(INFINIBAND.glob("*")):
+        return Finding(what, NOTE, f"{seen} there is none")
+    if config.transport == "tcp":
+        return Finding(what, NOTE, f"{seen} transport is tcp")
+    remedy = "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity): RDMA pins the pools"
+    verdict: Verdict = FAULT if config.transport == "nixl" else NOTE  # else tcp is left
+    return Finding(what, verdict, f"{seen} it is there (transport is {config.transport})", remedy)
 
 
 def _files() -> Finding:
@@ -154,13 +162,16 @@ def _files() -> Finding:
 def _gpu(config: Config) -> Finding:
     if config.device == HOST:
         return Finding("GPU", WELL, "not asked for: device is host")
-    from kvferry_daemon.memory.device import Device
+    from kvferry_daemon.memory.device import Device, NoRoom
 
     try:
-        Device(config.device)
+        device = Device(config.device)
+        device.shared(device.allocate(TRIED_BYTES))
+    except NoRoom as error:  # a daemon that runs may have it all
+        return Finding("GPU", NOTE, f"not tried whether workers could open memory: {error}")
     except OSError as error:  # DeviceError among them
         return Finding("GPU", FAULT, str(error), "see docs/decisions/0011, or use device=host")
-    return Finding("GPU", WELL, f"{config.device} can hold pools and share them with workers")
+    return Finding("GPU", WELL, f"{config.device} holds memory, and gives a handle for workers")
 
 
 def _nixl(config: Config) -> Finding:
@@ -172,9 +183,50 @@ def _nixl(config: Config) -> Finding:
     return Finding("NIXL", WELL, f"{seen} (transport is {config.transport})")
 
 
+def _extras(config: Config) -> Iterator[Finding]:
+    """What the config asks for and a plain installation has not."""
+    for extra, is_wanted, needs in (
+        ("http", config.http_port is not None, HTTP_NEEDS),
+        ("otel", config.otlp_endpoint is not None, OTEL_NEEDS),
+        ("tls", config.payload_encryption == "tls", ("cryptography",)),
+    ):
+        absent = ", ".join(name for name in needs if not _is_installed(name))
+        if is_wanted and absent:
+            remedy = f"pip install 'kvferry[{extra}]'"
+            yield Finding(f"extra {extra}", FAULT, f"{absent} is not installed", remedy)
+        elif is_wanted:
+            yield Finding(f"extra {extra}", WELL, "installed")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package around it
+        return False
+
+
+def _keys(config: Config) -> Finding:
+    """Read as a daemon reads them when it starts."""
+    directory = config.keys_dir
+    if directory is None:
+        return Finding("keys", WELL, "not asked for: keys_dir is not set")
+    try:
+        key = own_key(directory)
+        trusted = len(read_trusted(directory))
+    except FileNotFoundError as error:
+        remedy = "kvferry keys trust NAME KEY, for each daemon that this one talks to"
+        return Finding("keys", NOTE, f"{error.filename} is not there: no peer is trusted", remedy)
+    except (KeysRefused, OSError) as error:
+        remedy = "mend or make the file: see docs/security.md"
+        return Finding("keys", FAULT, str(error), remedy)
+    return Finding("keys", WELL, f"{key} is ours; {trusted} trusted, in {directory}")
+
+
 def _ports(config: Config) -> Iterator[Finding]:
     for name in ("peer_port", "data_port"):
         yield _port(name, config.peer_host, getattr(config, name))
+    if config.http_port is not None:
+        yield _port("http_port", config.http_host, config.http_port)
 
 
 def _port(name: str, host: str, port: int) -> Finding:
@@ -203,9 +255,17 @@ def _clock() -> Finding:
 
 def _nearest(path: Path) -> Path:
     """The path, or the first of those above it that is there."""
-    while not path.exists() and path != path.parent:
+    while not _is_there(path) and path != path.parent:
         path = path.parent
     return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path is there for us: below what we may not enter nothing is."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
 
 
 def _filesystem(path: Path) -> str:

@@ -48,6 +48,7 @@ class Ledger:
         self._number = 0
         self._written = 0
         self.kept = 0  # rows up to this number
+        self.failing = ""  # why rows cannot be written at the moment, or any more
         self.commits = 0
         self._rows = self._bytes = 0  # since the last checkpoint
         self._writing = threading.Lock()
@@ -126,8 +127,10 @@ class Ledger:
         while True:
             try:
                 self._commit(rows)
+                self.failing = ""
                 return True
             except sqlite3.Error as error:
+                self.failing = str(error)
                 if self._closing or time.monotonic() - start_s >= GIVE_UP_S:
                     self._tell(self._on_failed, str(error))
                     return False

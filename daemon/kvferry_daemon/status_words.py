@@ -3,6 +3,11 @@
 from kvferry_daemon.operator import page, size_in_words, table
 from kvferry_proto import control
 
+POOL_COLUMNS = (
+    *("pool", "block", "total", "free", "leased", "quarantined"),
+    *("sources", "sinks", "largest run"),
+)
+
 
 def status_for_people(answer: control.Status) -> str:
     """A status in words and tables."""
@@ -31,6 +36,8 @@ def status_for_people(answer: control.Status) -> str:
             str(pool.blocks_free),
             str(pool.blocks_leased),
             str(pool.blocks_quarantined),
+            _of_quota(pool.source_held_blocks, pool.source_blocks),
+            _of_quota(pool.sink_held_blocks, pool.sink_blocks),
             str(pool.largest_run_blocks),
         )
         for pool in answer.pools
@@ -48,7 +55,7 @@ def status_for_people(answer: control.Status) -> str:
     )
     return page(
         words,
-        table(("pool", "block", "total", "free", "leased", "quarantined", "largest run"), pools),
+        table(POOL_COLUMNS, pools),
         table(("peer", "role", "state", "streams", "transport", "detail"), peers),
         table(("worker", "uid:gid:pid", "transfers", "state"), workers),
     )
@@ -57,6 +64,11 @@ def status_for_people(answer: control.Status) -> str:
 def _heard(sink: control.SinkStatus) -> str:
     named = f"trusted as {sink.name}; " if sink.name else ""
     return f"{named}heard {sink.heard_s:.1f} s ago"
+
+
+def _of_quota(held: int | None, quota: int) -> str:
+    """A role waits when it has all of its quota, however much is free."""
+    return f"{'?' if held is None else held} of {quota}"
 
 
 def _moved(rates: control.RateStatus) -> str:

@@ -110,6 +110,8 @@ class PoolStatus(Message):
     largest_run_blocks: Count
     workers: Count
     planes: list[str]
+    source_held_blocks: Count | None = None  # of the quota; absent: a daemon that does not tell
+    sink_held_blocks: Count | None = None
 
 
 class PlacementStatus(Message):

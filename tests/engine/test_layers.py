@@ -2,10 +2,13 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.pages import Pages, two_engines
+from kvferry_client import engine_outgoing
+from kvferry_client.engine_pages import Pages as FerryPages
 from live import WAIT_S, WINDOW, LiveDaemon
 
 TOKENS = 2 * WINDOW + 3
@@ -126,3 +129,35 @@ def test_pages_that_are_taken_away_in_the_middle_of_a_pass_are_read_no_more(tmp_
         assert incoming.wait(WAIT_S)
         assert incoming.error is None
         assert scene.decode.wrong(scene.theirs, 0, TOKENS) == []
+
+
+def test_what_no_layer_told_of_is_copied_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preemption waits for one of them, and the engine with it."""
+    monkeypatch.setattr(engine_outgoing, "PIECE_TOKENS", 16)
+    copied: list[range] = []
+
+    def copy(pages: Any, tables: Any, window: Any, pool: Any, tokens: range, *, out: bool) -> None:
+        copied.append(tokens)
+        real(pages, tables, window, pool, tokens, out=out)
+
+    real = FerryPages.copy
+    monkeypatch.setattr(FerryPages, "copy", copy)
+    scene = Scene(WINDOW)
+    with (
+        LiveDaemon(tmp_path / "a") as a,
+        LiveDaemon(tmp_path / "b") as b,
+        two_engines(a, b, scene.prefill, scene.decode) as (source, _sink),
+    ):
+        outgoing = source.send("t", total_tokens=WINDOW)
+        outgoing.computing([scene.table], 0, WINDOW, source.forward_pass())
+        until_s = time.monotonic() + WAIT_S
+        while outgoing._piece is None:  # it waits for a first plane
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        scene.prefill.compute(scene.table, 0, WINDOW)
+        outgoing.computed([scene.table], WINDOW)
+        assert outgoing.wait(WAIT_S)
+    assert [token for piece in copied for token in piece] == list(range(WINDOW))
+    assert max(len(piece) for piece in copied) == 16

@@ -96,15 +96,6 @@ def test_what_cannot_be_done_is_refused_whatever_is_asked_for(
     check_state(["swa"])
     with pytest.raises(ValueError, match="does not carry mamba state"):
         check_state(["swa", "mamba"])
-    check_parallelism(2, {"data": 1})
+    check_parallelism({"pipeline": 1, "data": 1})
     with pytest.raises(ValueError, match="does not support data parallelism above 1"):
-        check_parallelism(1, {"pipeline": 1, "data": 2})
-
-
-def test_more_than_one_rank_is_refused_unless_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv(ALLOW, raising=False)
-    check_parallelism(1, {"data": 1})
-    with pytest.raises(ValueError, match=f"more than one tensor-parallel rank .* {ALLOW}=1"):
-        check_parallelism(2, {"data": 1})
+        check_parallelism({"pipeline": 1, "data": 2})

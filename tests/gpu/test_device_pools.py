@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -383,3 +384,9 @@ def test_a_worker_that_does_not_see_the_gpu_is_told(daemons: Daemons) -> None:
     )
     assert done.returncode != 0
     assert "pool_unreachable" in done.stderr
+
+
+def test_the_doctor_gets_a_handle_for_workers(tmp_path: Path) -> None:
+    done = kvferry("doctor", "--json", "--runtime-dir", tmp_path / "a", "--device", "cuda:0")
+    seen = {one["what"]: one for one in json.loads(done.stdout)["findings"]}["GPU"]
+    assert (seen["verdict"], "handle for workers" in seen["seen"]) == ("well", True), seen

@@ -3,10 +3,12 @@
 import http.client
 import json
 import re
+import resource
 import signal
 import socket
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from cli.processes import kvferry
 from http_daemon import get, metrics_of
 from kvferry_client import connect
 from kvferry_proto import worker
-from kvferry_proto.states import Role
-from live import BLOCK, LAYOUT, WINDOW, LiveDaemon, RawWorker
+from kvferry_proto.states import Role, StallReason
+from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
 OPEN = {"Accept": "application/openmetrics-text;version=1.0.0"}
 LONG_ID = "x" * 128
@@ -66,6 +68,27 @@ def test_probes_follow_pools_and_draining(daemon: LiveDaemon) -> None:
         assert get(daemon, "/readyz")[0] == 200
 
 
+def test_a_daemon_is_not_healthy_while_its_ledger_cannot_be_written(daemon: LiveDaemon) -> None:
+    with RawWorker(daemon.directory) as one:
+        limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        call = worker.Send(call=1, transfer_id="waits")
+        one.socket.send(worker.CALLS.encode(call))  # its answer waits for the ledger
+        wait_until(lambda: get(daemon, "/healthz")[0] == 503)
+        assert "the ledger cannot be written" in get(daemon, "/healthz")[1]
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert isinstance(one.reply(), worker.Snapshots)
+        wait_until(lambda: get(daemon, "/healthz") == (200, "ok\n"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look until it is so."""
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
 def test_metrics_count_what_moved(daemon: LiveDaemon) -> None:
     with RawWorker(daemon.directory) as one:
         before = samples(daemon)
@@ -86,6 +109,32 @@ def test_metrics_count_what_moved(daemon: LiveDaemon) -> None:
     ]
     assert sum(blocks) == 4 * WINDOW // BLOCK
     assert set(before) - {k for k in before if "transfer_seconds" in k[0]} <= set(after)
+
+
+def test_a_role_that_is_full_shows_though_the_other_half_and_another_pool_are_free(
+    daemon: LiveDaemon,
+) -> None:
+    other = LAYOUT.model_copy(update={"planes": LAYOUT.planes[:1]})
+    half = 2 * WINDOW // BLOCK
+    with RawWorker(daemon.directory) as one, RawWorker(daemon.directory, other):
+        for transfer_id in ("t0", "t1", "t2"):
+            one.snapshot(worker.Send(transfer_id=transfer_id))
+            one.snapshot(worker.Receive(transfer_id=transfer_id))
+            one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW, transfer_id)
+            ready = worker.Ready(transfer_id=transfer_id, ready_tokens=WINDOW, total_tokens=WINDOW)
+            one.snapshot(ready)
+            if transfer_id != "t2":  # which is kept, and not released
+                one.wait_end(Role.SINK, transfer_id)
+        one.wait_for(Role.SINK, lambda s: s.stall is StallReason.WAITING_FOR_BLOCKS, "t2")
+        found = samples(daemon)
+        status = kvferry("status", "--runtime-dir", daemon.directory).stdout
+    assert found["kvferry_pool_blocks", ("host", "free")] > half, "of four halves"
+    assert found["kvferry_transfers_stalled", ("waiting_for_blocks", "sink")] == 1
+    assert found["kvferry_pool_held_blocks", ("host", "sink")] == half
+    assert found["kvferry_pool_quota_blocks", ("host", "sink")] == 2 * half
+    assert found["kvferry_pool_fullest_ratio", ("host", "sink")] == 1
+    assert found["kvferry_pool_fullest_ratio", ("host", "source")] < 1
+    assert f"{half} of {half}" in status
 
 
 def test_chunks_between_daemons_are_timed(tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ from sglang_live.engines import FLAGS, Engine, make_model, wait_until
 from vllm_live.asking import prompt
 
 pytestmark = pytest.mark.timeout(900)
-TRY = {"KVFERRY_ALLOW_UNTRIED": "1"}
+TWO = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # SGLang asks for it where two ranks share a NUMA node
 LENGTHS = (1, 129, 700, 3000)
+
+
+def environment(ranks: int) -> dict[str, str]:
+    return TWO if ranks == 2 else {}
 
 
 @pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(2, 1), (1, 2)])
@@ -21,10 +25,20 @@ def test_ranks_hand_over(tmp_path: Path, prefill_ranks: int, decode_ranks: int) 
         LiveDaemon(tmp_path / "b", **FLAGS) as b,
         Engine(tmp_path / "alone.log", model) as alone,
         Engine(
-            tmp_path / "prefill.log", model, "prefill", a.directory, TRY, tp_size=prefill_ranks
+            tmp_path / "prefill.log",
+            model,
+            "prefill",
+            a.directory,
+            environment(prefill_ranks),
+            tp_size=prefill_ranks,
         ) as prefill,
         Engine(
-            tmp_path / "decode.log", model, "decode", b.directory, TRY, tp_size=decode_ranks
+            tmp_path / "decode.log",
+            model,
+            "decode",
+            b.directory,
+            environment(decode_ranks),
+            tp_size=decode_ranks,
         ) as decode,
     ):
         prompts = [prompt(length) for length in LENGTHS]

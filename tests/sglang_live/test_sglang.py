@@ -21,6 +21,7 @@ from vllm_live.asking import prompt
 from vllm_live.engines import Answer
 
 pytestmark = pytest.mark.timeout(900)
+FREE_S = 40.0  # longer than the stall_s of what nobody comes for, from a daemon's restart on
 LENGTHS = (
     *(1, 2, 3, 5, 17, 63, 64, 65, 100, 126, 127, 128, 129, 130, 200, 255, 256, 257, 300, 400),
     *(511, 513, 600, 900, 1023, 1500, 2047, 2049, 3000, 5000, 9000, 20_000),
@@ -70,8 +71,8 @@ class Scene:
         """No request and no block is held, in any engine or daemon."""
         wait_until(self.prefill.blocks_are_free)
         wait_until(self.decode.blocks_are_free)
-        self.a.wait_until_free()
-        self.b.wait_until_free()
+        for daemon in (self.a, self.b):
+            daemon.wait_until_free(FREE_S)
 
 
 @pytest.fixture(scope="module")

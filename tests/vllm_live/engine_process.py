@@ -1,7 +1,8 @@
 """A vLLM engine that is told what to do: `python engine_process.py MODEL OPTIONS`, JSON lines.
 
 It answers ``{"ready": true}``, then takes one command a line, many at once:
-``{"id", "prompt", "sounds", "max_tokens", "params", "items"}`` generates, ``{"abort": id}`` aborts, ``{"id", "blocks": true}``
+``{"id", "prompt", "sounds", "max_tokens", "params", "items"}`` generates (``"names"`` in place of sounds:
+what is named and is not there), ``{"abort": id}`` aborts, ``{"id", "blocks": true}``
 says whether no block of the cache is in use, ``{"id", "preempt": true}`` preempts all requests,
 ``{"id", "forget_items": true}`` empties the encoder's cache, ``{"id", "metrics": true}`` says what Prometheus is told of kvferry. End it by its process group: engines may hang on exit.
 """
@@ -18,6 +19,14 @@ from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
+from vllm.inputs.engine import mm_input
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -38,6 +47,8 @@ async def generate(engine: AsyncLLM, told: dict[str, Any]) -> None:
     prompt: dict[str, Any] = {"prompt_token_ids": told["prompt"]}
     if told.get("sounds"):
         prompt["multi_modal_data"] = {"audio": [sound(*one) for one in told["sounds"]]}
+    if told.get("names"):
+        prompt = without_sounds(told["prompt"], told["names"])
     extra = {"kv_transfer_params": told.get("params"), "ec_transfer_params": told.get("items")}
     sampling = SamplingParams(
         n=told.get("n", 1),
@@ -71,6 +82,14 @@ def sound(seed: int, seconds: float) -> tuple[Any, int]:
     """Noise that nobody has heard before, and how many samples a second it has."""
     random = np.random.default_rng(seed)
     return random.standard_normal(int(16_000 * seconds)).astype(np.float32), 16_000
+
+
+def without_sounds(prompt: list[int], names: dict[str, list[int]]) -> Any:
+    """A prompt as a router sends it where an encoder has heard the sounds: by name, where each lies."""
+    nothing = MultiModalFieldElem(None, MultiModalBatchedField())
+    items = MultiModalKwargsItems({"audio": [MultiModalKwargsItem(embeds=nothing) for _ in names]})
+    places = [PlaceholderRange(offset=first, length=tokens) for first, tokens in names.values()]
+    return mm_input(prompt, items, {"audio": list(names)}, {"audio": places})
 
 
 def metrics() -> dict[str, float]:

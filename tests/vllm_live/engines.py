@@ -118,7 +118,7 @@ class Engine(EngineProcess):
         n: int = 1,
         **of_items: Any,
     ) -> Answer:
-        """Begin to generate, ``n`` samples; ``of_items``: ``sounds`` and ``items`` of an encoder."""
+        """Begin to generate, ``n`` samples; ``of_items``: ``sounds`` or ``names``, and ``items`` of an encoder."""
         return self._say(prompt=prompt, max_tokens=max_tokens, params=params, n=n, **of_items)
 
     def preempt(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from live import LiveDaemon
-from vllm_live.asking import FLAGS, wait_until
+from vllm_live.asking import FLAGS, failed, wait_until
 from vllm_live.engines import Answer, Engine, encoder_connector, make_sounds_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -163,6 +163,29 @@ def test_what_cannot_be_fetched_is_encoded_where_it_is_needed(scene: Scene) -> N
     items = {told[0]: {**told[1], "transfer_id": "lost.never-sent"}}
     assert scene.answer(sounds, items).tokens == alone
     assert "encodes an item itself: stalled" in scene.decode.log()
+    scene.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("way", ["lost", "unreadable"])
+def test_a_request_that_lacks_an_item_and_its_media_fails_alone(scene: Scene, way: str) -> None:
+    """Another one runs all the while, so that vLLM schedules steps before it hears of the failure."""
+    sounds = [(13 if way == "lost" else 14, 1.0)]
+    alone = scene.alone([(15, 1.0)])
+    ((name, told),) = scene.encode(way, sounds).items()
+    source = scene.a.wait_for_transfer(
+        told["transfer_id"], lambda seen: seen.snapshot.total_tokens is not None
+    )
+    tokens = source.snapshot.total_tokens or 0
+    if way == "lost":
+        scene.encode(way, sounds, attempt=1)  # so that attempt 0 is over
+    else:
+        told["width"] = str(told["width"])
+    long = scene.decode.generate([5, 6, 7], 1500)
+    asked = [5, 6, *[SOUND] * tokens, 7, 8]
+    lacking = scene.decode.generate(asked, names={name: [2, tokens]}, items={name: told})
+    assert failed(lacking)
+    assert len(long.tokens) == 1500
+    assert scene.answer([(15, 1.0)]).tokens == alone
     scene.check_nothing_is_left()
 
 

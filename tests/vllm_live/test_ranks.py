@@ -9,13 +9,14 @@ from vllm_live.asking import FLAGS, failed, fetching, prompt, sending, wait_unti
 from vllm_live.engines import Engine, connector, make_model
 
 pytestmark = pytest.mark.timeout(900)
+PATIENT = {**FLAGS, "lease_s": 60, "stall_s": 60}  # two ranks that meet take seconds on two cores
 
 
 def test_two_ranks_and_one_hand_over_both_ways(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     with (
-        LiveDaemon(tmp_path / "a", **FLAGS) as a,
-        LiveDaemon(tmp_path / "b", **FLAGS) as b,
+        LiveDaemon(tmp_path / "a", **PATIENT) as a,
+        LiveDaemon(tmp_path / "b", **PATIENT) as b,
         Engine(tmp_path / "two.log", model, connector(a.directory), tensor_parallel_size=2) as two,
         Engine(tmp_path / "one.log", model, connector(b.directory)) as one,
     ):

@@ -121,12 +121,88 @@ def test_a_request_that_generates_on_is_not_sent_where_blocks_are_let_go_of_mean
         assert (params is None) is (name == "more")
 
 
+def test_a_decode_that_waits_for_a_prompt_which_is_never_computed_is_told() -> None:
+    """Aborted in the queue: no worker has heard of it, and decode may have been asked already."""
+    from vllm.v1.request import RequestStatus
+
+    told = side()
+    for name in ("begun", "queued"):
+        told.new_request(asked := request(name, 600, sending(name)))
+        if name == "begun":
+            told.step(Step(new={name: 0}, tokens={name: 300}).output)
+        asked.status = RequestStatus.FINISHED_ABORTED
+        assert told.finished(asked) == (name == "begun", None)
+    meta = told.step(Step().output)
+    assert [(transfer.transfer_id, why) for transfer, why in meta.withdrawn] == [
+        ("queued", "request queued: finished_aborted")
+    ]
+    assert list(meta.aborts) == ["begun"]
+    assert told.step(Step().output).withdrawn == []
+
+
+def test_a_decode_that_waits_for_what_a_sliding_window_forbids_is_told() -> None:
+    told = side(groups=2, keeps_blocks=False)
+    told.new_request(request("more", 600, sending("more", attempt=3), 2))
+    ((transfer, why),) = told.step(Step().output).withdrawn
+    assert transfer[:2] == ("more", 3)
+    assert "max_tokens is 2" in why
+
+
+def test_what_could_not_be_sent_is_not_told_to_decode() -> None:
+    """Such as at a daemon that drains: its decode would wait for what nobody has."""
+    from kvferry_client.vllm_messages import News
+
+    told = side()
+    asked = {name: request(name, 600, sending(name)) for name in ("lost", "sent")}
+    for one in asked.values():
+        told.new_request(one)
+    told.step(Step(new=dict.fromkeys(asked, 0), tokens=dict.fromkeys(asked, 600)).output)
+    ranks = News(None, {"lost", "nobody's"}), News("tcp://127.0.0.1:2", set())
+    news = ranks[0].aggregate(ranks[1])
+    told.worked(SimpleNamespace(finished_recving=None, kv_connector_worker_meta=news))
+    assert finished(told, asked["lost"]) == (True, None)
+    is_held, params = finished(told, asked["sent"])
+    assert is_held
+    assert params["source"] == "tcp://127.0.0.1:2"
+
+
 def test_a_request_that_generates_on_is_sent_where_blocks_stay() -> None:
     told = side()
     asked = request("more", 600, sending("more"), 2)
     told.new_request(asked)
     assert spans(told, Step(new={"more": 0}, tokens={"more": 600})) == {"more": (0, 600)}
     assert finished(told, asked)[0]
+
+
+def test_what_vllm_stops_as_a_repetition_is_complete() -> None:
+    from vllm.v1.request import RequestStatus
+
+    told = side()
+    asked = request("t", 600, sending("t"), 9)
+    told.new_request(asked)
+    told.step(Step(new={"t": 0}, tokens={"t": 600}).output)
+    asked.status = RequestStatus.FINISHED_REPETITION
+    _, params = told.finished(asked)
+    assert params["do_remote_prefill"]
+
+
+def test_samples_that_share_their_params_fetch_once_and_leave_them_as_they_are() -> None:
+    told = side()
+    params = {**sending("t"), "do_remote_decode": False, "do_remote_prefill": True}
+    first, second = (request(name, 600, params) for name in ("first", "second"))
+    for asked in (first, second):
+        asked.kv_transfer_params = params
+        told.new_request(asked)
+    assert told.matched(first, 0) == (600, True)
+    assert told.matched(second, 0) == (0, False)
+    told.allocated(first, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4, 5],)), 600)
+    assert told.matched(second, 0) == (None, False)
+    assert told.matched(first, 0) == (0, False)  # once only
+    meta = told.step(Step().output)
+    assert set(meta.loads) == {"first"}
+    assert finished(told, second) == (False, None)
+    assert told.step(Step().output).declined == []
+    assert params["do_remote_prefill"]
 
 
 @pytest.mark.parametrize("way", ["params", "header", "neither"])

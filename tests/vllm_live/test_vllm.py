@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from kvferry_daemon.operator import ask
+from kvferry_proto import control
 from live import LiveDaemon
 from vllm_live.asking import FLAGS, failed, fetching, prompt, sending, wait_until
 from vllm_live.engines import Answer, Engine, connector, make_model
@@ -145,6 +147,34 @@ def test_decode_may_be_asked_before_prefill(scene: Scene) -> None:
     scene.b.wait_for_transfer("at-once", lambda seen: True)
     scene.prefill.generate(prompt(5000), 1, sending("at-once"))
     assert decode.tokens == scene.alone.generate(prompt(5000)).tokens
+    scene.check_nothing_is_left()
+
+
+def test_a_prefill_that_is_aborted_in_the_queue_fails_decode_at_once(scene: Scene) -> None:
+    """Long before the 8 s after which a decode gives up by itself."""
+    busy = scene.prefill.generate(prompt(20_000, seed=8), 1)
+    decode = scene.decode.generate(prompt(700), params=fetching("queued", scene.a))
+    scene.b.wait_for_transfer("queued", lambda seen: True)
+    prefill = scene.prefill.generate(prompt(700), 1, sending("queued"))
+    scene.prefill.abort(prefill)
+    assert prefill.result()["reason"] == "abort"
+    assert failed(decode)
+    assert (
+        "transfer queued, attempt 0, was not received: source_failed: aborted" in scene.decode.log()
+    )
+    assert busy.result()["reason"] == "length"
+    scene.check_nothing_is_left()
+
+
+def test_what_a_draining_daemon_does_not_take_decode_computes(scene: Scene) -> None:
+    tokens = prompt(700, seed=9)
+    ask(scene.a.directory, control.SetDraining(draining=True))
+    told = scene.prefill.generate(tokens, 1, sending("draining")).result()
+    ask(scene.a.directory, control.SetDraining(draining=False))
+    assert told["params"] is None
+    assert "was not sent" in scene.prefill.log()
+    assert scene.decode.generate(tokens).tokens == scene.alone.generate(tokens).tokens
+    assert scene.ask("undrained", tokens).tokens == scene.alone.generate(tokens).tokens
     scene.check_nothing_is_left()
 
 

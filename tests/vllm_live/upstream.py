@@ -1,8 +1,6 @@
 """A pytest plugin that runs vLLM's own connector tests on ours: see docs/engines.md.
 
-    tar xzf vllm-0.32.0.tar.gz && cd vllm-0.32.0
-    PYTHONPATH=KVFERRY/tests/vllm_live python -m pytest -p upstream --noconftest \\
-        tests/v1/kv_connector/unit/test_remote_decode_lifecycle.py ...
+    make test-vllm-upstream
 
 They build what they need with two helpers of theirs, which name NixlConnector and its params. Needs
 ``facebook/opt-125m/`` in the working directory, which this writes: its configuration alone.
@@ -14,8 +12,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HELPERS = "tests.v1.kv_connector.unit.utils"
 SOURCE = "tcp://127.0.0.1:1"
+UNIT = "tests/v1/kv_connector/unit"
+FILES = (
+    "test_remote_decode_lifecycle.py",
+    "test_remote_prefill_lifecycle.py",
+    "test_kv_load_failure_recovery.py",
+    "test_error_propagation.py",
+    "test_invalid_blocks_correctness.py",
+    "test_cache_pollution_prevention.py",
+)
+CANNOT = {  # these fail, and have to: docs/engines.md says it at length
+    "test_short_prompt_lifecycle": "looks for NIXL's params",
+    "test_prefix_cache_lifecycle": "looks for NIXL's params",
+    "test_p_side_chunked_prefill_mamba": "Mamba is refused",
+}
 OPT = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -30,8 +44,10 @@ OPT = {
 }
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Let the helpers name our connector and our params."""
+    if not config.args or config.args == [str(config.invocation_params.dir)]:
+        config.args = [f"{UNIT}/{name}" for name in FILES]
     model = Path("facebook/opt-125m")
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps(OPT))
@@ -65,3 +81,11 @@ def pytest_configure() -> None:
     helpers.create_vllm_config = create_vllm_config
     helpers.create_request = create_request
     helpers.create_scheduler = create_scheduler
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What cannot apply has to fail, or the table is out of date."""
+    for item in items:
+        why = CANNOT.get(getattr(item, "originalname", item.name))
+        if why is not None:
+            item.add_marker(pytest.mark.xfail(reason=why, strict=True))

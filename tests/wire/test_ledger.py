@@ -121,13 +121,19 @@ def test_what_the_loop_cannot_write_the_thread_writes_once_there_is_room(
     monkeypatch.setattr(module, "RETRY_S", 0.01)
 
     async def run() -> tuple[int, list[int]]:
-        told = Told()
+        told, tried = Told(), asyncio.Event()
+        say = asyncio.get_running_loop().call_soon_threadsafe
+        monkeypatch.setattr(module.log, "warning", lambda *_words: say(tried.set))
         ledger = told.ledger(tmp_path / "l.db")
         ledger._db.execute("PRAGMA query_only=ON")
         number = ledger.write(row("late"), at_once=True)
         assert ledger.kept < number
+        async with asyncio.timeout(WAIT_S):
+            await tried.wait()
+        assert "readonly" in ledger.failing
         ledger._db.execute("PRAGMA query_only=OFF")
         await told.until(number)
+        assert not ledger.failing
         ledger.close()
         return number, told.written
 

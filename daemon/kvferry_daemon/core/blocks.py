@@ -59,6 +59,11 @@ class PoolBook:
         """Blocks that transfers of a role may hold together."""
         return self.source_blocks if role is Role.SOURCE else self.sink_blocks
 
+    def held(self, role: Role) -> int:
+        """Of them those that transfers hold, or that are set aside for one."""
+        left = self.pool.room_left(role) - self._reserved_blocks[role]
+        return self.quota(role) - max(0, left)
+
     def owner(self, key: Key) -> int:
         """The number under which the pool knows a transfer; never reused."""
         if key not in self._owners:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core.events import StreamKey
+from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, StallReason
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class Meters:
         self.stalled_s: dict[Stall, float] = {
             (role, why): 0.0 for role in Role for why in StallReason
         }
+        self.failed: Counter[tuple[Role, str]] = Counter(
+            {(role, code.value): 0 for role in Role for code in Code}
+        )
         self.tokens: Counter[Role] = Counter()  # of transfers that have ended
         self.moved_tokens: Counter[Role] = Counter()  # of all, in this life of the daemon
         self.chunk_s = Times(CHUNK_EDGES_S)
@@ -69,6 +73,8 @@ class Meters:
     def ended(self, transfer: Transfer) -> None:
         """A transfer has come to its end."""
         key = transfer.key
+        if transfer.error is not None:
+            self.failed[key.role, transfer.error.code] += 1
         self.tokens[key.role] += transfer.sent_tokens - transfer.opening.start_tokens
         self.transfer_s[key.role].add(transfer.now_s - transfer.opened_s, key.transfer_id)
 

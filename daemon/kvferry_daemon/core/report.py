@@ -92,6 +92,8 @@ def _pool(node: Node, book: PoolBook) -> control.PoolStatus:
         largest_run_blocks=pool.largest_run,
         workers=sum(s.pool_id == book.pool_id for s in node.sessions.values()),
         planes=[plane.name for plane in book.layout.planes],
+        source_held_blocks=book.held(Role.SOURCE),
+        sink_held_blocks=book.held(Role.SINK),
     )
 
 

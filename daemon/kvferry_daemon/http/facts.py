@@ -15,4 +15,4 @@ class Facts:
     status: Callable[[], control.Status]
     loop: Callable[[], control.LoopStatus]
     not_sent: Callable[[], int]  # messages that no link could take
-    failed: Callable[[], str | None]  # why nothing can be kept any more
+    failing: Callable[[], str]  # why the ledger cannot be written; empty: it can

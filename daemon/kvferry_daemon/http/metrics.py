@@ -23,6 +23,7 @@ from kvferry_daemon.core.node import AnyTransfer, Node
 from kvferry_daemon.core.report import our_version
 from kvferry_daemon.http.facts import Facts
 from kvferry_proto import control
+from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, StallReason, State
 
 RESUMES = ("accepted", "repeated", "stale")
@@ -57,6 +58,7 @@ class NodeCollector(Collector):
     def __init__(self, node: Node, facts: Facts) -> None:
         self._node = node
         self._facts = facts
+        self._stalled_s: defaultdict[Stall, float] = defaultdict(float)  # as shown last
 
     def collect(self) -> Iterator[Metric]:
         """Every family, in one walk over the live transfers."""
@@ -98,13 +100,25 @@ class NodeCollector(Collector):
         oldest = max((now_s - t.progress_s for t in live if not t.ended), default=0.0)
         words = "How long the live transfer that waits longest has made no progress"
         yield _gauge("kvferry_transfer_idle_seconds_max", words, max(0.0, oldest))
-        for what in ("opened", "success", "failed"):
+        for what in ("opened", "success"):
             family = CounterMetricFamily(
                 f"kvferry_transfers_{what}", f"Transfers that have {what}", labels=("role",)
             )
             for role in Role:
                 family.add_metric((role.value,), self._node.counters[f"{role.value}_{what}"])
             yield family
+        yield self._failed()
+
+    def _failed(self) -> Metric:
+        """Every code is there from the first: of one that comes with its first failure that is missed."""
+        family = CounterMetricFamily(
+            "kvferry_transfers_failed", "Transfers that have failed", labels=("role", "code")
+        )
+        for role in Role:
+            for code in Code:
+                labels = role.value, code.value
+                family.add_metric(labels, self._node.meters.failed[role, code.value])
+        return family
 
     def _stalls(self, live: Iterable[AnyTransfer]) -> Iterator[Metric]:
         meters, now_s = self._node.meters, self._facts.now_s()
@@ -123,7 +137,10 @@ class NodeCollector(Collector):
         for stall in _waits():
             labels = tuple(part.value for part in stall)
             began.add_metric(labels, meters.stalls[stall])
-            spent.add_metric(labels, meters.stalled_s[stall] + lasting[stall])
+            stalled_s = meters.stalled_s[stall] + lasting[stall]
+            # A wait ends by its transfer's clock, which may lag behind ours (STALE_CLOCK_S).
+            self._stalled_s[stall] = max(self._stalled_s[stall], stalled_s)
+            spent.add_metric(labels, self._stalled_s[stall])
         yield began
         yield spent
 
@@ -164,12 +181,34 @@ class NodeCollector(Collector):
         for labels, count in sorted(counts.items()):
             blocks.add_metric(labels, count)
         yield blocks
+        yield from self._quotas()
         yield _gauge("kvferry_pools", "Pools", len(self._node.books))
         peers = GaugeMetricFamily("kvferry_peers", "Daemons pulled from", labels=("state",))
         states = Counter(peer.state for peer in self._node.sinks.peers.values())
         for state in ("connecting", "up", "lost"):
             peers.add_metric((state,), states[state])
         yield peers
+
+    def _quotas(self) -> Iterator[Metric]:
+        """A role whose quota is used up waits, however much is free. A sum would hide the pool."""
+        held: Counter[tuple[str, str]] = Counter()
+        quotas: Counter[tuple[str, str]] = Counter()
+        fullest: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for book in self._node.books.values():
+            for role in Role:
+                labels, blocks, quota = (book.device, role.value), book.held(role), book.quota(role)
+                held[labels] += blocks
+                quotas[labels] += quota
+                fullest[labels] = max(fullest[labels], blocks / quota if quota else 0.0)
+        for name, words, values in (
+            ("held_blocks", "Blocks that a role's transfers hold or have set aside", held),
+            ("quota_blocks", "Blocks that a role's transfers may hold", quotas),
+            ("fullest_ratio", "Held of the quota, in the pool where that is most", fullest),
+        ):
+            family = GaugeMetricFamily(f"kvferry_pool_{name}", words, labels=("device", "role"))
+            for labels, value in sorted(values.items()):
+                family.add_metric(labels, value)
+            yield family
 
     def _times(self) -> Iterator[Metric]:
         meters = self._node.meters

@@ -93,10 +93,9 @@ class HttpServer:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _health(self, _request: web.Request) -> web.Response:
-        why = self._facts.failed()
-        if why is None:
-            return web.Response(text="ok\n")
-        return web.Response(text=f"the ledger cannot be written: {why}\n", status=503)
+        if why := self._facts.failing():
+            return web.Response(text=f"the ledger cannot be written: {why}\n", status=503)
+        return web.Response(text="ok\n")
 
     async def _readiness(self, _request: web.Request) -> web.Response:
         if self._node.draining:
