@@ -31,7 +31,7 @@ from kvferry_daemon.lag import LoopLag
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.curve import prove_ourselves
-from kvferry_daemon.links.gate import Gate, bounds_of
+from kvferry_daemon.links.gate import Gate, bounds_of, data_connections_max
 from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
@@ -149,6 +149,7 @@ class Daemon:
             certificate,
         )
         self.node.data_port = self.streams.listener.port
+        self.node.sources.streams.connections_max = data_connections_max()
         self.node.certificate_sha256 = None if certificate is None else certificate.sha256
         self.effects.use_streams(self.streams)
         self._inbound = Inbound(

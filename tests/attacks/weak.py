@@ -15,11 +15,13 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
-from kvferry_daemon.core import sink_daemons
+from kvferry_daemon.core import sink_daemons, sink_streams
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
+from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.openings import Openings
+from kvferry_daemon.core.outside import Admit
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
@@ -27,6 +29,7 @@ from kvferry_daemon.keys import Keys
 from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
+from kvferry_daemon.streams import Streams
 from kvferry_proto.errors import FerryError
 
 
@@ -190,6 +193,24 @@ def any_number_of_frames() -> None:
     replace(zmq_link, "FRAMES_MAX", 1 << 30)
 
 
+def streams_are_free() -> None:
+    """A data stream may have many connections at once, and a peer as many as it likes."""
+    replace(sink_streams, "OF_ONE_MAX", 1 << 30)
+    plain = sink_streams.SinkStreams.came
+
+    def came(self: sink_streams.SinkStreams, key: StreamKey, whose: str) -> bool:
+        plain(self, key, whose)
+        return True
+
+    replace(sink_streams.SinkStreams, "came", came)
+    replace(sink_streams.SinkStreams, "before", lambda _self, _key: [])
+
+    def admit(self: Streams, effect: Admit) -> None:
+        self.listener.admit(effect.ticket, (effect.key, effect.transport), sink_streams.TICKET_S)
+
+    replace(Streams, "admit", admit)
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
@@ -249,6 +270,7 @@ WEAK: dict[str, Callable[[], None]] = {
         no_gate,
         no_pressure,
         any_number_of_frames,
+        streams_are_free,
         open_http,
         handshakes_last,
         handover,

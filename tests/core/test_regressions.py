@@ -5,6 +5,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.shape import shapes
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
+from kvferry_daemon.core.sink_streams import CONNECTIONS_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, State
@@ -88,7 +89,8 @@ def test_what_is_kept_of_sinks_is_bounded() -> None:
         node.handle(out.SinkSaid(b"route", ask), 0.0)
         if number == 0:
             node.handle(out.SourceStreamUp(StreamKey(boot, 0, 1)), 0.0)
-    assert len(node.sources._newest) <= SINKS_MAX
+    assert len(node.sources.streams._newest) <= SINKS_MAX
+    assert len(node.sources.streams._tickets) <= CONNECTIONS_MAX
 
 
 def test_a_stream_of_a_sink_that_was_forgotten_is_closed() -> None:

@@ -138,6 +138,19 @@ def test_a_ticket_admits_one_connection(door: Door) -> None:
     assert first.recv(1) == b"!"  # and the second one did not disturb it
 
 
+def test_a_newer_ticket_of_a_stream_ends_the_earlier_one(door: Door) -> None:
+    """Whatever connection they are for: else one could collect them, and show all at once."""
+    door.listener.admit(TICKET, ("link", 0, 1), WAIT_S, ("link", 0))
+    door.listener.admit(OTHER, ("link", 0, 2), WAIT_S, ("link", 0))
+    door.listener.admit(bytes(32), ("link", 1, 1), WAIT_S, ("link", 1))
+    with pytest.raises(ConnectError, match="refused the ticket"):
+        door.connect(TICKET)
+    door.connect(OTHER)
+    assert door.opened().key == ("link", 0, 2)
+    door.connect(bytes(32))
+    assert door.opened().key == ("link", 1, 1)
+
+
 def test_of_many_that_show_one_ticket_at_once_one_comes_in(door: Door) -> None:
     door.listener.admit(TICKET, "key", WAIT_S)
     clients = [door.dial() for _ in range(HANDSHAKES_OF_ONE)]

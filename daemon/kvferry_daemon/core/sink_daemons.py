@@ -28,6 +28,11 @@ class SinkDaemon:
     peer: str = ""  # the name under which its key is trusted
     news: int = 0  # that it was told
 
+    @property
+    def whose(self) -> str:
+        """Who answers for it: the peer that its key is, or in clear what it says that it is."""
+        return self.peer or self.daemon_id
+
 
 class SinkDaemons:
     """Bounded: who has said nothing for the longest time is forgotten, and must say hello again."""
@@ -73,7 +78,7 @@ class SinkDaemons:
         mine = [
             boot_id
             for boot_id, one in self._by_boot.items()
-            if (one.peer or one.daemon_id) == (peer or daemon_id) and boot_id not in over
+            if one.whose == (peer or daemon_id) and boot_id not in over
         ]
         return mine[: max(0, len(mine) - LINKS_OF_ONE)]
 

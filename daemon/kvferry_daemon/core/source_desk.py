@@ -11,6 +11,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
+from kvferry_daemon.core.sink_streams import SinkStreams
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.ways import choose
 from kvferry_proto import peer as wire
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 UNMET_MAX = 1 << 13  # 2 KiB each; those beyond are not promised anything, and ask again
 KEPT_LEASES = 2
 FRAME_PROGRESSES_MAX = 16  # so that the other daemon is not held up by one frame for long
-STREAMS_MAX_PER_SINK = wire.STREAMS_MAX
-TICKET_S = 10.0
 
 
 class SourceDesk:
@@ -35,8 +34,7 @@ class SourceDesk:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._daemons = SinkDaemons()
-        self._open: set[ev.StreamKey] = set()
-        self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
+        self.streams = SinkStreams()
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self.unmet_max = UNMET_MAX
@@ -103,24 +101,19 @@ class SourceDesk:
 
     def _forget_sink(self, boot_id: str) -> None:
         self.transports.pop(boot_id, None)
-        for stream in range(STREAMS_MAX_PER_SINK):
-            self._newest.pop((boot_id, stream), None)
-        for key in sorted(key for key in self._open if key.peer == boot_id):
+        for key in self.streams.forget(boot_id):
             self._node.effects.append(out.Expel(key))
 
     def _on_open_stream(self, daemon: SinkDaemon, message: wire.OpenStream) -> None:
         """A new connection of a stream ends the earlier ones: one writer an extent."""
         sink = daemon.boot_id
-        slot = (sink, message.stream)
-        if message.connection < self._newest.get(slot, 0):
-            return
-        transport, why = choose(message.ways, self._node.ways)
-        self._newest[slot] = message.connection
-        self.transports[sink] = transport
-        for key in sorted(self._open):
-            if (key.peer, key.stream) == slot and key.connection < message.connection:
-                self._node.effects.append(out.Expel(key))
         key = ev.StreamKey(sink, message.stream, message.connection)
+        transport, why = choose(message.ways, self._node.ways)
+        if not self.streams.admit(key, daemon.whose, self._node.now_s):
+            return
+        self.transports[sink] = transport
+        for earlier in self.streams.before(key):
+            self._node.effects.append(out.Expel(earlier))
         ticket = self._node.new_secret()
         self._node.effects.append(out.Admit(key, ticket, transport))
         answer = wire.Ticket(
@@ -270,21 +263,19 @@ class SourceDesk:
 
     def is_open(self, key: ev.StreamKey) -> bool:
         """Whether extents may be sent on it."""
-        return key in self._open
+        return key in self.streams
 
     def on_stream_up(self, event: out.SourceStreamUp) -> None:
-        """A sink's daemon has connected; no ticket admits another one under the same number."""
-        key = event.key
-        self._open.add(key)
-        if key.peer in self._daemons:
-            slot = (key.peer, key.stream)
-            self._newest[slot] = max(self._newest.get(slot, 0), key.connection + 1)
-        else:
-            self._node.effects.append(out.Expel(key))  # forgotten meanwhile
+        """A sink's daemon has connected; it may have asked for a newer one, or be forgotten."""
+        daemon = self._daemons.get(event.key.peer)
+        newest = self.streams.came(event.key, "" if daemon is None else daemon.whose)
+        if daemon is None or not newest:
+            self._node.counters["streams_expelled"] += 1
+            self._node.effects.append(out.Expel(event.key))
 
     def on_stream_down(self, event: out.SourceStreamDown) -> None:
         """No thread reads a block for it any more."""
-        self._open.discard(event.key)
+        self.streams.ended(event.key)
         self._node.chronicle.stream_down(event.key)
         for key in self._node.transfers:
             if key.role is Role.SOURCE:

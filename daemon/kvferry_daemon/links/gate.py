@@ -21,12 +21,13 @@ import zmq
 
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+from kvferry_daemon.core.sink_streams import CONNECTIONS_MAX
 from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
 
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 EVENT = struct.Struct("=Hi")  # which, and the descriptor
 CREDENTIALS = struct.Struct("3i")
-OTHER_DESCRIPTORS = 4096  # data connections, pools, locks, links to sources
+OTHER_DESCRIPTORS = 8192  # data connections, pools, locks, links to sources
 JOIN_S = 5.0
 TELL_S = 1.0
 log = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ def bounds_of(connections_max: int) -> dict[str, Bounds]:
         PEER: Bounds(at_once, of_one=256, a_s=2000, of_one_a_s=200),
         CONTROL: Bounds(256, of_one=64, a_s=500, of_one_a_s=200),
     }
+
+
+def data_connections_max() -> int:
+    """How many sinks may open in all, by the descriptors that ``bounds_of`` has got: two each."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else min(CONNECTIONS_MAX, soft // 8)
 
 
 class Gate:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Hashable
+from typing import NamedTuple
 
 from kvferry_daemon.transports.tcp.events import Post, StreamOpened
 from kvferry_daemon.transports.tcp.tls import Certificate, connect_tls
@@ -63,11 +64,18 @@ def connect(
     return sock
 
 
+class _Ticket(NamedTuple):
+    key: Hashable
+    stream: Hashable
+    until_s: float
+
+
 class Listener:
     """Accepts on a thread of its own; a bounded number of handshakes at a time.
 
-    A key names one connection: a newer ticket ends the earlier one, and there is none any more
-    once one was shown. Else the end of one connection would pass for the end of another.
+    A key names one connection: there is no ticket for it any more once one was shown. Else the end
+    of one connection would pass for the end of another. A newer ticket ends the earlier one of the
+    same key, or of the same stream, which has one connection at a time.
     """
 
     def __init__(
@@ -77,8 +85,8 @@ class Listener:
         self._post = post
         self._certificate = certificate
         self._lock = threading.Lock()  # held for a few dict look-ups at a time
-        self._tickets: dict[bytes, tuple[Hashable, float]] = {}  # the first to expire comes first
-        self._ticket_of: dict[Hashable, bytes] = {}
+        self._tickets: dict[bytes, _Ticket] = {}  # the first to expire comes first
+        self._ticket_of: dict[Hashable, bytes] = {}  # by stream
         self._shown: set[Hashable] = set()  # their connections are on their way to the loop
         self._closed = False
         self._handshakes: Counter[str] = Counter()  # under way, by host
@@ -88,16 +96,22 @@ class Listener:
         self.port = int(self._sock.getsockname()[1])
         threading.Thread(target=self._run, name="kvferry-accept", daemon=True).start()
 
-    def admit(self, ticket: bytes, key: Hashable, expires_in_s: float) -> None:
-        """Let one connection in that shows this ticket within the time."""
+    def admit(
+        self, ticket: bytes, key: Hashable, expires_in_s: float, stream: Hashable = None
+    ) -> None:
+        """Let one connection in that shows this ticket within the time.
+
+        ``stream``: whose connection it is; None: the key's own.
+        """
         now_s = time.monotonic()
+        stream = key if stream is None else stream
         with self._lock:
             self._drop_expired(now_s)
             if key in self._shown:
                 return
-            self._tickets.pop(self._ticket_of.get(key, b""), None)
-            self._tickets[ticket] = (key, now_s + expires_in_s)
-            self._ticket_of[key] = ticket
+            self._tickets.pop(self._ticket_of.get(stream, b""), None)
+            self._tickets[ticket] = _Ticket(key, stream, now_s + expires_in_s)
+            self._ticket_of[stream] = ticket
 
     def opened(self, key: Hashable) -> None:
         """The loop has got this connection: whoever admits keys knows of it from now on."""
@@ -106,10 +120,10 @@ class Listener:
 
     def _drop_expired(self, now_s: float) -> None:
         while self._tickets:
-            ticket, (key, until_s) = next(iter(self._tickets.items()))
-            if now_s < until_s:
+            ticket, found = next(iter(self._tickets.items()))
+            if now_s < found.until_s:
                 return
-            del self._tickets[ticket], self._ticket_of[key]
+            del self._tickets[ticket], self._ticket_of[found.stream]
 
     def close(self) -> None:
         """Stop listening."""
@@ -183,14 +197,14 @@ class Listener:
     def _check(self, ticket: bytes) -> Hashable | None:
         """The key of a ticket that is good; from here on StreamOpened follows."""
         with self._lock:
-            key, until_s = self._tickets.pop(ticket, (None, 0.0))
-            if key is None:
+            found = self._tickets.pop(ticket, None)
+            if found is None:
                 return None
-            del self._ticket_of[key]
-            if time.monotonic() >= until_s:
+            del self._ticket_of[found.stream]
+            if time.monotonic() >= found.until_s:
                 return None
-            self._shown.add(key)
-            return key
+            self._shown.add(found.key)
+            return found.key
 
 
 def tune(sock: socket.socket) -> None:
