@@ -1,6 +1,7 @@
-"""A trusted peer that opens data connections without an end."""
+"""A trusted peer that opens data connections without an end, or asks for too much on them."""
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 from attacks.scene import without
 from kvferry_daemon.core.sink_streams import OF_ONE_MAX
 from kvferry_daemon.transports.tcp.listener import ConnectError, connect
-from kvferry_proto import peer
+from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
-from live import BOOT_ID, LiveDaemon, RawPeer
+from kvferry_proto.states import Role
+from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
 
 MANY = 60
 WAIT_S = 5.0
@@ -84,3 +86,38 @@ def test_one_peer_has_so_many_data_connections_and_is_told_so(tmp_path: Path) ->
             assert counted == len(refused)
             if is_bound:
                 assert len(answers) - len(refused) == OF_ONE_MAX
+
+
+def test_what_is_wanted_on_connections_that_nobody_opened_costs_nothing(tmp_path: Path) -> None:
+    """One frame of 4,000 wants: each was queued, and with each all of them were looked at."""
+    for defence, is_cheap in (("wants_are_queued", False), (None, True)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            RawWorker(daemon.directory) as one,
+        ):
+            one.snapshot(worker.Send(transfer_id="t"))
+            one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens > 0)
+            one.snapshot(worker.Ready(transfer_id="t", ready_tokens=BLOCK))
+            raw = RawPeer(daemon.address)
+            boots = link(raw)
+            pulls = [a_pull_for_connections(raw, number) for number in range(4)]
+            before_s = cpu_s(daemon)
+            answer = raw.say(peer.Pulls(pulls=pulls, **boots))
+            assert isinstance(answer, peer.Progresses)
+            spent_s = cpu_s(daemon) - before_s
+            raw.close()
+            assert (spent_s < 0.2) is is_cheap, spent_s
+            assert (daemon.status().counters.get("wants_dropped", 0) == 4000) is is_cheap
+
+
+def a_pull_for_connections(raw: RawPeer, number: int) -> peer.Pull:
+    """It wants one block, on each of a thousand connections."""
+    numbers = range(1000 * number, 1000 * (number + 1))
+    want = [peer.Want(first_token=0, tokens=BLOCK, stream=0, connection=one) for one in numbers]
+    return raw.a_pull(number=number + 1, want=want)
+
+
+def cpu_s(daemon: LiveDaemon) -> float:
+    """What the daemon's threads have worked so far."""
+    words = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")

@@ -15,7 +15,7 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
-from kvferry_daemon.core import sink_daemons, sink_streams
+from kvferry_daemon.core import sink_daemons, sink_streams, source
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.events import StreamKey
@@ -23,6 +23,7 @@ from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.outside import Admit
 from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
 from kvferry_daemon.keys import Keys
@@ -211,6 +212,12 @@ def streams_are_free() -> None:
     replace(Streams, "admit", admit)
 
 
+def wants_are_queued() -> None:
+    """What is wanted on a connection that is not open reaches the transfer."""
+    replace(SourceDesk, "_servable", lambda _self, _sink, pulls: pulls)
+    replace(source, "READING_MAX", 1 << 30)
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
@@ -271,6 +278,7 @@ WEAK: dict[str, Callable[[], None]] = {
         no_pressure,
         any_number_of_frames,
         streams_are_free,
+        wants_are_queued,
         open_http,
         handshakes_last,
         handover,

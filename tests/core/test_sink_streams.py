@@ -6,13 +6,15 @@ from collections import Counter
 import pytest
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.events import Key, StreamDown, StreamKey
 from kvferry_daemon.core.sink_streams import OF_ONE_MAX, TICKET_S, SinkStreams
-from kvferry_proto import peer
+from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code, FerryError
-from world import World
+from kvferry_proto.states import Role
+from world import BLOCK, World
 
 LINK, OTHER = "1" * 16, "2" * 16
+SOURCE = b"source worker"
 
 
 def key(connection: int, stream: int = 0, link: str = LINK) -> StreamKey:
@@ -112,3 +114,63 @@ def test_a_connection_that_is_not_the_newest_is_thrown_out_as_it_comes() -> None
     assert node.handle(out.SourceStreamUp(key(1)), 0.0) == [out.Expel(key(1))]
     assert node.handle(out.SourceStreamUp(key(2)), 0.0) == []
     assert node.counters["streams_expelled"] == 1
+
+
+def test_the_end_of_a_connection_reaches_only_whom_something_was_sent_for() -> None:
+    """Each of 20,000 transfers heard of each one, and anybody may connect again and again."""
+    streams = SinkStreams()
+    one, other = (Key(Role.SOURCE, name, 0) for name in ("one", "other"))
+    assert not streams.reads(key(1), one)
+    for number in (1, 2):
+        streams.came(key(number), "peer")
+        assert streams.reads(key(number), one)
+    assert streams.reads(key(2), other)
+    streams.forget_transfer(other, [key(1), key(2)])
+    assert streams.ended(key(1)) == [one]
+    assert streams.ended(key(2)) == [one]
+    assert streams.ended(key(2)) == []
+    assert not streams._read_for
+
+
+def test_a_source_that_is_read_hears_of_the_end_and_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.hello("a", SOURCE)
+    node = world.machines["a"].node
+    for name in ("read", "other"):
+        world.call("a", SOURCE, worker.Send(transfer_id=name))
+        world.call(
+            "a", SOURCE, worker.Ready(transfer_id=name, ready_tokens=BLOCK, total_tokens=BLOCK)
+        )
+    world.feed("a", out.SinkSaid(b"route", peer.PeerHello(boot_id=LINK, daemon_id=LINK, life=1)))
+    world.feed("a", out.SourceStreamUp(key(1)))
+    wanted = [(one, 0) for one in range(3)] + [(1, 9)]
+    want = [peer.Want(first_token=0, tokens=BLOCK, stream=s, connection=c) for c, s in wanted]
+    pull = peer.Pull(
+        transfer_id="read",
+        attempt=0,
+        number=1,
+        handle=0,
+        layout_digest=next(iter(node.books.values())).layout.digest,
+        start_tokens=0,
+        acked_tokens=0,
+        want=want,
+    )
+    said = peer.Pulls(source_boot_id="a" * 16, sink_boot_id=LINK, pulls=[pull])
+    effects = node.handle(out.SinkSaid(b"route", said), 0.0)
+    assert [one.key for one in effects if isinstance(one, out.Transmit)] == [key(1)]
+    assert node.counters["wants_dropped"] == len(wanted) - 1
+    world.call("a", SOURCE, worker.Abort(transfer_id="read", role=Role.SOURCE))
+    assert world.snapshot("a", SOURCE, Role.SOURCE, "read").runs  # a thread reads them
+    told: list[tuple[Key, object]] = []
+    plain = node.post
+
+    def post(to: Key, event: object) -> None:
+        told.append((to, event))
+        plain(to, event)
+
+    monkeypatch.setattr(node, "post", post)
+    world.feed("a", out.SourceStreamDown(key(1), "cut"))
+    assert told == [(Key(Role.SOURCE, "read", 0), StreamDown(key(1)))]
+    assert not world.snapshot("a", SOURCE, Role.SOURCE, "read").runs

@@ -331,6 +331,8 @@ class Node:
         self.notes.stone(key)
         self._effects_of.forget(transfer)
         self.sinks.forget(key)
+        if isinstance(transfer, SourceTransfer):
+            self.sources.forget(transfer)
         del self.transfers[key]
         self.census.gone(key)
         for secret in sessions:

@@ -5,9 +5,10 @@ descriptors and buffers, so a peer has so many and no more, those counted that i
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_proto.errors import exhausted
 from kvferry_proto.peer import STREAMS_MAX
 
@@ -30,6 +31,7 @@ class SinkStreams:
     def __init__(self) -> None:
         self.connections_max = CONNECTIONS_MAX
         self._open: dict[StreamKey, str] = {}  # and whose
+        self._read_for: dict[StreamKey, set[Key]] = {}  # transfers that something went out of on it
         self._of: dict[Slot, set[StreamKey]] = {}
         self._newest: dict[Slot, int] = {}  # lowest connection that may still come
         self._tickets: OrderedDict[Slot, _Ticket] = OrderedDict()  # the first to expire comes first
@@ -81,16 +83,30 @@ class SinkStreams:
         self._newest[slot] = max(newest, key.connection + 1)
         return key.connection >= newest
 
-    def ended(self, key: StreamKey) -> None:
-        """No thread of it is left."""
+    def reads(self, key: StreamKey, transfer: Key) -> bool:
+        """Note that blocks of a transfer are read for it; False if it is not open."""
+        if key not in self._open:
+            return False
+        self._read_for.setdefault(key, set()).add(transfer)
+        return True
+
+    def ended(self, key: StreamKey) -> list[Key]:
+        """No thread of it is left; return the transfers that may wait for that."""
         whose = self._open.pop(key, None)
         if whose is None:
-            return
+            return []
         self._let_go(whose)
         slot = (key.peer, key.stream)
         self._of[slot].discard(key)
         if not self._of[slot]:
             del self._of[slot]
+        return sorted(self._read_for.pop(key, ()))
+
+    def forget_transfer(self, transfer: Key, keys: Iterable[StreamKey]) -> None:
+        """It is gone, and was served on these connections."""
+        for key in keys:
+            if key in self._read_for:
+                self._read_for[key].discard(transfer)
 
     def forget(self, boot_id: str) -> list[StreamKey]:
         """A link is over; return its connections, which still have to end. Tickets still count."""

@@ -19,6 +19,8 @@ from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.peer import Pull, Want
 from kvferry_proto.states import StallReason, State
 
+READING_MAX = 1024  # four times what a sink claims at once; every event looks at each of them
+
 
 class SourceTransfer(Transfer):
     """See the module's first lines.
@@ -83,6 +85,11 @@ class SourceTransfer(Transfer):
     def chunks_under_way(self) -> int:
         """Asked for, and not sent yet: somebody reads its blocks."""
         return len(self._reading)
+
+    @property
+    def streams(self) -> list[ev.StreamKey]:
+        """The connections that something was asked for on, and that have not ended."""
+        return list(self._served)
 
     # --- what must last ---
 
@@ -268,7 +275,7 @@ class SourceTransfer(Transfer):
             return  # asked for token by token, a window would be a million pieces
         if first < max(self.window.base_tokens, self.sent_tokens) or end > self.servable_tokens:
             return  # an old pull, or one that asks beyond what was told
-        if want.part >= len(self.shape.ranks):
+        if want.part >= len(self.shape.ranks) or len(self._reading) >= READING_MAX:
             return
         key = ev.StreamKey(sink, want.stream, want.connection)
         served = self._served.setdefault(key, {}).setdefault(want.part, ExtentSet())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_daemon.core.sink_streams import SinkStreams
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.ways import choose
 from kvferry_proto import peer as wire
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 UNMET_MAX = 1 << 13  # 2 KiB each; those beyond are not promised anything, and ask again
 KEPT_LEASES = 2
+FRAME_WANTS_MAX = 4096  # a daemon sends no more: see sink_desk
 FRAME_PROGRESSES_MAX = 16  # so that the other daemon is not held up by one frame for long
 
 
@@ -62,7 +65,7 @@ class SourceDesk:
                 case wire.OpenStream():
                     self._on_open_stream(daemon, message)
                 case wire.Pulls():
-                    for pull in message.pulls:
+                    for pull in self._servable(sink, message.pulls):
                         self._on_pull(ev.Pulled(sink, daemon.daemon_id, pull))
                 case wire.Done():
                     self._on_done(daemon, message)
@@ -128,6 +131,21 @@ class SourceDesk:
             sink_boot_id=sink,
         )
         self._say(daemon, answer)
+
+    def _servable(self, sink: str, pulls: list[wire.Pull]) -> Iterator[wire.Pull]:
+        """Pulls without what is wanted on connections that are not open, or beyond what we send."""
+        room = FRAME_WANTS_MAX
+        for pull in pulls:
+            want = [
+                one
+                for one in pull.want
+                if ev.StreamKey(sink, one.stream, one.connection) in self.streams
+            ][:room]
+            room -= len(want)
+            if dropped := len(pull.want) - len(want):
+                self._node.counters["wants_dropped"] += dropped
+                pull = pull.model_copy(update={"want": want})
+            yield pull
 
     def _on_pull(self, event: ev.Pulled) -> None:
         node, sink, pull = self._node, event.sink, event.pull
@@ -261,10 +279,6 @@ class SourceDesk:
 
     # --- streams ---
 
-    def is_open(self, key: ev.StreamKey) -> bool:
-        """Whether extents may be sent on it."""
-        return key in self.streams
-
     def on_stream_up(self, event: out.SourceStreamUp) -> None:
         """A sink's daemon has connected; it may have asked for a newer one, or be forgotten."""
         daemon = self._daemons.get(event.key.peer)
@@ -275,11 +289,13 @@ class SourceDesk:
 
     def on_stream_down(self, event: out.SourceStreamDown) -> None:
         """No thread reads a block for it any more."""
-        self.streams.ended(event.key)
         self._node.chronicle.stream_down(event.key)
-        for key in self._node.transfers:
-            if key.role is Role.SOURCE:
-                self._node.post(key, ev.StreamDown(event.key))
+        for key in self.streams.ended(event.key):
+            self._node.post(key, ev.StreamDown(event.key))
+
+    def forget(self, transfer: SourceTransfer) -> None:
+        """The transfer is gone."""
+        self.streams.forget_transfer(transfer.key, transfer.streams)
 
     def on_sent(self, event: out.ChunkSent) -> None:
         """An extent has left."""
