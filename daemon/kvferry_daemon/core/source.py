@@ -230,7 +230,7 @@ class SourceTransfer(Transfer):
 
     def _on_pulled(self, event: ev.Pulled) -> None:
         pull = event.pull
-        wrong = self._what_is_wrong(event)
+        wrong = self.what_is_wrong(event)
         if wrong is not None:
             self._emit(ev.SendProgress(pull.number, event.sink, ErrorInfo.of(*wrong)))
             return
@@ -250,7 +250,8 @@ class SourceTransfer(Transfer):
         self._told = self._news()
         self._emit(ev.SendProgress(pull.number, event.sink))
 
-    def _what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
+    def what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
+        """Why a pull is refused, if it is."""
         pull, start = event.pull, self.opening.start_tokens
         if self.sink_daemon not in (None, event.daemon):
             return Code.SINK_TAKEN, "another sink daemon receives this attempt"

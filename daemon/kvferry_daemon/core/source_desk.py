@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.deeds import Deed
+from kvferry_daemon.core.plans import Plans
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_daemon.core.sink_streams import SinkStreams
@@ -38,6 +39,7 @@ class SourceDesk:
         self._node = node
         self._daemons = SinkDaemons()
         self.streams = SinkStreams()
+        self._plans = Plans()
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self.unmet_max = UNMET_MAX
@@ -170,17 +172,27 @@ class SourceDesk:
 
     def _on_pull_of_another_shape(self, key: ev.Key, event: ev.Pulled, ours: Side) -> None:
         """The sink's layout or ranks are not ours: both work out what goes where, once a life."""
-        pull = event.pull
+        node, pull, daemon = self._node, event.pull, self._daemons.get(event.sink)
+        transfer = node.transfers[key]
         assert pull.layout is not None
+        assert isinstance(transfer, SourceTransfer)
+        if transfer.ended or transfer.what_is_wrong(event) is not None:
+            node.post(key, event)  # which says so, without any work
+            return
+        theirs = Side.of(pull.layout, pull.world_size)
+        whose = "" if daemon is None else daemon.whose
+        if not self._plans.may_make(whose, ours, theirs, node.now_s):
+            node.counters["plans_refused"] += 1  # it asks again
+            return
         try:
-            shape, _ = shapes(ours, Side.of(pull.layout, pull.world_size))
+            shape, _ = shapes(ours, theirs)
         except FerryError as error:
             refusal = self.answer_without_transfer(key, pull.number)
             info = ErrorInfo.of_error(error)
             failed = {"state": State.FAILED, "known": True, "error": info}
             self.say_progress(event.sink, refusal.model_copy(update=failed))
             return
-        self._node.run_now(key, replace(event, shape=shape))  # no other one in the same frame
+        node.run_now(key, replace(event, shape=shape))  # no other one in the same frame
 
     def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
         """What a pull gets when no such attempt is open here."""
