@@ -21,6 +21,7 @@ from kvferry_daemon.transports.tcp.listener import (
     HANDSHAKES_MAX,
     HANDSHAKES_OF_ONE,
     ConnectError,
+    Listener,
     connect,
 )
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
@@ -236,39 +237,77 @@ def test_what_is_no_greeting_is_closed_without_an_answer(door: Door, greeting: b
 @pytest.mark.parametrize("how", ["they time out", "they hang up"])
 def test_half_open_connections_do_not_stop_a_good_one_later(door: Door, how: str) -> None:
     idle = [door.dial() for _ in range(HANDSHAKES_OF_ONE + 8)]
-    over = idle[HANDSHAKES_OF_ONE:]  # accepted in order, so these found no room
-    assert all(ended(sock, WAIT_S) for sock in over)
+    assert all(ended(sock, WAIT_S) for sock in idle[:8])  # they had to make room
     if how == "they time out":
         assert all(ended(sock, WAIT_S) for sock in idle)
     for sock in idle:
         sock.close()
-    for thread in greeters():
-        thread.join(WAIT_S)
+    wait_for_half_open(door, 0)
     door.listener.admit(TICKET, "key", WAIT_S)
     door.connect(TICKET)
     assert door.opened().key == "key"
 
 
-def test_one_host_cannot_keep_others_from_their_handshakes(
-    monkeypatch: pytest.MonkeyPatch,
+def refuse_the_newest(listener: Listener) -> None:
+    """What would be simpler: nobody has to make room."""
+    plain = listener._begin
+
+    def begin(sock: socket.socket, host: str) -> int:
+        if len(listener._half_open) >= module.HANDSHAKES_MAX:
+            raise OSError("full")
+        return plain(sock, host)
+
+    setattr(listener, "_begin", begin)  # noqa: B010  # mypy would not have it replaced
+
+
+@pytest.mark.parametrize("hosts", [1, HANDSHAKES_MAX], ids=["one host", "many hosts"])
+def test_silent_strangers_cannot_keep_anybody_out(
+    hosts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for of_one, comes_in in ((HANDSHAKES_MAX, False), (HANDSHAKES_OF_ONE, True)):
-        monkeypatch.setattr(module, "HANDSHAKES_OF_ONE", of_one)
+    """They know no ticket, and may come from as many addresses as they like."""
+    monkeypatch.setattr(module, "AGAIN_S", 0.001)
+    for defence, comes_in in ((False, False), (True, True)):
+        if not defence:
+            monkeypatch.setattr(module, "HANDSHAKES_OF_ONE", HANDSHAKES_MAX)
         door = Door(host="0.0.0.0")
-        for _ in range(HANDSHAKES_MAX + 1):
-            door.dial()
-        assert ended(door.clients[-1], WAIT_S)  # accepted in order: by now there is no more room
-        door.listener.admit(TICKET, "key", WAIT_S)
+        if not defence:
+            refuse_the_newest(door.listener)
         address = (HOST, door.listener.port)
-        with socket.create_connection(address, WAIT_S, source_address=("127.0.0.2", 0)) as other:
-            other.settimeout(WAIT_S)
-            other.sendall(pack_greeting(TICKET))
+        silent = [
+            socket.create_connection(address, WAIT_S, (f"127.0.1.{1 + number % hosts}", 0))
+            for number in range(HANDSHAKES_MAX + 4)
+        ]
+        assert ended(silent[0 if defence else -1], WAIT_S)  # by now there is no more room
+        door.listener.admit(TICKET, "key", WAIT_S)
+        with socket.create_connection(address, WAIT_S, ("127.0.0.2", 0)) as good:
+            good.settimeout(WAIT_S)
             answer = b""
             with contextlib.suppress(ConnectionError):
-                answer = other.recv(ACCEPT_BYTES, socket.MSG_WAITALL)
+                good.sendall(pack_greeting(TICKET))
+                answer = good.recv(ACCEPT_BYTES, socket.MSG_WAITALL)
             assert bool(answer) is comes_in
-        assert door.listener.refused >= 1
+        assert len(door.listener._half_open) <= HANDSHAKES_MAX
+        assert door.listener.refused >= 4 or not defence
+        for one in silent:
+            one.close()
         door.close()
+        monkeypatch.undo()
+
+
+def test_a_handshake_that_made_room_does_not_end_who_came_in_its_place(door: Door) -> None:
+    """Its thread tells of its end later, when its number may be another one's."""
+    for _ in range(4):
+        idle = [door.dial() for _ in range(2 * HANDSHAKES_OF_ONE)]
+        assert all(ended(sock, WAIT_S) for sock in idle[:HANDSHAKES_OF_ONE])
+        wait_for_half_open(door, HANDSHAKES_OF_ONE)
+
+
+def wait_for_half_open(door: Door, handshakes: int) -> None:
+    """Until that many are under way, each with its thread."""
+    until_s = time.monotonic() + WAIT_S
+    while not (len(door.listener._half_open) == len(greeters()) == handshakes):
+        assert time.monotonic() < until_s, (door.listener._half_open, greeters())
+        time.sleep(0.005)
 
 
 # --- the end ---

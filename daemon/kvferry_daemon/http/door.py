@@ -13,6 +13,7 @@ from typing import cast
 from aiohttp import web
 
 from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.hosts import host_of
 
 CONNECTIONS_MAX = 128
 CONNECTIONS_A_S = 200
@@ -57,7 +58,7 @@ class HttpDoor:
         self._silent.discard(request.protocol)
         if request.transport is not None:
             request.transport.pause_reading()
-        host = str(request.remote)
+        host = host_of(str(request.remote))
         wait_s = self._allowed.wait_s(host, monotonic())
         if wait_s:
             self._on_refused()

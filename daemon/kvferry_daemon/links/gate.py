@@ -21,6 +21,7 @@ import zmq
 
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+from kvferry_daemon.core.hosts import host_of
 from kvferry_daemon.core.sink_streams import CONNECTIONS_MAX
 from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
 
@@ -172,18 +173,18 @@ def listening_at(connection: socket.socket) -> str:
 
 
 def source_of(connection: socket.socket) -> str:
-    """A process of this machine, or the address of another one; OSError if it has ended."""
+    """A process of this machine, or another host; OSError if it has ended."""
     if connection.family == socket.AF_UNIX:
         said = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         pid, uid, _ = CREDENTIALS.unpack(said)
         return process(pid, uid)
-    return str(connection.getpeername()[0])
+    return host_of(str(connection.getpeername()[0]))
 
 
 def source_named(address: str) -> str:
     """The same, of the connection that brought a message with this ``Peer-Address``."""
     found = LOCAL.fullmatch(address)
-    return process(int(found[3]), int(found[1])) if found else address
+    return process(int(found[3]), int(found[1])) if found else host_of(address)
 
 
 def process(pid: int, uid: int) -> str:
