@@ -9,12 +9,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from attacks.scene import without
 from kvferry_daemon.core.sink_streams import OF_ONE_MAX
 from kvferry_daemon.transports.tcp.listener import ConnectError, connect
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
-from kvferry_proto.states import Role
+from kvferry_proto.states import Role, State
 from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
 
 MANY = 60
@@ -108,6 +110,28 @@ def test_what_is_wanted_on_connections_that_nobody_opened_costs_nothing(tmp_path
             raw.close()
             assert (spent_s < 0.2) is is_cheap, spent_s
             assert (daemon.status().counters.get("wants_dropped", 0) == 4000) is is_cheap
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_nobody_says_of_a_source_that_it_has_arrived_before_it_can_have(
+    tmp_path: Path, pulled: bool
+) -> None:
+    """Its worker would be told of a success, and the sink that it is meant for find it gone."""
+    for defence, ends in (("anybody_ends_sources", True), (None, False)):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            RawWorker(daemon.directory) as one,
+        ):
+            one.snapshot(worker.Send(transfer_id="t"))  # its length is not known yet
+            raw = RawPeer(daemon.address)
+            boots = link(raw)
+            if pulled:
+                raw.say(peer.Pulls(pulls=[raw.a_pull()], **boots))
+            done = peer.Done(transfer_id="t", attempt=0, state=State.SUCCESS, **boots)
+            assert isinstance(raw.say(done), peer.DoneNoted)
+            raw.close()
+            assert (one.poll(Role.SOURCE).state is State.SUCCESS) is ends
+            assert daemon.status().counters.get("dones_dropped", 0) == (not ends)
 
 
 def a_pull_for_connections(raw: RawPeer, number: int) -> peer.Pull:

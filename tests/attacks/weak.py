@@ -218,6 +218,15 @@ def wants_are_queued() -> None:
     replace(source, "READING_MAX", 1 << 30)
 
 
+def anybody_ends_sources() -> None:
+    """Whoever says that a transfer has arrived is believed, if nobody else has pulled it."""
+
+    def may_end(_self: SourceDesk, transfer: Any, sink: Any, _state: Any) -> bool:
+        return transfer.sink_daemon in (None, sink.daemon_id)
+
+    replace(SourceDesk, "_may_end", may_end)
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
@@ -279,6 +288,7 @@ WEAK: dict[str, Callable[[], None]] = {
         any_number_of_frames,
         streams_are_free,
         wants_are_queued,
+        anybody_ends_sources,
         open_http,
         handshakes_last,
         handover,

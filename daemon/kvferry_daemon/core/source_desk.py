@@ -24,7 +24,7 @@ from kvferry_proto.states import Role, State
 from kvferry_proto.versions import agree
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node
+    from kvferry_daemon.core.node import AnyTransfer, Node
 
 UNMET_MAX = 1 << 13  # 2 KiB each; those beyond are not promised anything, and ask again
 KEPT_LEASES = 2
@@ -268,8 +268,10 @@ class SourceDesk:
         done = ev.Done(message.state, message.error)
         if transfer is None:
             self.done_without_transfer(key, done)
-        elif getattr(transfer, "sink_daemon", None) in (None, sink.daemon_id):
+        elif self._may_end(transfer, sink, message.state):
             self._node.run_now(key, done)
+        else:
+            self._node.counters["dones_dropped"] += 1
         noted = wire.DoneNoted(
             transfer_id=message.transfer_id,
             attempt=message.attempt,
@@ -277,6 +279,13 @@ class SourceDesk:
             sink_boot_id=sink.boot_id,
         )
         self._say(sink, noted)
+
+    def _may_end(self, transfer: AnyTransfer, sink: SinkDaemon, state: State) -> bool:
+        """One that nobody has pulled yet may have failed there, but not have arrived."""
+        by = getattr(transfer, "sink_daemon", None)
+        if state is State.SUCCESS:
+            return by == sink.daemon_id and transfer.total_tokens is not None
+        return by in (None, sink.daemon_id)
 
     def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
         """A late done, or one for an attempt that is still to be opened here."""
