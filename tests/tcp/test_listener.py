@@ -80,6 +80,16 @@ def test_only_within_one_address_the_hosts_congestion_control_is_not_used(host: 
         door.close()
 
 
+def test_the_kernel_looks_whether_the_other_host_is_still_there(door: Door) -> None:
+    """Nothing else ends a connection on which nobody sends, with its thread and its buffers."""
+    door.listener.admit(TICKET, "key", WAIT_S)
+    for end in (door.connect(TICKET), door.opened().sock):
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        first_s, next_s, times = (end.getsockopt(socket.IPPROTO_TCP, one) for one in options)
+        assert first_s + times * next_s <= 20
+
+
 # --- tickets ---
 
 

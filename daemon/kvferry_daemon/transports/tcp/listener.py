@@ -28,6 +28,8 @@ HANDSHAKES_OF_ONE = 16  # host: as many as a daemon has streams to another
 REFUSED_S = 0.001  # before the next one: who floods us waits in the kernel's queue, and is slow
 AGAIN_S = 0.1
 SOCKET_BUFFER_BYTES = 4 << 20
+KEEPALIVE_S = 5
+KEEPALIVES = 3  # without an answer: its host is gone; a stopped process has a kernel that answers
 
 
 class ConnectError(Exception):
@@ -236,6 +238,10 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVES)
     if sock.getsockname()[0] == sock.getpeername()[0]:
         # Nothing lies between that could be congested, and pacing as bbr's halves the rate there.
         with contextlib.suppress(PermissionError):  # the host's operator allows it to nobody
