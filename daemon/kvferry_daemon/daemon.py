@@ -295,6 +295,7 @@ class Daemon:
     def _watch_keys(self) -> None:
         """Trusted keys may have come, or gone: with those we talk no more."""
         if self._keys is not None and self._keys.reload():
+            self.effects.feed(out.TrustChanged(frozenset(self._keys.trusted)))
             for address in list(self._dealers):
                 if self._keys.name_of(key_of(address)) is None:
                     log.warning("%s is not trusted any more", address)

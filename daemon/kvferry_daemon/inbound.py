@@ -109,16 +109,16 @@ class Inbound:
                 self._refuse_peer(frames[0], self._over(wait_s))
             return
         with self._paid_by(self._peers, who):
-            self._read_peer(frames, name)
+            self._read_peer(frames, name, key)
 
-    def _read_peer(self, frames: list[bytes], name: str) -> None:
+    def _read_peer(self, frames: list[bytes], name: str, key: str) -> None:
         try:
             message = peer.MESSAGES.decode(single(frames))
         except FerryError as error:
             self._node.counters["bad_messages_peer"] += 1
             self._refuse_peer(frames[0], error)
             return
-        self._feed(out.SinkSaid(frames[0], message, name))
+        self._feed(out.SinkSaid(frames[0], message, name, key))
 
     def _refuse_peer(self, route: bytes, error: FerryError) -> None:
         boot_id = self._node.settings.boot_id

@@ -92,6 +92,7 @@ def any_key_will_do() -> None:
 
 def trust_lasts() -> None:
     """A key that was trusted once is trusted for as long as its connection lasts."""
+    connections_outlive_trust()
     plain = Keys.name_of
     known: dict[str, str] = {}
 
@@ -102,6 +103,11 @@ def trust_lasts() -> None:
         return known.get(key)
 
     replace(Keys, "name_of", name_of)
+
+
+def connections_outlive_trust() -> None:
+    """Data connections stay whatever becomes of the key that they were opened with."""
+    replace(SourceDesk, "on_trust_changed", lambda _self, _event: None)
 
 
 def peers_say_who_they_are() -> None:
@@ -275,6 +281,7 @@ WEAK: dict[str, Callable[[], None]] = {
         tenants_meet,
         any_key_will_do,
         trust_lasts,
+        connections_outlive_trust,
         peers_say_who_they_are,
         files_are_open,
         audit_shares_the_log,

@@ -156,6 +156,7 @@ class Node:
             out.SourceStreamUp: self.sources.on_stream_up,
             out.SourceStreamDown: self.sources.on_stream_down,
             out.ChunkSent: self.sources.on_sent,
+            out.TrustChanged: self.sources.on_trust_changed,
             out.Restored: lambda event: restore(self, event.past),
             out.DrainBegun: self._on_drain_begun,
             out.DrainEnded: self._on_drain_ended,

@@ -27,6 +27,7 @@ class SinkDaemon:
     heard_s: float
     peer: str = ""  # the name under which its key is trusted
     news: int = 0  # that it was told
+    key: str = ""  # that its newest message came with
 
     @property
     def whose(self) -> str:
@@ -81,6 +82,15 @@ class SinkDaemons:
             if one.whose == (peer or daemon_id) and boot_id not in over
         ]
         return mine[: max(0, len(mine) - LINKS_OF_ONE)]
+
+    def distrust(self, trusted: frozenset[str]) -> list[str]:
+        """Forget the links whose keys are not among these; return their boot ids."""
+        over = [
+            boot_id for boot_id, one in self._by_boot.items() if one.key and one.key not in trusted
+        ]
+        for boot_id in over:
+            self._forget(boot_id)
+        return over
 
     def _forget(self, boot_id: str) -> None:
         daemon_id = self._by_boot.pop(boot_id).daemon_id

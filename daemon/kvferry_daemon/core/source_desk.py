@@ -93,16 +93,27 @@ class SourceDesk:
         if getattr(message, "source_boot_id", None) != ours:
             raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
         boot_id = str(getattr(message, "sink_boot_id", ""))
-        return self._daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
+        daemon = self._daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
+        daemon.key = event.key
+        return daemon
 
     def _on_hello(self, event: out.SinkSaid, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
         for boot_id in self._daemons.hello(event.route, event.peer, hello, self._node.now_s):
             self._forget_sink(boot_id)
+        daemon = self._daemons.get(hello.boot_id)
+        if daemon is not None:
+            daemon.key = event.key
         welcome = wire.PeerWelcome(
             version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
         )
         self._node.effects.append(out.ToSink(event.route, welcome))
+
+    def on_trust_changed(self, event: out.TrustChanged) -> None:
+        """Whoever opened a data connection with a key that is not trusted any more has none."""
+        for boot_id in self._daemons.distrust(event.keys):
+            self._node.counters["links_distrusted"] += 1
+            self._forget_sink(boot_id)
 
     def _forget_sink(self, boot_id: str) -> None:
         self.transports.pop(boot_id, None)
