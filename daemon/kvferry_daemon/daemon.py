@@ -344,6 +344,7 @@ class Daemon:
         """The same for those who ask by HTTP."""
         links = (self._workers, self._peers, self._control)
         return Facts(
+            host=self.config.http_host,
             now_s=asyncio.get_running_loop().time,
             insecure=self.config.is_open_to_all,
             status=self.status,
