@@ -20,7 +20,7 @@ from time import monotonic
 import zmq
 
 from kvferry_daemon.core.allowance import Allowances
-from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+from kvferry_daemon.core.crowd import MANY, Bounds, Crowd
 from kvferry_daemon.core.hosts import host_of
 from kvferry_daemon.core.sink_streams import CONNECTIONS_MAX
 from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
@@ -188,5 +188,5 @@ def source_named(address: str) -> str:
 
 
 def process(pid: int, uid: int) -> str:
-    """A source's name."""
-    return f"pid {pid} of uid {uid}" if pid else ANYBODY  # 0: in a namespace that is not ours
+    """A source's name; 0 is the number of all that are in PID namespaces that are not ours."""
+    return f"pid {pid} of uid {uid}" if pid else f"{MANY}{uid}"
