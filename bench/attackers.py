@@ -132,7 +132,7 @@ def http_requests(target: Target) -> None:
     while True:
         try:
             with plain(target, target.http_port) as one:
-                one.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
+                one.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
                 one.recv(1 << 16)
         except OSError:
             time.sleep(AGAIN_S)

@@ -32,7 +32,7 @@ from kvferry_daemon.lately import Lately
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.life import begin, settings_of
 from kvferry_daemon.links.curve import prove_ourselves
-from kvferry_daemon.links.gate import Gate, bounds_of
+from kvferry_daemon.links.gate import Gate, bounds_of, data_connections_max
 from kvferry_daemon.links.io_thread import IoThreads
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.links.peer_link import PeerLink
@@ -150,6 +150,7 @@ class Daemon:
             certificate,
         )
         self.node.data_port = self.streams.listener.port
+        self.node.sources.streams.connections_max = data_connections_max()
         self.node.certificate_sha256 = None if certificate is None else certificate.sha256
         self.effects.use_streams(self.streams)
         self._inbound = Inbound(
@@ -297,6 +298,7 @@ class Daemon:
     def _watch_keys(self) -> None:
         """Trusted keys may have come, or gone: with those we talk no more."""
         if self._keys is not None and self._keys.reload():
+            self.effects.feed(out.TrustChanged(frozenset(self._keys.trusted)))
             for address in list(self._dealers):
                 if self._keys.name_of(key_of(address)) is None:
                     log.warning("%s is not trusted any more", address)
@@ -338,6 +340,7 @@ class Daemon:
         """The same for those who ask by HTTP."""
         links = (self._workers, self._peers, self._control)
         return Facts(
+            host=self.config.http_host,
             now_s=asyncio.get_running_loop().time,
             insecure=self.config.is_open_to_all,
             status=self.status,

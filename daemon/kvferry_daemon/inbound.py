@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import thread_time
 from typing import Protocol
 
 from kvferry_daemon.core import outside as out
@@ -17,6 +19,9 @@ from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.fields import ErrorInfo
 
 TOLD_A_S = 10  # who sends too much is told so often, and is not read in between
+LONG_S = 0.02  # of the loop's time: more than all but the fullest frames of a daemon take
+LONG_COSTS = 3.0  # what a message takes beyond that, its sender pays for so many times
+OWED_MAX_S = 2.0  # but no more at once: a link that is silent for longer is lost
 FLOOD_S = 2.0  # of a source that goes on, whatever we leave unread; then its link is dropped
 PAUSE_S = 0.5  # without a message too many: it has stopped
 log = logging.getLogger(__name__)
@@ -103,13 +108,17 @@ class Inbound:
             if self._is_to_be_told("peer", who):
                 self._refuse_peer(frames[0], self._over(wait_s))
             return
+        with self._paid_by(self._peers, who):
+            self._read_peer(frames, name, key)
+
+    def _read_peer(self, frames: list[bytes], name: str, key: str) -> None:
         try:
             message = peer.MESSAGES.decode(single(frames))
         except FerryError as error:
             self._node.counters["bad_messages_peer"] += 1
             self._refuse_peer(frames[0], error)
             return
-        self._feed(out.SinkSaid(frames[0], message, name))
+        self._feed(out.SinkSaid(frames[0], message, name, key))
 
     def _refuse_peer(self, route: bytes, error: FerryError) -> None:
         boot_id = self._node.settings.boot_id
@@ -129,6 +138,10 @@ class Inbound:
         if self._sources.wait_s(address, self._now_s()):
             self._on_too_many(address)
             return
+        with self._paid_by(self._sources, address):
+            self._read_source(address, frames)
+
+    def _read_source(self, address: str, frames: list[bytes]) -> None:
         try:
             message = peer.MESSAGES.decode(single([b"", *frames]))
         except FerryError as error:
@@ -139,6 +152,15 @@ class Inbound:
         self._feed(out.SourceSaid(address, message))
 
     # --- rates ---
+
+    @contextmanager
+    def _paid_by(self, rates: Allowances, who: str | bytes) -> Iterator[None]:
+        """Who holds the loop up for long counts as having sent that many more messages."""
+        begun_s = thread_time()
+        yield
+        over_s = thread_time() - begun_s - LONG_S
+        if over_s > 0:
+            rates.owe(who, min(LONG_COSTS * over_s, OWED_MAX_S) * self._messages_a_s)
 
     def _on_too_many(self, address: str) -> None:
         """A source is told nothing, since it asks nothing: the log is, and its link goes at last."""
@@ -164,7 +186,9 @@ class Inbound:
         return True
 
     def _over(self, wait_s: float) -> FerryError:
-        words = f"more than {self._messages_a_s:g} messages a second from one sender"
+        words = (
+            f"more than {self._messages_a_s:g} messages a second from one sender, or as much work"
+        )
         return exhausted(words, wait_s)
 
 

@@ -13,7 +13,7 @@ from kvferry_daemon.core.events import Timing
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.records import HOST, DaemonRecord
-from kvferry_daemon.core.tenants import ALL, pool_id_of, tenant_in
+from kvferry_daemon.core.tenants import ALL, pool_id_of, tenant_in, uid_in
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
 
@@ -79,6 +79,10 @@ def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
         tenant = tenant_in(pool.pool_id)
         if (tenant == ALL) != (config.tenant == "off"):
             raise LedgerWrong(f"tenant is {config.tenant} now, and was otherwise")
+        try:
+            uid_in(pool.pool_id)
+        except ValueError as error:
+            raise LedgerWrong(str(error)) from error
         if pool.device != HOST:
             continue  # lost; nothing of it lies here
         path, size = directory.pools / pool.pool_id, pool.blocks * pool.layout.block_bytes

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.core.sink_streams import TICKET_S
 from kvferry_daemon.logs import about
 from kvferry_daemon.probe import split_address
 from kvferry_daemon.transports.nixl.agent import Memory
@@ -25,7 +26,6 @@ from kvferry_daemon.transports.tcp.tls import Certificate
 from kvferry_proto.peer import PARTS_MAX, Transport
 
 CONNECT_S = 5.0
-TICKET_S = 10.0
 CONNECTS_MAX = 256  # threads come only as they are needed: a few sick sources must not fill them
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,8 @@ class Streams:
 
     def admit(self, effect: out.Admit) -> None:
         """Let one connection in that shows the ticket."""
-        self.listener.admit(effect.ticket, (effect.key, effect.transport), TICKET_S)
+        stream = effect.key.peer, effect.key.stream
+        self.listener.admit(effect.ticket, (effect.key, effect.transport), TICKET_S, stream)
 
     def transmit(self, effect: out.Transmit, place: Place, blocks: Blocks | None) -> bool:
         """Queue an extent; False if the connection is gone (its end is an event of its own)."""

@@ -8,8 +8,9 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from attacks.scene import without
+from attacks.scene import ends, without
 from kvferry_daemon.keys import TRUSTED, new_key, trust
+from kvferry_daemon.transports.tcp.listener import connect as connect_data
 from kvferry_proto import peer, worker
 from kvferry_proto.states import Role, State
 from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
@@ -84,6 +85,28 @@ def test_a_key_that_is_not_trusted_any_more_is_served_no_more(tmp_path: Path) ->
             if defence is None:
                 assert answer.error.code == "not_trusted"
                 assert greet(daemon, secret) == "nothing"
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["the peer goes", "it has a new key"])
+def test_a_key_that_is_not_trusted_any_more_has_no_data_connection(
+    tmp_path: Path, kept: bool
+) -> None:
+    """What was asked for on it went out for as long as it lasted, to whoever had got the key."""
+    (friend, secret), (newer, _) = a_key(), a_key()
+    for defence, is_closed in (("connections_outlive_trust", False), (None, True)):
+        keys = tmp_path / f"keys of {defence}"
+        keys_of(keys, friend=friend)
+        with without(defence)(tmp_path / str(defence), keys_dir=keys) as daemon:
+            one = RawPeer(daemon.address, secret)
+            hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+            one.source = one.say(hello).boot_id
+            ticket = one.say(peer.OpenStream(stream=0, connection=0, **one.boots()))
+            data = connect_data("127.0.0.1", ticket.port, ticket.ticket, WAIT_S)
+            (keys / TRUSTED).write_text(f"friend {newer}\n" if kept else "")
+            data.settimeout(WAIT_S if is_closed else SILENT_MS / 1000)
+            assert ends(data) is is_closed
+            data.close()
+            one.close()
 
 
 def test_a_key_that_comes_to_be_trusted_needs_no_restart(tmp_path: Path) -> None:

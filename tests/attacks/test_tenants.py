@@ -1,6 +1,7 @@
 """Workers of one group that do not trust each other: one pool a user. Needs root, to be them."""
 
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import pytest
 
 from attacks.scene import NOBODY, OTHER, WAIT_S, started, stranger, without
 from cli.processes import kvferry
+from kvferry_daemon.core.records import RECORDS, PoolRecord
+from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.memory.opened import ACL, check_lists
 from kvferry_proto import worker
 from kvferry_proto.states import TERMINAL, Role, State
@@ -155,6 +158,31 @@ def test_a_life_that_tells_them_apart_otherwise_goes_on_with_nothing(
             assert again.transfers("t") == []
             assert [one for one in (again.directory / "pools").iterdir() if not one.suffix] == []
             again.wait_for_log("tenant is")
+
+
+def test_a_pool_of_a_tenant_that_there_cannot_be_does_not_keep_the_daemon_down(
+    place: Path,
+) -> None:
+    """The ledger's row of it ended the daemon's start, each time anew."""
+    with LiveDaemon(place / "a", **APART) as daemon, kept(daemon):
+        daemon.process.kill()
+        daemon.process.wait()
+        rows = dict(rows_of(daemon.directory / "ledger.db"))
+        [pool] = [one for one in map(RECORDS.decode, rows.values()) if isinstance(one, PoolRecord)]
+        wrong = pool.model_copy(update={"pool_id": f"{pool.layout.digest.hex()}-foo"})
+        files = daemon.directory / "pools"
+        (files / pool.pool_id).rename(files / wrong.pool_id)
+        db = sqlite3.connect(daemon.directory / "ledger.db")
+        with db:
+            db.execute("DELETE FROM rows WHERE name != 'daemon'")
+            row = (f"pool:{wrong.pool_id}", RECORDS.encode(wrong))
+            db.execute("INSERT INTO rows VALUES (?, ?)", row)
+        db.close()
+        daemon.stop()
+        with LiveDaemon(place / "a", **APART) as again:
+            again.wait_for_log("is of no tenant that there can be")
+            assert (again.directory / "ledger.bad.db").exists()
+            assert thief(again, "map_all") == "16 blocks"
 
 
 def test_a_tenant_is_served_in_its_own_pool_as_ever(place: Path) -> None:

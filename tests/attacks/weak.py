@@ -15,18 +15,22 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
-from kvferry_daemon.core import sink_daemons
+from kvferry_daemon.core import sink_daemons, sink_streams, source
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
+from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.openings import Openings
+from kvferry_daemon.core.outside import Admit
 from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
+from kvferry_daemon.streams import Streams
 from kvferry_proto.errors import FerryError
 
 
@@ -88,6 +92,7 @@ def any_key_will_do() -> None:
 
 def trust_lasts() -> None:
     """A key that was trusted once is trusted for as long as its connection lasts."""
+    connections_outlive_trust()
     plain = Keys.name_of
     known: dict[str, str] = {}
 
@@ -98,6 +103,11 @@ def trust_lasts() -> None:
         return known.get(key)
 
     replace(Keys, "name_of", name_of)
+
+
+def connections_outlive_trust() -> None:
+    """Data connections stay whatever becomes of the key that they were opened with."""
+    replace(SourceDesk, "on_trust_changed", lambda _self, _event: None)
 
 
 def peers_say_who_they_are() -> None:
@@ -190,10 +200,48 @@ def any_number_of_frames() -> None:
     replace(zmq_link, "FRAMES_MAX", 1 << 30)
 
 
+def streams_are_free() -> None:
+    """A data stream may have many connections at once, and a peer as many as it likes."""
+    replace(sink_streams, "OF_ONE_MAX", 1 << 30)
+    plain = sink_streams.SinkStreams.came
+
+    def came(self: sink_streams.SinkStreams, key: StreamKey, whose: str) -> bool:
+        plain(self, key, whose)
+        return True
+
+    replace(sink_streams.SinkStreams, "came", came)
+    replace(sink_streams.SinkStreams, "before", lambda _self, _key: [])
+
+    def admit(self: Streams, effect: Admit) -> None:
+        self.listener.admit(effect.ticket, (effect.key, effect.transport), sink_streams.TICKET_S)
+
+    replace(Streams, "admit", admit)
+
+
+def wants_are_queued() -> None:
+    """What is wanted on a connection that is not open reaches the transfer."""
+    replace(SourceDesk, "_servable", lambda _self, _sink, pulls: pulls)
+    replace(source, "READING_MAX", 1 << 30)
+
+
+def anybody_ends_sources() -> None:
+    """Whoever says that a transfer has arrived is believed, if nobody else has pulled it."""
+
+    def may_end(_self: SourceDesk, transfer: Any, sink: Any, _state: Any) -> bool:
+        return transfer.sink_daemon in (None, sink.daemon_id)
+
+    replace(SourceDesk, "_may_end", may_end)
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
     replace(door.HttpDoor, "answer", lambda _self, request, handler: handler(request))
+
+
+def any_host() -> None:
+    """By HTTP the daemon answers under whatever name it is asked."""
+    replace(door, "is_ours", lambda _said, _host: True)
 
 
 def handshakes_last() -> None:
@@ -238,6 +286,7 @@ WEAK: dict[str, Callable[[], None]] = {
         tenants_meet,
         any_key_will_do,
         trust_lasts,
+        connections_outlive_trust,
         peers_say_who_they_are,
         files_are_open,
         audit_shares_the_log,
@@ -249,7 +298,11 @@ WEAK: dict[str, Callable[[], None]] = {
         no_gate,
         no_pressure,
         any_number_of_frames,
+        streams_are_free,
+        wants_are_queued,
+        anybody_ends_sources,
         open_http,
+        any_host,
         handshakes_last,
         handover,
     )

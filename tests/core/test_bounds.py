@@ -3,7 +3,7 @@
 import pytest
 
 from kvferry_daemon.core.allowance import NAMES_MAX, Allowances
-from kvferry_daemon.core.crowd import ANYBODY, BAR_S, Bounds, Crowd
+from kvferry_daemon.core.crowd import ANYBODY, BAR_S, MANY, Bounds, Crowd
 
 
 def test_a_second_of_them_may_come_at_once_and_then_no_faster_than_they_grow_back() -> None:
@@ -76,6 +76,20 @@ def test_connections_a_second_are_bounded() -> None:
 def test_who_is_not_known_has_only_the_bounds_of_all() -> None:
     crowd = a_crowd(of_one=1, of_one_a_s=1)
     assert [crowd.arrived(n, ANYBODY, 0.0) for n in range(5)] == [""] * 5
+
+
+def test_processes_of_one_user_that_have_no_number_may_have_half_of_all() -> None:
+    """Workers in pods of their own are many; but one of them must not keep other users out."""
+    crowd, pods, others = a_crowd(at_once=8, of_one=2), f"{MANY}1000", f"{MANY}1001"
+    told = [crowd.arrived(number, pods, 0.0) for number in range(5)]
+    assert told == ["", "", "", "", f"{pods}: over 4 connections at once"]
+    assert [crowd.arrived(10 + number, others, 0.0) for number in range(4)] == [""] * 4
+    crowd = a_crowd(a_s=6, of_one_a_s=1)
+    assert [bool(crowd.arrived(number, pods, 0.0)) for number in range(4)] == [False] * 3 + [True]
+    assert crowd.arrived(9, others, 0.0) == ""
+    crowd.bar(pods, 0.0)
+    assert crowd.arrived(10, pods, 1.0) == f"{pods}: has to stay away for {BAR_S:g} s"
+    assert crowd.arrived(11, others, 1.0) == ""
 
 
 def test_who_was_thrown_out_stays_away_for_a_while() -> None:

@@ -3,8 +3,9 @@
 from core.stories import Story
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key, StreamKey
-from kvferry_daemon.core.shape import shapes
+from kvferry_daemon.core.shape import planned
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
+from kvferry_daemon.core.sink_streams import CONNECTIONS_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, State
@@ -88,7 +89,8 @@ def test_what_is_kept_of_sinks_is_bounded() -> None:
         node.handle(out.SinkSaid(b"route", ask), 0.0)
         if number == 0:
             node.handle(out.SourceStreamUp(StreamKey(boot, 0, 1)), 0.0)
-    assert len(node.sources._newest) <= SINKS_MAX
+    assert len(node.sources.streams._newest) <= SINKS_MAX
+    assert len(node.sources.streams._tickets) <= CONNECTIONS_MAX
 
 
 def test_a_stream_of_a_sink_that_was_forgotten_is_closed() -> None:
@@ -185,11 +187,11 @@ def test_a_sink_has_one_shape_for_as_long_as_it_lives() -> None:
             layout=kind,
         )
 
-    before = shapes.cache_info().misses
+    before = planned.cache_info().misses
     pulls = [pull(1, 3), pull(2, 5), pull(3, 7)]
     said = peer.Pulls(source_boot_id="a" * 16, sink_boot_id="c" * 16, pulls=pulls)
     world.feed("a", out.SinkSaid(b"c", said))
-    assert shapes.cache_info().misses == before + 1
+    assert planned.cache_info().misses == before + 1
 
 
 def test_a_retry_by_another_user_does_not_end_somebodys_transfer() -> None:

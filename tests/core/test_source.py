@@ -15,6 +15,7 @@ from core.test_source_table import (
     want,
 )
 from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.source import READING_MAX
 from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, State
 
@@ -114,6 +115,19 @@ def test_an_extent_goes_out_once_on_each_connection() -> None:
     assert served(after(source, pulled(4, 0, want(0), want(0, 8)))) == []
     again = of(after(source, pulled(5, 0, want(0, 4, OTHER))), ev.Serve)
     assert [(one.key, one.handle) for one in again] == [(OTHER, 7)]
+
+
+def test_a_sink_has_so_many_chunks_under_way_and_no_more() -> None:
+    """Every event looks at each of them; a sink claims a quarter of that at once."""
+    source = source_in(State.WAITING_FOR_INPUT)
+    after(source, ready(8))
+    keys = [ev.StreamKey(KEY.peer, 0, number) for number in range(READING_MAX + 5)]
+    wants = [want(0, 4, key) for key in keys]
+    sent = served(after(source, pulled(2, 0, *wants[:-5]), pulled(3, 0, *wants[-5:])))
+    assert len(sent) == source.chunks_under_way == READING_MAX
+    assert len(source.streams) == READING_MAX  # nothing is kept of those that were dropped
+    after(source, ev.StreamDown(keys[0]))
+    assert len(served(after(source, pulled(4, 0, wants[-1])))) == 1
 
 
 def test_after_a_connection_has_ended_its_books_are_closed() -> None:

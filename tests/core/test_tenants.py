@@ -104,3 +104,11 @@ def test_a_tenant_whose_worker_has_left_is_ended_by_nobody_elses_attempt() -> No
     again = world.call("a", OTHER, worker.Send(transfer_id="t", attempt=1), ANOTHER_USER)
     assert again.error.code == Code.NOT_YOUR_TRANSFER
     assert not source.ended
+
+
+@pytest.mark.parametrize(
+    "tenant", ["foo", "uid", "uid-1", "uid1x", "uid 1", "uid01", f"uid{1 << 32}"]
+)
+def test_a_pool_of_a_tenant_that_there_cannot_be_has_no_user(tenant: str) -> None:
+    with pytest.raises(ValueError, match="no tenant that there can be"):
+        uid_in(f"{'0' * 32}-{tenant}")

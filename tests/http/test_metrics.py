@@ -21,6 +21,7 @@ def not_asked() -> NoReturn:
 def collector(world: World) -> NodeCollector:
     """Of the source's daemon."""
     facts = Facts(
+        host="127.0.0.1",
         now_s=lambda: world.now_s,
         insecure=False,
         status=not_asked,

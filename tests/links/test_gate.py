@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from kvferry_daemon.core.crowd import Bounds, Crowd
-from kvferry_daemon.links.gate import Gate
+from kvferry_daemon.core.crowd import MANY, Bounds, Crowd
+from kvferry_daemon.links.gate import Gate, source_named
 
 WAIT_S = 5.0
 
@@ -145,6 +145,20 @@ def test_who_is_thrown_out_is_who_sent_it_and_not_who_has_his_number_now(house: 
         with plain(house) as other:
             assert is_cut(other)
         dealer.close(linger=0)
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("localhost:1000:9:42", "pid 42 of uid 1000"),
+        ("localhost:1000:9:0", f"{MANY}1000"),  # of a container: the kernel tells no more
+        ("10.0.0.7", "10.0.0.7"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("2001:db8::7", "2001:db8::/64"),
+    ],
+)
+def test_who_a_message_is_from(address: str, source: str) -> None:
+    assert source_named(address) == source
 
 
 class Faulty(Crowd):

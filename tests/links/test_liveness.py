@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry_daemon.links import liveness as module
 from kvferry_daemon.links.liveness import KEPT_MAX, UNSEEN_S, Liveness
 
 
@@ -115,6 +116,34 @@ def test_a_lock_that_nobody_holds_is_swept_once_it_is_old(
     liveness.sweep()
     assert os.listdir(tmp_path) == ["new"]
     assert descriptors() == before
+
+
+def test_a_lock_from_the_future_is_swept_as_well(liveness: Liveness, tmp_path: Path) -> None:
+    """A worker gives its files what time it likes, and would fill the directory for good."""
+    (tmp_path / "future").touch()
+    os.utime(tmp_path / "future", (1 << 33, 1 << 33))
+    (tmp_path / "new").touch()
+    liveness.sweep()
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_beat_looks_at_so_many_files_and_comes_to_all(
+    liveness: Liveness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing a million of them held the loop up for seconds, each beat."""
+    monkeypatch.setattr(module, "SCAN_MAX", 10)
+    for number in range(35):
+        (tmp_path / f"old{number}").touch()
+        age(tmp_path / f"old{number}")
+    left = []
+    for _ in range(5):
+        liveness.sweep()
+        left.append(len(os.listdir(tmp_path)))
+    assert left == [25, 15, 5, 0, 0]
+    (tmp_path / "later").touch()
+    age(tmp_path / "later")
+    liveness.sweep()
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_held_watched_or_no_file_is_not_swept(liveness: Liveness, tmp_path: Path) -> None:

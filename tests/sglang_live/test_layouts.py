@@ -101,6 +101,8 @@ def test_planes_that_differ_are_told_by_name(tmp_path: Path) -> None:
 
 def test_what_cannot_be_done_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    options = {"disaggregation_enable_kv_checksum": True}
-    with Engine(tmp_path / "log", model, "prefill", tmp_path, **options) as engine:
+    asked = Engine(
+        tmp_path / "log", model, "prefill", tmp_path, disaggregation_enable_kv_checksum=True
+    )
+    with asked as engine:
         assert "kvferry checks bytes itself" in engine.wait_for_end()

@@ -276,6 +276,8 @@ class Life:
             self.receivers[effect.key].close()
 
     def _admit(self, effect: out.Admit) -> None:
+        slot = effect.key[:2]  # an earlier ticket of the same stream is good no more
+        self.tickets = {one: it for one, it in self.tickets.items() if it[0][:2] != slot}
         self.tickets[effect.ticket] = (effect.key, self.machine.local_s + streams.TICKET_S)
 
     def _expel(self, effect: out.Expel) -> None:

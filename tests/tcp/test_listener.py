@@ -21,6 +21,7 @@ from kvferry_daemon.transports.tcp.listener import (
     HANDSHAKES_MAX,
     HANDSHAKES_OF_ONE,
     ConnectError,
+    Listener,
     connect,
 )
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
@@ -77,6 +78,16 @@ def test_only_within_one_address_the_hosts_congestion_control_is_not_used(host: 
         assert [congestion_control(end) for end in ends] == [wanted, wanted]
     finally:
         door.close()
+
+
+def test_the_kernel_looks_whether_the_other_host_is_still_there(door: Door) -> None:
+    """Nothing else ends a connection on which nobody sends, with its thread and its buffers."""
+    door.listener.admit(TICKET, "key", WAIT_S)
+    for end in (door.connect(TICKET), door.opened().sock):
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        first_s, next_s, times = (end.getsockopt(socket.IPPROTO_TCP, one) for one in options)
+        assert first_s + times * next_s <= 20
 
 
 # --- tickets ---
@@ -136,6 +147,19 @@ def test_a_ticket_admits_one_connection(door: Door) -> None:
     assert door.events.empty()
     event.sock.sendall(b"!")
     assert first.recv(1) == b"!"  # and the second one did not disturb it
+
+
+def test_a_newer_ticket_of_a_stream_ends_the_earlier_one(door: Door) -> None:
+    """Whatever connection they are for: else one could collect them, and show all at once."""
+    door.listener.admit(TICKET, ("link", 0, 1), WAIT_S, ("link", 0))
+    door.listener.admit(OTHER, ("link", 0, 2), WAIT_S, ("link", 0))
+    door.listener.admit(bytes(32), ("link", 1, 1), WAIT_S, ("link", 1))
+    with pytest.raises(ConnectError, match="refused the ticket"):
+        door.connect(TICKET)
+    door.connect(OTHER)
+    assert door.opened().key == ("link", 0, 2)
+    door.connect(bytes(32))
+    assert door.opened().key == ("link", 1, 1)
 
 
 def test_of_many_that_show_one_ticket_at_once_one_comes_in(door: Door) -> None:
@@ -223,39 +247,77 @@ def test_what_is_no_greeting_is_closed_without_an_answer(door: Door, greeting: b
 @pytest.mark.parametrize("how", ["they time out", "they hang up"])
 def test_half_open_connections_do_not_stop_a_good_one_later(door: Door, how: str) -> None:
     idle = [door.dial() for _ in range(HANDSHAKES_OF_ONE + 8)]
-    over = idle[HANDSHAKES_OF_ONE:]  # accepted in order, so these found no room
-    assert all(ended(sock, WAIT_S) for sock in over)
+    assert all(ended(sock, WAIT_S) for sock in idle[:8])  # they had to make room
     if how == "they time out":
         assert all(ended(sock, WAIT_S) for sock in idle)
     for sock in idle:
         sock.close()
-    for thread in greeters():
-        thread.join(WAIT_S)
+    wait_for_half_open(door, 0)
     door.listener.admit(TICKET, "key", WAIT_S)
     door.connect(TICKET)
     assert door.opened().key == "key"
 
 
-def test_one_host_cannot_keep_others_from_their_handshakes(
-    monkeypatch: pytest.MonkeyPatch,
+def refuse_the_newest(listener: Listener) -> None:
+    """What would be simpler: nobody has to make room."""
+    plain = listener._begin
+
+    def begin(sock: socket.socket, host: str) -> int:
+        if len(listener._half_open) >= module.HANDSHAKES_MAX:
+            raise OSError("full")
+        return plain(sock, host)
+
+    setattr(listener, "_begin", begin)  # noqa: B010  # mypy would not have it replaced
+
+
+@pytest.mark.parametrize("hosts", [1, HANDSHAKES_MAX], ids=["one host", "many hosts"])
+def test_silent_strangers_cannot_keep_anybody_out(
+    hosts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for of_one, comes_in in ((HANDSHAKES_MAX, False), (HANDSHAKES_OF_ONE, True)):
-        monkeypatch.setattr(module, "HANDSHAKES_OF_ONE", of_one)
+    """They know no ticket, and may come from as many addresses as they like."""
+    monkeypatch.setattr(module, "AGAIN_S", 0.001)
+    for defence, comes_in in ((False, False), (True, True)):
+        if not defence:
+            monkeypatch.setattr(module, "HANDSHAKES_OF_ONE", HANDSHAKES_MAX)
         door = Door(host="0.0.0.0")
-        for _ in range(HANDSHAKES_MAX + 1):
-            door.dial()
-        assert ended(door.clients[-1], WAIT_S)  # accepted in order: by now there is no more room
-        door.listener.admit(TICKET, "key", WAIT_S)
+        if not defence:
+            refuse_the_newest(door.listener)
         address = (HOST, door.listener.port)
-        with socket.create_connection(address, WAIT_S, source_address=("127.0.0.2", 0)) as other:
-            other.settimeout(WAIT_S)
-            other.sendall(pack_greeting(TICKET))
+        silent = [
+            socket.create_connection(address, WAIT_S, (f"127.0.1.{1 + number % hosts}", 0))
+            for number in range(HANDSHAKES_MAX + 4)
+        ]
+        assert ended(silent[0 if defence else -1], WAIT_S)  # by now there is no more room
+        door.listener.admit(TICKET, "key", WAIT_S)
+        with socket.create_connection(address, WAIT_S, ("127.0.0.2", 0)) as good:
+            good.settimeout(WAIT_S)
             answer = b""
             with contextlib.suppress(ConnectionError):
-                answer = other.recv(ACCEPT_BYTES, socket.MSG_WAITALL)
+                good.sendall(pack_greeting(TICKET))
+                answer = good.recv(ACCEPT_BYTES, socket.MSG_WAITALL)
             assert bool(answer) is comes_in
-        assert door.listener.refused >= 1
+        assert len(door.listener._half_open) <= HANDSHAKES_MAX
+        assert door.listener.refused >= 4 or not defence
+        for one in silent:
+            one.close()
         door.close()
+        monkeypatch.undo()
+
+
+def test_a_handshake_that_made_room_does_not_end_who_came_in_its_place(door: Door) -> None:
+    """Its thread tells of its end later, when its number may be another one's."""
+    for _ in range(4):
+        idle = [door.dial() for _ in range(2 * HANDSHAKES_OF_ONE)]
+        assert all(ended(sock, WAIT_S) for sock in idle[:HANDSHAKES_OF_ONE])
+        wait_for_half_open(door, HANDSHAKES_OF_ONE)
+
+
+def wait_for_half_open(door: Door, handshakes: int) -> None:
+    """Until that many are under way, each with its thread."""
+    until_s = time.monotonic() + WAIT_S
+    while not (len(door.listener._half_open) == len(greeters()) == handshakes):
+        assert time.monotonic() < until_s, (door.listener._half_open, greeters())
+        time.sleep(0.005)
 
 
 # --- the end ---

@@ -14,7 +14,12 @@ import pytest
 from kvferry_daemon.transports.tcp import events as te
 from kvferry_daemon.transports.tcp import listener as module
 from kvferry_daemon.transports.tcp import tls
-from kvferry_daemon.transports.tcp.listener import HANDSHAKES_MAX, ConnectError, connect
+from kvferry_daemon.transports.tcp.listener import (
+    HANDSHAKES_MAX,
+    HANDSHAKES_OF_ONE,
+    ConnectError,
+    connect,
+)
 from kvferry_daemon.transports.tcp.receiver import StreamReceiver
 from kvferry_daemon.transports.tcp.sender import SendJob, StreamSender
 from kvferry_daemon.transports.tcp.tls import Certificate, TlsSocket, connect_tls
@@ -178,6 +183,16 @@ def test_half_open_handshakes_do_not_stop_a_good_one_later(door: Door) -> None:
     door.listener.admit(TICKET, "key", WAIT_S)
     door.connect(TICKET)
     assert door.opened().key == "key"
+
+
+def test_a_handshake_under_tls_makes_room_too(door: Door) -> None:
+    """Its thread waits in OpenSSL, on a socket that is another object by then."""
+    idle = [door.dial() for _ in range(HANDSHAKES_OF_ONE)]
+    for one in idle:
+        one.sendall(client_hello()[:100])
+    late = [door.dial() for _ in range(4)]
+    assert all(ended(sock, WAIT_S / 4) for sock in idle[:4])
+    assert not ended(late[-1], SHORT_S / 4)
 
 
 @pytest.mark.usefixtures("short")

@@ -6,16 +6,23 @@ from typing import NamedTuple
 from kvferry_daemon.core.allowance import Allowances
 
 ANYBODY = ""
+MANY = "processes without a number, uid "  # a source of all that one user has elsewhere
 BAR_S = 10.0
 
 
 class Bounds(NamedTuple):
-    """Of one socket: of all who connect, and of one of them."""
+    """Of one socket: of all who connect, and of one of them. MANY may have half of the first."""
 
     at_once: int
     of_one: int
     a_s: float
     of_one_a_s: float
+
+    def of(self, source: str) -> tuple[int, float]:
+        """What this source may have at once, and a second."""
+        if source.startswith(MANY):
+            return self.at_once // 2, self.a_s / 2
+        return self.of_one, self.of_one_a_s
 
 
 class Crowd:
@@ -28,6 +35,7 @@ class Crowd:
         self._barred: dict[str, float] = {}  # until when
         self._all = Allowances(bounds.a_s)
         self._each = Allowances(bounds.of_one_a_s)
+        self._many = Allowances(bounds.a_s / 2)
 
     def __len__(self) -> int:
         return len(self._of)
@@ -44,14 +52,16 @@ class Crowd:
         """
         self.left(number)  # its number was given out again, so it has ended
         bounds, is_known = self.bounds, source != ANYBODY
+        at_once, a_s = bounds.of(source)
+        rates = self._many if source.startswith(MANY) else self._each
         if self._barred and self._is_barred(source, now_s):
             return f"{source}: has to stay away for {BAR_S:g} s"
-        if is_known and self._each.wait_s(source, now_s):
-            return f"{source}: over {bounds.of_one_a_s:g} connections a second"
+        if is_known and rates.wait_s(source, now_s):
+            return f"{source}: over {a_s:g} connections a second"
         if self._all.wait_s(ANYBODY, now_s):
             return f"over {bounds.a_s:g} connections a second"
-        if is_known and self._counts[source] >= bounds.of_one:
-            return f"{source}: over {bounds.of_one} connections at once"
+        if is_known and self._counts[source] >= at_once:
+            return f"{source}: over {at_once} connections at once"
         if len(self._of) >= bounds.at_once:
             return f"over {bounds.at_once} connections at once"
         self._of[number] = source

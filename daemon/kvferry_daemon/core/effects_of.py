@@ -224,7 +224,7 @@ class EffectDesk:
 
     def _serve(self, transfer: SourceTransfer, effect: ev.Serve) -> None:
         node = self._node
-        if not (effect.key.is_here or node.sources.is_open(effect.key)):
+        if not (effect.key.is_here or node.sources.streams.reads(effect.key, transfer.key)):
             node.post(transfer.key, ev.StreamDown(effect.key))  # what it was asked on is closed
             return
         chunk = (transfer.key, effect.part, effect.first_token, effect.tokens)

@@ -161,6 +161,7 @@ class Node:
             out.SourceStreamUp: self.sources.on_stream_up,
             out.SourceStreamDown: self.sources.on_stream_down,
             out.ChunkSent: self.sources.on_sent,
+            out.TrustChanged: self.sources.on_trust_changed,
             out.Restored: lambda event: restore(self, event.past),
             out.DrainBegun: self._on_drain_begun,
             out.DrainEnded: self._on_drain_ended,
@@ -336,6 +337,8 @@ class Node:
         self.notes.stone(key)
         self._effects_of.forget(transfer)
         self.sinks.forget(key)
+        if isinstance(transfer, SourceTransfer):
+            self.sources.forget(transfer)
         del self.transfers[key]
         self.census.gone(key)
         for secret in sessions:

@@ -98,12 +98,20 @@ class SourceSaid:
 class SinkSaid:
     """A message of a daemon that pulls from us; answers go to ``route``.
 
-    ``peer``: the name under which its key is trusted; empty where daemons talk in clear.
+    ``peer``: the name under which its ``key`` is trusted; both empty where daemons talk in clear.
     """
 
     route: bytes
     message: peer.PeerMessage
     peer: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustChanged:
+    """Other keys are trusted now: these."""
+
+    keys: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +223,7 @@ NodeEvent = (
     WorkerCalled | LockDropped | PoolMade | PoolNotMade | PoolBroken | Zeroed | SourceSaid | SinkSaid
     | Probed | SinkStreamUp | SinkStreamDown | SourceStreamUp | SourceStreamDown | ChunkReceived
     | ChunkMissed | ChunkDrained | ChunkSent | Restored | DrainBegun | DrainEnded
-    | TransfersAborted | TimePassed
+    | TransfersAborted | TrustChanged | TimePassed
 )  # fmt: skip
 
 

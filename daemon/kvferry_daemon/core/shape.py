@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from kvferry_proto.errors import FerryError
 from kvferry_proto.layout import Layout
 from kvferry_proto.parts import SideSlice, check_ranks, is_plain, plan, wire_block_tokens
 
@@ -41,9 +42,24 @@ class Side:
         return cls(layout.digest, ranks, layout)
 
 
-@lru_cache(CACHED)
 def shapes(source: Side, sink: Side) -> tuple[Shape, Shape]:
     """The source's and the sink's; FerryError(layout_mismatch) where the two do not fit."""
+    found = planned(source, sink)
+    if isinstance(found, FerryError):
+        raise FerryError(found.code, found.message)
+    return found
+
+
+@lru_cache(CACHED)
+def planned(source: Side, sink: Side) -> tuple[Shape, Shape] | FerryError:
+    """The same; that they do not fit took as long to find out, and is kept as well."""
+    try:
+        return _plan(source, sink)
+    except FerryError as error:
+        return FerryError(error.code, error.message)  # without its traceback, which holds frames
+
+
+def _plan(source: Side, sink: Side) -> tuple[Shape, Shape]:
     pair = (source.layout, source.ranks, sink.layout, sink.ranks)
     if is_plain(*pair):
         plain = whole_blocks(source.layout.block_size_tokens, source.ranks)

@@ -29,6 +29,12 @@ class SinkDaemon:
     peer: str = ""  # the name under which its key is trusted
     news: int = 0  # that it was told
     address: str = ""  # of its own peer socket, by its own word
+    key: str = ""  # that its newest message came with
+
+    @property
+    def whose(self) -> str:
+        """Who answers for it: the peer that its key is, or in clear what it says that it is."""
+        return self.peer or self.daemon_id
 
 
 class SinkDaemons:
@@ -75,9 +81,18 @@ class SinkDaemons:
         mine = [
             boot_id
             for boot_id, one in self._by_boot.items()
-            if (one.peer or one.daemon_id) == (peer or daemon_id) and boot_id not in over
+            if one.whose == (peer or daemon_id) and boot_id not in over
         ]
         return mine[: max(0, len(mine) - LINKS_OF_ONE)]
+
+    def distrust(self, trusted: frozenset[str]) -> list[str]:
+        """Forget the links whose keys are not among these; return their boot ids."""
+        over = [
+            boot_id for boot_id, one in self._by_boot.items() if one.key and one.key not in trusted
+        ]
+        for boot_id in over:
+            self._forget(boot_id)
+        return over
 
     def _forget(self, boot_id: str) -> None:
         daemon_id = self._by_boot.pop(boot_id).daemon_id

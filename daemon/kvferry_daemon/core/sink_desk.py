@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core.plans import Plans
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_proto import peer as wire
@@ -33,6 +34,7 @@ class SinkDesk:
         self._keys: dict[int, ev.Key] = {}
         self._next_handle = 0
         self._pulls: dict[str, list[wire.Pull]] = {}
+        self._plans = Plans()
 
     # --- transfers ---
 
@@ -111,17 +113,24 @@ class SinkDesk:
         key = ev.Key(Role.SINK, progress.transfer_id, progress.attempt)
         if key not in self._sinks_of.get(address, ()):
             return
-        if progress.layout is not None:
-            opening = node.transfers[key].opening
-            ours = Side.of(node.books[opening.pool_id].layout, opening.world_size)
-            try:
-                _, shape = shapes(Side.of(progress.layout, progress.world_size), ours)
-            except FerryError as error:
-                node.post(key, ev.Fail(error.code, error.message))
-            else:
-                node.post(key, ev.Shaped(shape))
+        if progress.layout is None:
+            node.post(key, ev.Heard(progress))
+        elif not node.transfers[key].ended:
+            self._on_layout(address, key, Side.of(progress.layout, progress.world_size))
+
+    def _on_layout(self, address: str, key: ev.Key, theirs: Side) -> None:
+        """The source's layout or ranks are not ours."""
+        node, opening = self._node, self._node.transfers[key].opening
+        ours = Side.of(node.books[opening.pool_id].layout, opening.world_size)
+        if not self._plans.may_make(address, theirs, ours, node.now_s):
+            node.counters["plans_refused"] += 1  # the next pull is answered the same
             return
-        node.post(key, ev.Heard(progress))
+        try:
+            _, shape = shapes(theirs, ours)
+        except FerryError as error:
+            node.post(key, ev.Fail(error.code, error.message))
+        else:
+            node.post(key, ev.Shaped(shape))
 
     def on_slept(self, for_s: float) -> None:
         """We stood still ourselves."""

@@ -19,6 +19,8 @@ from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.peer import Pull, Want
 from kvferry_proto.states import StallReason, State
 
+READING_MAX = 1024  # four times what a sink claims at once; every event looks at each of them
+
 
 class SourceTransfer(Transfer):
     """See the module's first lines.
@@ -83,6 +85,11 @@ class SourceTransfer(Transfer):
     def chunks_under_way(self) -> int:
         """Asked for, and not sent yet: somebody reads its blocks."""
         return len(self._reading)
+
+    @property
+    def streams(self) -> list[ev.StreamKey]:
+        """The connections that something was asked for on, and that have not ended."""
+        return list(self._served)
 
     # --- what must last ---
 
@@ -223,7 +230,7 @@ class SourceTransfer(Transfer):
 
     def _on_pulled(self, event: ev.Pulled) -> None:
         pull = event.pull
-        wrong = self._what_is_wrong(event)
+        wrong = self.what_is_wrong(event)
         if wrong is not None:
             self._emit(ev.SendProgress(pull.number, event.sink, ErrorInfo.of(*wrong)))
             return
@@ -243,7 +250,8 @@ class SourceTransfer(Transfer):
         self._told = self._news()
         self._emit(ev.SendProgress(pull.number, event.sink))
 
-    def _what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
+    def what_is_wrong(self, event: ev.Pulled) -> tuple[Code, str] | None:
+        """Why a pull is refused, if it is."""
         pull, start = event.pull, self.opening.start_tokens
         if self.sink_daemon not in (None, event.daemon):
             return Code.SINK_TAKEN, "another sink daemon receives this attempt"
@@ -268,7 +276,7 @@ class SourceTransfer(Transfer):
             return  # asked for token by token, a window would be a million pieces
         if first < max(self.window.base_tokens, self.sent_tokens) or end > self.servable_tokens:
             return  # an old pull, or one that asks beyond what was told
-        if want.part >= len(self.shape.ranks):
+        if want.part >= len(self.shape.ranks) or len(self._reading) >= READING_MAX:
             return
         key = ev.StreamKey(sink, want.stream, want.connection)
         served = self._served.setdefault(key, {}).setdefault(want.part, ExtentSet())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.deeds import Deed
+from kvferry_daemon.core.plans import Plans
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
+from kvferry_daemon.core.sink_streams import SinkStreams
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.transfer import NEVER_S
 from kvferry_daemon.core.ways import choose
 from kvferry_proto import peer as wire
@@ -20,13 +24,12 @@ from kvferry_proto.states import Role, State
 from kvferry_proto.versions import agree
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node
+    from kvferry_daemon.core.node import AnyTransfer, Node
 
 UNMET_MAX = 1 << 13  # 2 KiB each; those beyond are not promised anything, and ask again
 KEPT_LEASES = 2
+FRAME_WANTS_MAX = 4096  # a daemon sends no more: see sink_desk
 FRAME_PROGRESSES_MAX = 16  # so that the other daemon is not held up by one frame for long
-STREAMS_MAX_PER_SINK = wire.STREAMS_MAX
-TICKET_S = 10.0
 
 
 class SourceDesk:
@@ -35,8 +38,8 @@ class SourceDesk:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.daemons = SinkDaemons()
-        self._open: set[ev.StreamKey] = set()
-        self._newest: dict[tuple[str, int], int] = {}  # lowest connection that may still come
+        self.streams = SinkStreams()
+        self._plans = Plans()
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self.unmet_max = UNMET_MAX
@@ -64,7 +67,7 @@ class SourceDesk:
                 case wire.OpenStream():
                     self._on_open_stream(daemon, message)
                 case wire.Pulls():
-                    for pull in message.pulls:
+                    for pull in self._servable(sink, message.pulls):
                         self._on_pull(ev.Pulled(sink, daemon.daemon_id, pull))
                 case wire.Done():
                     self._on_done(daemon, message)
@@ -90,37 +93,43 @@ class SourceDesk:
         if getattr(message, "source_boot_id", None) != ours:
             raise FerryError(Code.DAEMON_RESTARTED, "the message is for an earlier life of mine")
         boot_id = str(getattr(message, "sink_boot_id", ""))
-        return self.daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
+        daemon = self.daemons.seen(boot_id, event.route, event.peer, self._node.now_s)
+        daemon.key = event.key
+        return daemon
 
     def _on_hello(self, event: out.SinkSaid, hello: wire.PeerHello) -> None:
         version = agree(hello.versions)
         for boot_id in self.daemons.hello(event.route, event.peer, hello, self._node.now_s):
             self._forget_sink(boot_id)
+        daemon = self.daemons.get(hello.boot_id)
+        if daemon is not None:
+            daemon.key = event.key
         welcome = wire.PeerWelcome(
             version=version, boot_id=self._node.settings.boot_id, sink_boot_id=hello.boot_id
         )
         self._node.effects.append(out.ToSink(event.route, welcome))
 
+    def on_trust_changed(self, event: out.TrustChanged) -> None:
+        """Whoever opened a data connection with a key that is not trusted any more has none."""
+        for boot_id in self.daemons.distrust(event.keys):
+            self._node.counters["links_distrusted"] += 1
+            self._forget_sink(boot_id)
+
     def _forget_sink(self, boot_id: str) -> None:
         self.transports.pop(boot_id, None)
-        for stream in range(STREAMS_MAX_PER_SINK):
-            self._newest.pop((boot_id, stream), None)
-        for key in sorted(key for key in self._open if key.peer == boot_id):
+        for key in self.streams.forget(boot_id):
             self._node.effects.append(out.Expel(key))
 
     def _on_open_stream(self, daemon: SinkDaemon, message: wire.OpenStream) -> None:
         """A new connection of a stream ends the earlier ones: one writer an extent."""
         sink = daemon.boot_id
-        slot = (sink, message.stream)
-        if message.connection < self._newest.get(slot, 0):
-            return
-        transport, why = choose(message.ways, self._node.ways)
-        self._newest[slot] = message.connection
-        self.transports[sink] = transport
-        for key in sorted(self._open):
-            if (key.peer, key.stream) == slot and key.connection < message.connection:
-                self._node.effects.append(out.Expel(key))
         key = ev.StreamKey(sink, message.stream, message.connection)
+        transport, why = choose(message.ways, self._node.ways)
+        if not self.streams.admit(key, daemon.whose, self._node.now_s):
+            return
+        self.transports[sink] = transport
+        for earlier in self.streams.before(key):
+            self._node.effects.append(out.Expel(earlier))
         ticket = self._node.new_secret()
         self._node.effects.append(out.Admit(key, ticket, transport))
         answer = wire.Ticket(
@@ -135,6 +144,21 @@ class SourceDesk:
             sink_boot_id=sink,
         )
         self._say(daemon, answer)
+
+    def _servable(self, sink: str, pulls: list[wire.Pull]) -> Iterator[wire.Pull]:
+        """Pulls without what is wanted on connections that are not open, or beyond what we send."""
+        room = FRAME_WANTS_MAX
+        for pull in pulls:
+            want = [
+                one
+                for one in pull.want
+                if ev.StreamKey(sink, one.stream, one.connection) in self.streams
+            ][:room]
+            room -= len(want)
+            if dropped := len(pull.want) - len(want):
+                self._node.counters["wants_dropped"] += dropped
+                pull = pull.model_copy(update={"want": want})
+            yield pull
 
     def _on_pull(self, event: ev.Pulled) -> None:
         node, sink, pull = self._node, event.sink, event.pull
@@ -159,17 +183,27 @@ class SourceDesk:
 
     def _on_pull_of_another_shape(self, key: ev.Key, event: ev.Pulled, ours: Side) -> None:
         """The sink's layout or ranks are not ours: both work out what goes where, once a life."""
-        pull = event.pull
+        node, pull, daemon = self._node, event.pull, self.daemons.get(event.sink)
+        transfer = node.transfers[key]
         assert pull.layout is not None
+        assert isinstance(transfer, SourceTransfer)
+        if transfer.ended or transfer.what_is_wrong(event) is not None:
+            node.post(key, event)  # which says so, without any work
+            return
+        theirs = Side.of(pull.layout, pull.world_size)
+        whose = "" if daemon is None else daemon.whose
+        if not self._plans.may_make(whose, ours, theirs, node.now_s):
+            node.counters["plans_refused"] += 1  # it asks again
+            return
         try:
-            shape, _ = shapes(ours, Side.of(pull.layout, pull.world_size))
+            shape, _ = shapes(ours, theirs)
         except FerryError as error:
             refusal = self.answer_without_transfer(key, pull.number)
             info = ErrorInfo.of_error(error)
             failed = {"state": State.FAILED, "known": True, "error": info}
             self.say_progress(event.sink, refusal.model_copy(update=failed))
             return
-        self._node.run_now(key, replace(event, shape=shape))  # no other one in the same frame
+        node.run_now(key, replace(event, shape=shape))  # no other one in the same frame
 
     def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
         """What a pull gets when no such attempt is open here."""
@@ -245,8 +279,10 @@ class SourceDesk:
         done = ev.Done(message.state, message.error)
         if transfer is None:
             self.done_without_transfer(key, done)
-        elif getattr(transfer, "sink_daemon", None) in (None, sink.daemon_id):
+        elif self._may_end(transfer, sink, message.state):
             self._node.run_now(key, done)
+        else:
+            self._node.counters["dones_dropped"] += 1
         noted = wire.DoneNoted(
             transfer_id=message.transfer_id,
             attempt=message.attempt,
@@ -254,6 +290,13 @@ class SourceDesk:
             sink_boot_id=sink.boot_id,
         )
         self._say(sink, noted)
+
+    def _may_end(self, transfer: AnyTransfer, sink: SinkDaemon, state: State) -> bool:
+        """One that nobody has pulled yet may have failed there, but not have arrived."""
+        by = getattr(transfer, "sink_daemon", None)
+        if state is State.SUCCESS:
+            return by == sink.daemon_id and transfer.total_tokens is not None
+        return by in (None, sink.daemon_id)
 
     def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
         """A late done, or one for an attempt that is still to be opened here."""
@@ -268,27 +311,23 @@ class SourceDesk:
 
     # --- streams ---
 
-    def is_open(self, key: ev.StreamKey) -> bool:
-        """Whether extents may be sent on it."""
-        return key in self._open
-
     def on_stream_up(self, event: out.SourceStreamUp) -> None:
-        """A sink's daemon has connected; no ticket admits another one under the same number."""
-        key = event.key
-        self._open.add(key)
-        if key.peer in self.daemons:
-            slot = (key.peer, key.stream)
-            self._newest[slot] = max(self._newest.get(slot, 0), key.connection + 1)
-        else:
-            self._node.effects.append(out.Expel(key))  # forgotten meanwhile
+        """A sink's daemon has connected; it may have asked for a newer one, or be forgotten."""
+        daemon = self.daemons.get(event.key.peer)
+        newest = self.streams.came(event.key, "" if daemon is None else daemon.whose)
+        if daemon is None or not newest:
+            self._node.counters["streams_expelled"] += 1
+            self._node.effects.append(out.Expel(event.key))
 
     def on_stream_down(self, event: out.SourceStreamDown) -> None:
         """No thread reads a block for it any more."""
-        self._open.discard(event.key)
         self._node.chronicle.stream_down(event.key)
-        for key in self._node.transfers:
-            if key.role is Role.SOURCE:
-                self._node.post(key, ev.StreamDown(event.key))
+        for key in self.streams.ended(event.key):
+            self._node.post(key, ev.StreamDown(event.key))
+
+    def forget(self, transfer: SourceTransfer) -> None:
+        """The transfer is gone."""
+        self.streams.forget_transfer(transfer.key, transfer.streams)
 
     def on_sent(self, event: out.ChunkSent) -> None:
         """An extent has left."""
@@ -336,7 +375,7 @@ class SourceDesk:
 
     def streams_of(self) -> Counter[str]:
         """How many data connections each sink has."""
-        return Counter(key.peer for key in self._open)
+        return self.streams.counted()
 
     # --- housekeeping ---
 

@@ -3,6 +3,7 @@
 A pool's name says it: the layout's digest, and behind it the tenant, if there is more than one.
 """
 
+import re
 from typing import Literal
 
 from kvferry_proto.errors import Code, FerryError
@@ -10,7 +11,9 @@ from kvferry_proto.layout import Layout
 
 Tenancy = Literal["off", "uid"]
 ALL = ""  # the one tenant that all workers are
+UID_MAX = (1 << 32) - 2  # the last number stands for nobody
 _UID = "uid"
+_TENANT = re.compile(_UID + "(0|[1-9][0-9]{0,9})")
 
 
 def tenant_of(user: str, tenancy: Tenancy) -> str:
@@ -30,9 +33,17 @@ def tenant_in(pool_id: str) -> str:
 
 
 def uid_in(pool_id: str) -> int | None:
-    """The one user who may open a pool's files; None: whoever may connect."""
+    """The one user who may open a pool's files; None: whoever may connect.
+
+    Raises ValueError for a tenant that there cannot be.
+    """
     tenant = tenant_in(pool_id)
-    return None if tenant == ALL else int(tenant.removeprefix(_UID))
+    if tenant == ALL:
+        return None
+    found = _TENANT.fullmatch(tenant)
+    if found is None or int(found[1]) > UID_MAX:
+        raise ValueError(f"pool {pool_id} is of no tenant that there can be")
+    return int(found[1])
 
 
 def are_one(pool_id: str, other: str) -> bool:

@@ -7,12 +7,14 @@ would be kept until their turn comes. Each host has its share of the loop's time
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
 from time import monotonic, thread_time
 from typing import cast
 
 from aiohttp import web
 
 from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.hosts import host_of
 
 CONNECTIONS_MAX = 128
 CONNECTIONS_A_S = 200
@@ -26,8 +28,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class HttpDoor:
     """Makes the protocol of each connection; ``server`` is aiohttp's own maker."""
 
-    def __init__(self, server: web.Server, on_refused: Callable[[], None]) -> None:
+    def __init__(self, server: web.Server, on_refused: Callable[[], None], host: str) -> None:
         self._on_refused = on_refused
+        self._host = host
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._silent: set[asyncio.BaseProtocol] = set()  # new ones, that have not asked yet
@@ -57,7 +60,7 @@ class HttpDoor:
         self._silent.discard(request.protocol)
         if request.transport is not None:
             request.transport.pause_reading()
-        host = str(request.remote)
+        host = host_of(str(request.remote))
         wait_s = self._allowed.wait_s(host, monotonic())
         if wait_s:
             self._on_refused()
@@ -66,6 +69,10 @@ class HttpDoor:
                 status=503,
                 headers={"Retry-After": str(math.ceil(wait_s))},
             )
+        elif not is_ours(request.headers.get("Host", ""), self._host):
+            self._on_refused()
+            words = f"ask by address, as localhost, or as {self._host}, which http_host names\n"
+            response = web.Response(text=words, status=421)
         else:
             response = await self._handled(request, handler, host)
         response.force_close()
@@ -85,6 +92,25 @@ class HttpDoor:
             if response is None or not response.prepared:  # a stream's time is not the loop's
                 self._allowed.owe(host, (thread_time() - begun_s) / SHARE_S)
         return response
+
+
+def is_ours(said: str, host: str) -> bool:
+    """Whether a request is for us by a name that no stranger's DNS can give us.
+
+    Else a page of his could read ours in the browser of somebody who reaches us.
+    """
+    name = said.strip().lower()
+    if name.startswith("["):
+        name = name[1:].partition("]")[0]
+    elif name.count(":") == 1:
+        name = name.partition(":")[0]
+    if name in ("", "localhost", host.strip("[]").lower()):  # who tells none is no browser
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class _Closed(asyncio.Protocol):

@@ -10,6 +10,7 @@ from kvferry_proto import control
 class Facts:
     """Questions to the daemon; each is asked anew for every answer."""
 
+    host: str  # as the config names it
     now_s: Callable[[], float]  # the books' clock, which they themselves read at events only
     insecure: bool
     status: Callable[[], control.Status]

@@ -69,7 +69,7 @@ class HttpServer:
         server = cls(node, facts)
         await server._runner.setup()
         assert server._runner.server is not None
-        server._door = HttpDoor(server._runner.server, server._on_refused)
+        server._door = HttpDoor(server._runner.server, server._on_refused, facts.host)
         server._listening = await server._loop.create_server(server._door, sock=listener)
         return server
 

@@ -20,13 +20,15 @@ from time import monotonic
 import zmq
 
 from kvferry_daemon.core.allowance import Allowances
-from kvferry_daemon.core.crowd import ANYBODY, Bounds, Crowd
+from kvferry_daemon.core.crowd import MANY, Bounds, Crowd
+from kvferry_daemon.core.hosts import host_of
+from kvferry_daemon.core.sink_streams import CONNECTIONS_MAX
 from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
 
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 EVENT = struct.Struct("=Hi")  # which, and the descriptor
 CREDENTIALS = struct.Struct("3i")
-OTHER_DESCRIPTORS = 4096  # data connections, pools, locks, links to sources
+OTHER_DESCRIPTORS = 8192  # data connections, pools, locks, links to sources
 JOIN_S = 5.0
 TELL_S = 1.0
 log = logging.getLogger(__name__)
@@ -49,6 +51,12 @@ def bounds_of(connections_max: int) -> dict[str, Bounds]:
         PEER: Bounds(at_once, of_one=256, a_s=2000, of_one_a_s=200),
         CONTROL: Bounds(256, of_one=64, a_s=500, of_one_a_s=200),
     }
+
+
+def data_connections_max() -> int:
+    """How many sinks may open in all, by the descriptors that ``bounds_of`` has got: two each."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else min(CONNECTIONS_MAX, soft // 8)
 
 
 class Gate:
@@ -165,20 +173,20 @@ def listening_at(connection: socket.socket) -> str:
 
 
 def source_of(connection: socket.socket) -> str:
-    """A process of this machine, or the address of another one; OSError if it has ended."""
+    """A process of this machine, or another host; OSError if it has ended."""
     if connection.family == socket.AF_UNIX:
         said = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         pid, uid, _ = CREDENTIALS.unpack(said)
         return process(pid, uid)
-    return str(connection.getpeername()[0])
+    return host_of(str(connection.getpeername()[0]))
 
 
 def source_named(address: str) -> str:
     """The same, of the connection that brought a message with this ``Peer-Address``."""
     found = LOCAL.fullmatch(address)
-    return process(int(found[3]), int(found[1])) if found else address
+    return process(int(found[3]), int(found[1])) if found else host_of(address)
 
 
 def process(pid: int, uid: int) -> str:
-    """A source's name."""
-    return f"pid {pid} of uid {uid}" if pid else ANYBODY  # 0: in a namespace that is not ours
+    """A source's name; 0 is the number of all that are in PID namespaces that are not ours."""
+    return f"pid {pid} of uid {uid}" if pid else f"{MANY}{uid}"

@@ -5,11 +5,12 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 UNSEEN_S = 5.0  # a lock without a hello for so long, that nobody holds, is a dead worker's
-
 KEPT_MAX = 256  # files that are held, of no session: each is a descriptor of ours
+SCAN_MAX = 1024  # files that are looked at a beat: workers can make as many as they like
 
 
 class Liveness:
@@ -24,6 +25,7 @@ class Liveness:
         self._open: dict[str, int] = {}  # name -> descriptor
         self._watched: dict[str, str] = {}  # session -> name
         self._gone: set[str] = set()  # watched sessions whose file is gone
+        self._scan: Iterator[os.DirEntry[str]] | None = None  # where the sweep has come to
 
     def is_held(self, name: str) -> bool:
         """Whether somebody holds the flock on this file of the directory; OSError if unknown."""
@@ -72,24 +74,39 @@ class Liveness:
         dead one does. One that is that slow is told ``worker_not_locked`` and takes a new file.
         """
         ours = self._open.keys() | self._watched.values()
-        looked = 0
-        with os.scandir(self._directory) as found:
-            entries = list(found)
-        for entry in entries:
+        looked = scanned = 0
+        while looked < KEPT_MAX and scanned < SCAN_MAX:  # the others at the next beat
+            entry = self._next()
+            if entry is None:
+                return
+            scanned += 1
             # Its worker was the quicker one, or it is one of another user that we may not look at.
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                if entry.name in ours or not entry.is_file(follow_symlinks=False):
-                    continue
-                facts = entry.stat(follow_symlinks=False)
-                if time.time() - facts.st_mtime <= UNSEEN_S:
-                    continue
-                if facts.st_nlink == 1:  # else no worker of ours made it, held or not
-                    looked += 1
-                    if looked > KEPT_MAX:
-                        break  # the others at the next beat
-                    if self.is_held(entry.name):
-                        continue
-                os.unlink(entry.path)
+                if entry.name not in ours and entry.is_file(follow_symlinks=False):
+                    looked += self._look(entry)
+
+    def _next(self) -> os.DirEntry[str] | None:
+        """The next one of the directory; None at its end, and then it begins anew."""
+        if self._scan is None:
+            self._scan = self._walk()
+        entry = next(self._scan, None)
+        if entry is None:
+            self._scan = None
+        return entry
+
+    def _walk(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self._directory) as found:
+            yield from found
+
+    def _look(self, entry: os.DirEntry[str]) -> bool:
+        """Remove a file that is nobody's; whether a descriptor was needed to find out."""
+        facts = entry.stat(follow_symlinks=False)
+        if abs(time.time() - facts.st_mtime) <= UNSEEN_S:  # it may have any, the future too
+            return False
+        has_one_name = facts.st_nlink == 1  # else no worker of ours made it, held or not
+        if not (has_one_name and self.is_held(entry.name)):
+            os.unlink(entry.path)
+        return has_one_name
 
     def forget(self, session: str) -> None:
         """The session is over; remove its file."""
@@ -102,6 +119,7 @@ class Liveness:
 
     def close(self) -> None:
         """Close every descriptor; the files stay, their holders may live."""
+        self._scan = None
         self._watched.clear()
         for name in list(self._open):
             self._close(name)

@@ -23,7 +23,6 @@ from kvferry_proto.offer import (
 )
 
 USER_TIMEOUT_MS = 20_000  # then the kernel gives up what nobody has acknowledged
-KEEPALIVE_S = 5
 
 
 class _Offered(NamedTuple):
@@ -58,10 +57,6 @@ class OfferSender(StreamSender):
         self._bye = False  # the sink's last word, or the end of its stream
         self._lost = False  # the connection broke, and the end of its stream proves nothing
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-        # A host that is gone acknowledges nothing; a stopped process has a kernel that does.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
         super().__init__(sock, key, post, checksum, enter, new_buffer)
 
     def close(self) -> None:
