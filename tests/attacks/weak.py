@@ -18,9 +18,11 @@ from kvferry_daemon.command import main
 from kvferry_daemon.core import sink_daemons
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
+from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
 from kvferry_daemon.keys import Keys
@@ -112,6 +114,19 @@ def peers_say_who_they_are() -> None:
         return plain(self, boot_id, route, known.peer if known else "", now_s)
 
     replace(sink_daemons.SinkDaemons, "seen", seen)
+
+
+def refused_sinks_hear_all() -> None:
+    """Every answer to a pull tells of the payload, whoever asks."""
+
+    def told(_self: EffectDesk, transfer: SourceTransfer, _effect: object) -> dict[str, Any]:
+        return {
+            "available_tokens": transfer.servable_tokens,
+            "total_tokens": transfer.total_tokens,
+            "aux": transfer.aux,
+        }
+
+    replace(EffectDesk, "_payload_told", told)
 
 
 def files_are_open() -> None:
@@ -239,6 +254,7 @@ WEAK: dict[str, Callable[[], None]] = {
         any_key_will_do,
         trust_lasts,
         peers_say_who_they_are,
+        refused_sinks_hear_all,
         files_are_open,
         audit_shares_the_log,
         audit_tells_all,

@@ -176,11 +176,9 @@ class SourceDesk:
         node = self._node
         stone = node.tombstones.get(key)
         newest = node.current.get((Role.SOURCE, key.transfer_id), -1)
-        state, error, total, available = State.BOOTSTRAPPING, None, None, 0
+        state, error = State.BOOTSTRAPPING, None
         if stone is not None:
-            seen = stone.snapshot
-            state, error = seen.state, seen.error
-            total, available = seen.total_tokens, seen.available_tokens
+            state, error = stone.snapshot.state, stone.snapshot.error
         elif newest > key.attempt:
             state = State.FAILED
             error = ErrorInfo.of(Code.STALE_ATTEMPT, f"the source is at attempt {newest}")
@@ -190,8 +188,6 @@ class SourceDesk:
             number=number,
             known=state is not State.BOOTSTRAPPING,
             state=state,
-            available_tokens=available,
-            total_tokens=total,
             error=error,
         )
 

@@ -1,0 +1,78 @@
+"""Aux values, such as a first token, are payload: who must not have a payload hears nothing of them."""
+
+from pathlib import Path
+
+import pytest
+
+from attacks.scene import without
+from kvferry_proto import peer, worker
+from kvferry_proto.layout import Dtype, Layout, Plane
+from kvferry_proto.states import Role, State
+from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
+
+WITH_AUX = Layout(
+    planes=(Plane(name="kv", dtype=Dtype.UINT8),), aux=("first",), block_size_tokens=BLOCK
+)
+AUX: dict[str, int | float | str | bytes] = {"first": b"payload-that-nobody-may-see"}
+TOTAL = 2 * BLOCK
+THIEF = "cd" * 16
+
+
+def a_peer(daemon: LiveDaemon, boot_id: str = BOOT_ID) -> RawPeer:
+    """A daemon that has said hello."""
+    one = RawPeer(daemon.address)
+    one.source = one.say(peer.PeerHello(boot_id=boot_id, daemon_id=boot_id, life=1)).boot_id
+    return one
+
+
+def pull(one: RawPeer, boot_id: str = BOOT_ID, **fields: object) -> peer.Progress:
+    """What a pull is answered."""
+    asked = one.a_pull(**{"layout_digest": WITH_AUX.digest, **fields})
+    pulls = peer.Pulls(pulls=[asked], source_boot_id=one.source, sink_boot_id=boot_id)
+    answer = one.say(pulls)
+    assert isinstance(answer, peer.Progresses), answer
+    return answer.progresses[0]
+
+
+def offer(source: RawWorker, transfer_id: str = "t", start: int = 0) -> None:
+    """Open a source that has told all but its last block."""
+    source.snapshot(
+        worker.Send(
+            transfer_id=transfer_id, start_tokens=start, total_tokens=start + TOTAL, aux=AUX
+        )
+    )
+    end = start + BLOCK
+    source.wait_for(Role.SOURCE, lambda s: s.base_tokens + s.allocated_tokens >= end, transfer_id)
+    source.snapshot(worker.Ready(transfer_id=transfer_id, ready_tokens=end))
+
+
+@pytest.mark.parametrize("defence", ["refused_sinks_hear_all", None])
+def test_a_sink_that_is_refused_hears_nothing_of_the_payload(
+    tmp_path: Path, defence: str | None
+) -> None:
+    with (
+        without(defence)(tmp_path / "a") as daemon,
+        RawWorker(daemon.directory, WITH_AUX) as source,
+    ):
+        honest, thief = a_peer(daemon), a_peer(daemon, THIEF)
+        offer(source)
+        offer(source, "prefix", start=BLOCK)
+        assert pull(honest).aux == AUX
+        taken = pull(thief, THIEF)
+        mismatch = pull(thief, THIEF, transfer_id="prefix")
+        assert taken.error is not None
+        assert mismatch.error is not None
+        assert (taken.error.code, mismatch.error.code) == ("sink_taken", "start_mismatch")
+        done = peer.Done(transfer_id="t", attempt=0, state=State.SUCCESS, **honest.boots())
+        assert honest.say(done).kind == "done_noted"
+        late = pull(thief, THIEF)
+        assert late.state is State.SUCCESS
+        for told in (taken, mismatch, late):
+            heard = (told.aux, told.available_tokens > 0, told.total_tokens is not None)
+            assert heard == ((AUX, True, True) if defence else (None, False, False))
+        source.snapshot(worker.Release(transfer_id="t", role=Role.SOURCE))
+        forgotten = pull(thief, THIEF)
+        assert (forgotten.state, forgotten.total_tokens) == (State.SUCCESS, None)
+        assert forgotten.available_tokens == 0
+        honest.close()
+        thief.close()
