@@ -15,7 +15,7 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
-from kvferry_daemon.core import sink_daemons
+from kvferry_daemon.core import deeds, openings, readiness, sink_daemons
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.effects_of import EffectDesk
@@ -177,6 +177,13 @@ def refusals_tell_the_call() -> None:
         plain(self, user, call, FerryError(error.code, repr(call)))
 
     replace(WorkerDesk, "_note_refused", note)
+    replace(deeds, "WHY_MAX", 1 << 30)
+
+
+def differences_are_shown() -> None:
+    """Whoever says something else than before is told both, as is handy for who looks for faults."""
+    for one in (openings, readiness):
+        replace(one, "difference", lambda before, now: f"aux was {before}, now {now}")
 
 
 def words_are_lines() -> None:
@@ -260,6 +267,7 @@ WEAK: dict[str, Callable[[], None]] = {
         audit_tells_all,
         level_silences_audit,
         refusals_tell_the_call,
+        differences_are_shown,
         words_are_lines,
         no_rates,
         no_gate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
+from kvferry_daemon.core.aux_values import difference
 from kvferry_daemon.core.opening import opening_of, timing_of
 from kvferry_daemon.core.readiness import check_ready
 from kvferry_daemon.core.sink import SinkTransfer
@@ -209,6 +210,7 @@ def _difference(before: worker.Send | worker.Receive, now: worker.Send | worker.
     """The first parameter that the same call, or another rank's, must not have changed."""
     own = OF_A_RANK if before.world_size == now.world_size == 1 else OF_A_GROUPS_RANK
     for name in type(before).model_fields:
-        if name not in own and getattr(before, name) != getattr(now, name):
-            return f"{name} was {getattr(before, name)}, now {getattr(now, name)}"
+        was, now_is = getattr(before, name), getattr(now, name)
+        if name not in own and was != now_is:
+            return difference(was, now_is) if name == "aux" else f"{name} was {was}, now {now_is}"
     return ""
