@@ -40,6 +40,7 @@ from kvferry_proto.states import Role
 TIMERS_A_TURN = 32  # then what else waits gets its turn: a pull costs some 30 us
 TIMERS_SPARE = 256  # wake-ups that are over, before they are swept out
 STALE_CLOCK_S = 0.005  # a transfer's clock may lag so much before an event brings it a Tick
+ANSWERS_A_TURN_BYTES = 1 << 25  # to polls that waited; to those left: nothing yet, so they ask anew
 SWEEP_S = 1.0  # at most; see Node.sweep_s
 
 
@@ -184,10 +185,11 @@ class Node:
     def _answer_polls(self) -> None:
         """Only now: what workers see is where things have come to, not a step on the way."""
         changed, self._changed = self._changed, {}
+        room_bytes = ANSWERS_A_TURN_BYTES
         for key, version in changed.items():
             for number, poll in self.polls.take_changed(key, version):
                 self.unschedule(number)
-                self.workers.answer_poll(poll)
+                room_bytes -= self.workers.answer_poll(poll, is_full=room_bytes <= 0)
 
     @property
     def wake_at_s(self) -> float:
