@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from attacks.scene import without
-from kvferry_proto import worker
+from kvferry_proto import peer, worker
 from kvferry_proto.fields import AUX_BYTES_MAX
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import Role
-from live import BLOCK, LiveDaemon, RawWorker
+from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
 
 VALUES = 4
 WITH_AUX = Layout(
@@ -26,6 +26,7 @@ TIMES = 512  # 128 MiB of aux values
 SEND = worker.Send(transfer_id="t", aux=AUX)
 GROWN_MIB = 48
 defences = pytest.mark.parametrize("defence", ["answers_are_made_whole", None])
+PULLS = 32
 
 
 def most_mib(daemon: LiveDaemon) -> int:
@@ -71,3 +72,26 @@ def test_a_batch_is_answered_as_far_as_a_frame_goes(tmp_path: Path, defence: str
             assert kinds == ["snapshots"] * 3 + ["failure"] * (worker.BATCH_MAX - 4) + ["snapshots"]
             assert reply.replies[3].error.code == "resource_exhausted"
             assert "ask for less at once" in reply.replies[3].error.message
+
+
+@pytest.mark.parametrize("defence", ["every_pull_is_answered", None])
+def test_pulls_of_one_transfer_get_one_answer(tmp_path: Path, defence: str | None) -> None:
+    with (
+        without(defence)(tmp_path / "a", lost_s=60) as daemon,
+        RawWorker(daemon.directory, WITH_AUX) as source,
+    ):
+        source.snapshot(SEND)
+        one = RawPeer(daemon.address)
+        hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+        one.source = one.say(hello).boot_id
+        pulls = [one.a_pull(number=n, layout_digest=WITH_AUX.digest) for n in range(PULLS)]
+        one.socket.send(peer.MESSAGES.encode(peer.Pulls(pulls=pulls, **one.boots())))
+        one.socket.send(peer.MESSAGES.encode(peer.Ping(**one.boots())))
+        told: list[peer.Progress] = []
+        while isinstance(answer := one.next(), peer.Progresses):
+            assert answer.before == len(told)
+            told += answer.progresses
+        assert [each.number for each in told] == (list(range(PULLS)) if defence else [PULLS - 1])
+        assert answer.news == len(told)
+        assert all(each.aux == AUX for each in told)
+        one.close()

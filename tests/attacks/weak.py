@@ -23,12 +23,14 @@ from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
+from kvferry_proto import peer
 from kvferry_proto.errors import FerryError
 
 
@@ -218,6 +220,16 @@ def answers_are_made_whole() -> None:
     replace(worker_desk, "check_fits", lambda _answer, _room_bytes=0: None)
 
 
+def every_pull_is_answered() -> None:
+    """As often as a transfer is pulled in one message."""
+
+    def say(self: SourceDesk, sink: str, progress: peer.Progress) -> None:
+        told = self._progresses.setdefault(sink, {})
+        told[str(len(told)), 0] = progress
+
+    replace(SourceDesk, "say_progress", say)
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
@@ -280,6 +292,7 @@ WEAK: dict[str, Callable[[], None]] = {
         no_pressure,
         any_number_of_frames,
         answers_are_made_whole,
+        every_pull_is_answered,
         open_http,
         handshakes_last,
         handover,

@@ -40,7 +40,7 @@ class SourceDesk:
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self.unmet_max = UNMET_MAX
-        self._progresses: dict[str, list[wire.Progress]] = {}
+        self._progresses: dict[str, dict[tuple[str, int], wire.Progress]] = {}
 
     # --- messages ---
 
@@ -298,14 +298,20 @@ class SourceDesk:
     # --- saying ---
 
     def say_progress(self, sink: str, progress: wire.Progress) -> None:
-        """Send news with the others of this turn to the same daemon."""
-        self._progresses.setdefault(sink, []).append(progress)
+        """Send news with the others of this turn to the same daemon.
+
+        Of one attempt the newest, which answers all pulls before; or the one that refused one.
+        """
+        told = self._progresses.setdefault(sink, {})
+        key = progress.transfer_id, progress.attempt
+        if key not in told or told[key].error is None:
+            told[key] = progress
 
     def flush(self) -> None:
         """Send the news of this turn."""
         news, self._progresses = self._progresses, {}
-        for sink, progresses in news.items():
-            daemon = self._daemons.get(sink)
+        for sink, told in news.items():
+            daemon, progresses = self._daemons.get(sink), list(told.values())
             if daemon is None:
                 continue  # it has to say hello again, and to ask
             for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):
