@@ -6,6 +6,7 @@ import pytest
 
 from attacks.scene import without
 from kvferry_proto import peer, worker
+from kvferry_proto.fields import AUX_BYTES_MAX
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import Role, State
 from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
@@ -16,6 +17,12 @@ WITH_AUX = Layout(
 AUX: dict[str, int | float | str | bytes] = {"first": b"payload-that-nobody-may-see"}
 TOTAL = 2 * BLOCK
 THIEF = "cd" * 16
+LARGE = WITH_AUX.model_copy(update={"aux": ("a", "b", "c", "d")})
+LARGE_AUX: dict[str, int | float | str | bytes] = {
+    name: bytes(AUX_BYTES_MAX // 4) for name in LARGE.aux
+}
+TIMES = 256  # 64 MiB of these
+LARGE_MIB = 48
 
 
 def a_peer(daemon: LiveDaemon, boot_id: str = BOOT_ID) -> RawPeer:
@@ -76,3 +83,27 @@ def test_a_sink_that_is_refused_hears_nothing_of_the_payload(
         assert forgotten.available_tokens == 0
         honest.close()
         thief.close()
+
+
+def kept_mib(daemon: LiveDaemon) -> tuple[int, int]:
+    """Memory of its own, and the ledger with its log."""
+    fields = Path(f"/proc/{daemon.process.pid}/status").read_text().split()
+    ledger = sum(path.stat().st_size for path in daemon.directory.glob("ledger.db*"))
+    return int(fields[fields.index("RssAnon:") + 1]) >> 10, ledger >> 20
+
+
+@pytest.mark.parametrize("defence", ["ended_ones_keep_their_aux", None])
+def test_transfers_that_are_over_keep_no_aux_values(tmp_path: Path, defence: str | None) -> None:
+    """Opened, given up and released in a loop, they are remembered for ten minutes."""
+    with without(defence)(tmp_path / "a") as daemon, RawWorker(daemon.directory, LARGE) as one:
+        before = kept_mib(daemon)
+        for number in range(TIMES):
+            name = f"t{number}"
+            opened = one.call(worker.Send(transfer_id=name, aux=LARGE_AUX))
+            assert opened.kind == "snapshots"
+            one.call(worker.Abort(transfer_id=name, role=Role.SOURCE))
+            one.call(worker.Release(transfer_id=name, role=Role.SOURCE))
+        grown = [now - was for now, was in zip(kept_mib(daemon), before, strict=True)]
+        assert (min(grown) >= LARGE_MIB) is (defence is not None), grown
+        assert (max(grown) < LARGE_MIB) is (defence is None), grown
+        assert one.poll(Role.SOURCE, "t0").state is State.FAILED

@@ -15,11 +15,12 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
-from kvferry_daemon.core import deeds, openings, readiness, sink_daemons, worker_desk
+from kvferry_daemon.core import deeds, openings, readiness, sink_daemons, tombstones, worker_desk
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.node import Session
+from kvferry_daemon.core.opening import Opened
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
@@ -230,6 +231,12 @@ def every_pull_is_answered() -> None:
     replace(SourceDesk, "say_progress", say)
 
 
+def ended_ones_keep_their_aux() -> None:
+    """What is remembered of a transfer that is over has all that it had."""
+    replace(tombstones, "without_aux", lambda snapshot: snapshot)
+    replace(Opened, "by", lambda call, pool_id: Opened(call, None, pool_id))
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
@@ -293,6 +300,7 @@ WEAK: dict[str, Callable[[], None]] = {
         any_number_of_frames,
         answers_are_made_whole,
         every_pull_is_answered,
+        ended_ones_keep_their_aux,
         open_http,
         handshakes_last,
         handover,

@@ -21,6 +21,7 @@ from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.meters import Meters
 from kvferry_daemon.core.notes import Notes
+from kvferry_daemon.core.opening import Opened
 from kvferry_daemon.core.polls import Polls
 from kvferry_daemon.core.records import HOST, SessionRecord
 from kvferry_daemon.core.restore import restore
@@ -222,10 +223,10 @@ class Node:
         self.apply(key, event)
         self._run_queue()
 
-    def open(self, transfer: AnyTransfer, call: worker.Send | worker.Receive) -> None:
-        """Take a new transfer in, opened by ``call``."""
+    def open(self, transfer: AnyTransfer, opened: Opened) -> None:
+        """Take a new transfer in."""
         key = transfer.key
-        self.notes.opened(transfer, call)
+        self.notes.opened(transfer, opened)
         self.transfers[key] = transfer
         self.current[key.role, key.transfer_id] = key.attempt
         self.sessions[transfer.opening.session].keys.add(key)
