@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from attacks.scene import without
+from kvferry_daemon.core.aux_books import OF_ONE_MAX, bytes_of
 from kvferry_proto import peer, worker
+from kvferry_proto.errors import AGAIN_S
 from kvferry_proto.fields import AUX_BYTES_MAX
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import Role, State
@@ -107,3 +109,32 @@ def test_transfers_that_are_over_keep_no_aux_values(tmp_path: Path, defence: str
         assert (min(grown) >= LARGE_MIB) is (defence is not None), grown
         assert (max(grown) < LARGE_MIB) is (defence is None), grown
         assert one.poll(Role.SOURCE, "t0").state is State.FAILED
+
+
+@pytest.mark.parametrize("defence", ["aux_is_not_counted", None])
+def test_a_worker_keeps_so_many_aux_values_and_no_more(tmp_path: Path, defence: str | None) -> None:
+    most = OF_ONE_MAX // bytes_of(LARGE_AUX)
+    with (
+        without(defence)(tmp_path / "a", lost_s=60) as daemon,
+        RawWorker(daemon.directory, LARGE) as one,
+    ):
+        sends = [worker.Send(transfer_id=f"t{n}", aux=LARGE_AUX) for n in range(most + 2)]
+        replies = [one.call(send) for send in sends]
+        refused = [reply.error for reply in replies if isinstance(reply, worker.Failure)]
+        if defence is not None:
+            assert not refused
+            return
+        assert [error.code for error in refused] == ["resource_exhausted"] * 2
+        assert refused[0].retry_after_s == AGAIN_S
+        assert daemon.status().counters["refused_resource_exhausted"] == 2
+        with RawWorker(daemon.directory, LARGE) as other:
+            other.snapshot(worker.Send(transfer_id="other", aux=LARGE_AUX))
+        one.snapshot(worker.Send(transfer_id="small", aux=dict.fromkeys(LARGE.aux, 7)))
+        later = worker.Send(transfer_id="later")
+        one.snapshot(later)
+        ready = worker.Ready(transfer_id="later", ready_tokens=0, aux=LARGE_AUX)
+        assert one.code(ready) == "resource_exhausted"
+        one.snapshot(worker.Abort(transfer_id="t0", role=Role.SOURCE))
+        one.snapshot(worker.Release(transfer_id="t0", role=Role.SOURCE))
+        assert one.snapshot(ready).aux == LARGE_AUX
+        assert one.code(sends[-1]) == "resource_exhausted"

@@ -4,16 +4,19 @@ import pytest
 
 from core.stories import SINK, SOURCE, Story
 from core.test_groups import Group
+from kvferry_daemon.core import aux_books
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.aux_values import digest_of
 from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.opening import Opened
 from kvferry_daemon.core.records import RECORDS, OpeningRecord
 from kvferry_proto import worker
+from kvferry_proto.errors import AGAIN_S, Code
 from kvferry_proto.states import Role, State
 from world import BLOCK, World, layout
 
 AUX: dict[str, int | float | str | bytes] = {"first": b"x" * 1000, "second": 7}
+LARGE: dict[str, int | float | str | bytes] = {"big": bytes(1 << 16)}
 OTHER: dict[str, int | float | str | bytes] = {**AUX, "second": 8}
 SENT = Key(Role.SOURCE, "t", 0)
 RECEIVED = Key(Role.SINK, "t", 0)
@@ -133,3 +136,45 @@ def test_the_ledger_has_them_once_and_not_behind_the_end() -> None:
     once = opening.model_copy(update={"call": calls[0], "aux_digest": None})  # of other versions
     assert Opened.noted(once) == Opened.noted(opening)
     assert Opened.noted(opening).aux_digest == digest_of(AUX)
+
+
+def two_of_one_source(monkeypatch: pytest.MonkeyPatch, values: float) -> tuple[World, list[State]]:
+    """Two workers send to two others; ``values``: how many transfers' there is room for."""
+    monkeypatch.setattr(aux_books, "OF_ONE_MAX", int(values * aux_books.bytes_of(LARGE)))
+    world, ends = World(), []
+    for name in (b"t", b"u"):
+        world.hello("a", name, layout(aux=("big",)))
+        world.hello("b", name, layout(aux=("big",)))
+        send = worker.Send(transfer_id=name.decode(), total_tokens=0, aux=LARGE)
+        world.call("a", name, send)
+        world.call("b", name, worker.Receive(transfer_id=name.decode(), source="tcp://a:1"))
+        world.wait(0.1)
+        seen = world.snapshot("b", name, Role.SINK, name.decode())
+        ends.append(seen.state)
+        if seen.error is not None:
+            told = (seen.error.code, seen.error.retry_after_s)
+            assert told == (Code.RESOURCE_EXHAUSTED, AGAIN_S)
+    return world, ends
+
+
+def test_what_one_source_tells_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, ends = two_of_one_source(monkeypatch, 1.5)
+    assert ends == [State.SUCCESS, State.FAILED]
+    node = world.machines["b"].node
+    assert node.counters["aux_over_bound"] == 1
+    assert node.aux_books.kept_bytes == aux_books.bytes_of(LARGE)
+    for name in (b"t", b"u"):
+        release = worker.Release(transfer_id=name.decode(), role=Role.SINK)
+        world.call("b", name, release)
+    assert (node.aux_books.kept_bytes, len(node.aux_books._of)) == (0, 0)
+
+
+def test_what_all_keep_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aux_books, "OF_ALL_MAX", int(1.5 * aux_books.bytes_of(LARGE)))
+    _, ends = two_of_one_source(monkeypatch, 9)
+    assert ends == [State.SUCCESS, State.FAILED]
+
+
+def test_what_is_within_the_bounds_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ends = two_of_one_source(monkeypatch, 2)
+    assert ends == [State.SUCCESS, State.SUCCESS]

@@ -215,7 +215,7 @@ class EffectDesk:
             **self._payload_told(transfer, effect),
         )
         if effect.sink == node.settings.boot_id:
-            node.post(key._replace(role=Role.SINK), ev.Heard(progress))
+            node.sinks.hear(key._replace(role=Role.SINK), progress)
         else:
             node.sources.say_progress(effect.sink, progress)
 

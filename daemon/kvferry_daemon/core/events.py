@@ -116,6 +116,7 @@ class Fail:
 
     code: Code
     message: str
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.aux_books import AuxBooks
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.census import Census
@@ -31,7 +32,7 @@ from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.tenants import Tenancy
 from kvferry_daemon.core.tombstones import Left, Tombstones
-from kvferry_daemon.core.transfer import NEVER_S
+from kvferry_daemon.core.transfer import NEVER_S, Aux
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
@@ -122,6 +123,7 @@ class Node:
         self.tombstones = Tombstones(settings.timing.tombstone_s)
         self.polls = Polls()
         self.boards = Boards()
+        self.aux_books = AuxBooks()
         self.effects: list[out.NodeEffect] = []
         self.deeds = Deeds()  # for whoever keeps an audit log
         self._changed: dict[ev.Key, int] = {}
@@ -289,6 +291,12 @@ class Node:
         while self._queue:
             self.apply(*self._queue.popleft())
 
+    def check_aux(self, key: ev.Key, aux: Aux | None) -> None:
+        """Raise FerryError(resource_exhausted) if a transfer must not keep these beside others."""
+        transfer = self.transfers.get(key)
+        if aux is not None and transfer is not None and not transfer.ended:
+            self.aux_books.check(transfer.opening, aux)
+
     def apply(self, key: ev.Key, event: object) -> None:
         """Let an event reach a transfer at once."""
         transfer = self.transfers.get(key)
@@ -318,6 +326,8 @@ class Node:
             if transfer.slots:
                 self.boards.changed(transfer)
         self.notes.moved(transfer)
+        if transfer.aux is not None:
+            self.aux_books.note(transfer)
         self.census.changed(transfer)
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
@@ -331,6 +341,7 @@ class Node:
         left = Left(*transfer.history.kept(), transfer.opened_s, transfer.opening.block_size_tokens)
         self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s, left)
         self.notes.forgotten(key)
+        self.aux_books.forget(key)
         self.notes.stone(key)
         self._effects_of.forget(transfer)
         self.sinks.forget(key)

@@ -41,6 +41,7 @@ class Openings:
         self._check_retry(session, key, newest)
         if self._is_repeated(session, key, call):
             if isinstance(call, worker.Send) and call.world_size > 1:
+                node.check_aux(key, call.aux)
                 node.run_now(key, _told(call))  # its own: no parameters of the group
             return
         if key in node.transfers or node.tombstones.get(key) is not None:
@@ -69,6 +70,7 @@ class Openings:
         source = SourceTransfer(opening, timing, now_s)
         told = _told(call)
         check_ready(source, told)
+        node.aux_books.check(opening, told.aux)
         self._supersede(key, newest)
         self.know(key, opened)
         node.open(source, opened)
@@ -157,6 +159,7 @@ class Openings:
         told = _told(call) if isinstance(call, worker.Send) else None
         if told is not None and isinstance(transfer, SourceTransfer) and not transfer.ended:
             check_ready(transfer, told)  # who is refused has not come
+            node.check_aux(key, told.aux)
         node.run_now(key, ev.Joined(call.rank, session.secret))
         node.note("joined", session, key)
         if told is not None:

@@ -137,6 +137,7 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     node.current[name] = max(key.attempt, node.current.get(name, 0))
     node.workers.openings.know(key, Opened.noted(told))
     node.notes.known(transfer)
+    node.aux_books.note(transfer)
     for session in transfer.ranks.sessions:
         if session in node.sessions:
             node.sessions[session].keys.add(key)

@@ -121,7 +121,18 @@ class SinkDesk:
             else:
                 node.post(key, ev.Shaped(shape))
             return
-        node.post(key, ev.Heard(progress))
+        self.hear(key, progress)
+
+    def hear(self, key: ev.Key, progress: wire.Progress) -> None:
+        """Let a sink know of its source; one that would have to keep too much fails."""
+        node = self._node
+        try:
+            node.check_aux(key, progress.aux)
+        except FerryError as error:
+            node.counters["aux_over_bound"] += 1
+            node.post(key, ev.Fail(error.code, error.message, error.retry_after_s))
+        else:
+            node.post(key, ev.Heard(progress))
 
     def on_slept(self, for_s: float) -> None:
         """We stood still ourselves."""

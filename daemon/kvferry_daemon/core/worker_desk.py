@@ -146,6 +146,7 @@ class WorkerDesk:
                 key = ev.Key(Role.SINK, call.transfer_id, call.attempt)
             case worker.Ready():
                 key = self._current(session, call, Role.SOURCE)
+                self._node.check_aux(key, call.aux)
                 told = ev.ReadyTo(call.ready_tokens, call.total_tokens, call.aux, call.rank)
                 self._node.run_now(key, told)
             case worker.Resume():
