@@ -44,12 +44,18 @@ class TransferLogic:
         return self.now.state in TERMINAL
 
     def note(self, reply: worker.Snapshots) -> None:
-        """Take a reply's snapshot in; older ones that were overtaken are dropped."""
+        """Take a reply's snapshot in; older ones that were overtaken are dropped.
+
+        Behind a release the daemon has no aux values any more; we keep them.
+        """
         for refused in reply.refused:
             raise refused.error.raised()
         for seen in reply.transfers:
-            if self.snapshot is None or seen.snapshot >= self.snapshot.snapshot:
+            before = self.snapshot
+            if before is None or seen.snapshot >= before.snapshot:
                 self.snapshot = seen
+                if before is not None and before.aux is not None and seen.aux is None:
+                    self.snapshot = seen.model_copy(update={"aux": before.aux})
 
     def ask(self, call: Any) -> Steps:
         """Make a call and note what it answers."""

@@ -13,6 +13,7 @@ from kvferry_daemon.copies import Copies
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core import told
+from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.ledger import Ledger
 from kvferry_daemon.logs import about
@@ -155,7 +156,7 @@ class Effects:
             self._moves[type(effect)](effect)
         except Exception:
             self._node.counters["effects_failed"] += 1
-            log.exception("could not %s", effect, extra=self._about(effect))
+            log.exception("could not do %s", _named(effect), extra=self._about(effect))
 
     def _about(self, effect: out.NodeEffect) -> dict[str, dict[str, object]]:
         """Whose it is, where it is one transfer's."""
@@ -210,7 +211,7 @@ class Effects:
             try:
                 self._copies.expect(effect, self._place(effect))
             except Exception:
-                log.exception("could not %s", effect, extra=self._about(effect))
+                log.exception("could not do %s", _named(effect), extra=self._about(effect))
                 self._events.append(out.ChunkMissed(effect.key, effect.handle, effect.first_token))
             return
         assert self._streams is not None
@@ -228,7 +229,7 @@ class Effects:
             try:
                 self._copies.transmit(effect, self._place(effect))
             except Exception:  # a connection's end would tell; here nothing else does
-                log.exception("could not %s", effect, extra=self._about(effect))
+                log.exception("could not do %s", _named(effect), extra=self._about(effect))
                 first, part = effect.first_token, effect.part
                 self._events.append(out.ChunkSent(effect.key, effect.owner, part, first, 0))
             return
@@ -250,6 +251,12 @@ class Effects:
         task = self._loop.create_task(ask())
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
+
+
+def _named(effect: out.NodeEffect) -> str:
+    """What it is, and no more of what it holds: that may be a secret, or payload."""
+    key, kind = getattr(effect, "key", None), type(effect).__name__
+    return f"{kind}, stream {key.stream}.{key.connection}" if isinstance(key, StreamKey) else kind
 
 
 def _blocks(effect: out.Expect | out.Transmit) -> Blocks | None:

@@ -1,5 +1,6 @@
 """The audit log: who did what and was refused what; no secret, no payload, no flood of lines."""
 
+import asyncio
 import json
 import os
 import re
@@ -13,17 +14,25 @@ import pytest
 from attacks.scene import without
 from cli.processes import kvferry
 from kvferry_daemon.audit import LINES_A_S, Audit
-from kvferry_daemon.core.deeds import Deed, Deeds
+from kvferry_daemon.config import Config
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.deeds import WHY_MAX, Deed, Deeds
+from kvferry_daemon.core.events import StreamKey
+from kvferry_daemon.core.node import Node
+from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.effects import Effects
+from kvferry_daemon.life import settings_of
 from kvferry_daemon.logs import FIELDS, LINES_MAX
 from kvferry_daemon.operator import ask
 from kvferry_proto import control, worker
-from kvferry_proto.states import Role
+from kvferry_proto.states import Role, State
 from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
 
 USER = f"{os.getuid()}:{os.getgid()}:{os.getpid()}"
 WAIT_S = 10.0
 QUIET_S = 1.0  # longer than a heartbeat, at which what was left out is told
 FLOODED = 2 * LINES_MAX  # and 64 KiB fit into a pipe
+SECRET = b"a secret, or payload: 32 bytes ."
 DROPPED = r"\d+ (audit )?lines were dropped: nobody read them"
 
 
@@ -139,6 +148,77 @@ def test_no_secret_and_no_payload_is_in_the_log(tmp_path: Path) -> None:
             secrets = (one.welcome.session, "ab" * 32, "cd" * 32, payload.decode())
             found = [secret for secret in secrets if secret in log]
             assert found == (list(secrets[1:]) if defence else [])
+
+
+def test_no_aux_value_is_in_a_refusal(tmp_path: Path) -> None:
+    """They are payload: only their names are said where they are not what they were."""
+    before, now = b"payload-that-was-told", b"payload-that-is-told"
+    layout = LAYOUT.model_copy(update={"aux": ("first", "second")})
+    for defence in ("differences_are_shown", None):
+        with (
+            without(defence)(tmp_path / str(defence), log_level="debug") as daemon,
+            RawWorker(daemon.directory, layout) as one,
+        ):
+            one.snapshot(worker.Send(transfer_id="t", aux={"first": before, "second": 2}))
+            aux: dict[str, int | float | str | bytes] = {"first": now, "second": 2}
+            again = one.call(worker.Send(transfer_id="t", aux=aux))
+            ready = one.call(worker.Ready(transfer_id="t", ready_tokens=0, aux=aux))
+            assert (again.error.code, ready.error.code) == ("parameters_differ", "aux_changed")
+            wait_for(daemon, "what=refused .*asked=ready .*")
+            said = daemon.log() + again.error.message + ready.error.message
+            found = [value for value in (before, now) if value.decode() in said]
+            assert found == ([before, now] if defence else [])
+            if defence is None:
+                assert again.error.message == ready.error.message
+                assert again.error.message == "aux is not what it was before: first"
+
+
+class NoWayOut:
+    """The links' side of a daemon whose sockets all fail."""
+
+    def __getattr__(self, _name: str) -> Any:
+        def fail(*_args: object) -> None:
+            raise OSError("no way out")
+
+        return fail
+
+
+def test_what_fails_is_named_and_its_secrets_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        config = Config(runtime_dir=tmp_path, pool_tokens=1024, window_tokens=64)
+        node = Node(settings_of(config, "", "d" * 32, 1), lambda: os.urandom(32), 1, 0.0)
+        effects = Effects(node, NoWayOut(), tmp_path)
+        key = StreamKey("tcp://there:1", 2, 3)
+        aux: dict[str, int | float | str | bytes] = {"first": SECRET}
+        seen = worker.Snapshot(
+            role=Role.SINK, transfer_id="t", attempt=0, snapshot=1, state=State.SUCCESS, aux=aux
+        )
+        for effect in (
+            out.ToWorker(b"route", worker.Snapshots(transfers=[seen])),
+            out.Admit(key, SECRET),
+            Connect(key, 1, SECRET),
+        ):
+            effects._perform(effect)
+        effects.close()
+        assert node.counters["effects_failed"] == 3
+
+    asyncio.run(run())
+    assert SECRET.decode() not in caplog.text
+    told = [one.getMessage() for one in caplog.records if one.exc_info]
+    assert told == [
+        "could not do ToWorker",
+        "could not do Admit, stream 2.3",
+        "could not do Connect, stream 2.3",
+    ]
+
+
+def test_a_deed_has_so_many_words_and_no_more() -> None:
+    deeds = Deeds()
+    deeds.append(Deed("refused", "1:2:3", why="x" * 100_000))
+    ((deed,), _) = deeds.take()
+    assert len(deed.why) == WHY_MAX
 
 
 def test_no_word_of_a_worker_makes_a_line_of_its_own(tmp_path: Path) -> None:

@@ -15,14 +15,27 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
-from kvferry_daemon.core import sink_daemons, sink_streams, source
+from kvferry_daemon.core import (
+    deeds,
+    openings,
+    readiness,
+    sink_daemons,
+    sink_streams,
+    source,
+    tombstones,
+    worker_desk,
+)
 from kvferry_daemon.core.allowance import Allowances
+from kvferry_daemon.core.aux_books import AuxBooks
 from kvferry_daemon.core.crowd import Crowd
+from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.node import Session
+from kvferry_daemon.core.opening import Opened
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.outside import Admit
 from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
@@ -31,6 +44,7 @@ from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
 from kvferry_daemon.streams import Streams
+from kvferry_proto import peer
 from kvferry_proto.errors import FerryError
 
 
@@ -124,6 +138,19 @@ def peers_say_who_they_are() -> None:
     replace(sink_daemons.SinkDaemons, "seen", seen)
 
 
+def refused_sinks_hear_all() -> None:
+    """Every answer to a pull tells of the payload, whoever asks."""
+
+    def told(_self: EffectDesk, transfer: SourceTransfer, _effect: object) -> dict[str, Any]:
+        return {
+            "available_tokens": transfer.servable_tokens,
+            "total_tokens": transfer.total_tokens,
+            "aux": transfer.aux,
+        }
+
+    replace(EffectDesk, "_payload_told", told)
+
+
 def files_are_open() -> None:
     """What the daemon makes has the modes that a careless program gives it."""
     os.umask(0)
@@ -172,6 +199,13 @@ def refusals_tell_the_call() -> None:
         plain(self, user, call, FerryError(error.code, repr(call)))
 
     replace(WorkerDesk, "_note_refused", note)
+    replace(deeds, "WHY_MAX", 1 << 30)
+
+
+def differences_are_shown() -> None:
+    """Whoever says something else than before is told both, as is handy for who looks for faults."""
+    for one in (openings, readiness):
+        replace(one, "difference", lambda before, now: f"aux was {before}, now {now}")
 
 
 def words_are_lines() -> None:
@@ -233,6 +267,33 @@ def anybody_ends_sources() -> None:
     replace(SourceDesk, "_may_end", may_end)
 
 
+def answers_are_made_whole() -> None:
+    """An answer has all that was asked for, as often as it was; how large it is is seen then."""
+    replace(worker_desk, "once_each", lambda asked: asked)
+    replace(worker_desk, "check_fits", lambda _answer, _room_bytes=0: None)
+
+
+def every_pull_is_answered() -> None:
+    """As often as a transfer is pulled in one message."""
+
+    def say(self: SourceDesk, sink: str, progress: peer.Progress) -> None:
+        told = self._progresses.setdefault(sink, {})
+        told[str(len(told)), 0] = progress
+
+    replace(SourceDesk, "say_progress", say)
+
+
+def ended_ones_keep_their_aux() -> None:
+    """What is remembered of a transfer that is over has all that it had."""
+    replace(tombstones, "without_aux", lambda snapshot: snapshot)
+    replace(Opened, "by", lambda call, pool_id: Opened(call, None, pool_id))
+
+
+def aux_is_not_counted() -> None:
+    """Live transfers may have as many aux values as they like."""
+    replace(AuxBooks, "check", lambda _self, _opening, _aux: None)
+
+
 def open_http() -> None:
     """As many connections by HTTP as anybody likes, for as long as he likes."""
     replace(door.HttpDoor, "__call__", lambda self: self._server())
@@ -288,11 +349,13 @@ WEAK: dict[str, Callable[[], None]] = {
         trust_lasts,
         connections_outlive_trust,
         peers_say_who_they_are,
+        refused_sinks_hear_all,
         files_are_open,
         audit_shares_the_log,
         audit_tells_all,
         level_silences_audit,
         refusals_tell_the_call,
+        differences_are_shown,
         words_are_lines,
         no_rates,
         no_gate,
@@ -301,6 +364,10 @@ WEAK: dict[str, Callable[[], None]] = {
         streams_are_free,
         wants_are_queued,
         anybody_ends_sources,
+        answers_are_made_whole,
+        every_pull_is_answered,
+        ended_ones_keep_their_aux,
+        aux_is_not_counted,
         open_http,
         any_host,
         handshakes_last,

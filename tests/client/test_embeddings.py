@@ -58,6 +58,7 @@ def test_all_planes_arrive_window_by_window_and_the_length_comes_last(
         with language.receive("t", source=a.address) as receiving:
             parts = list(receive_embeddings(receiving))
             assert receiving.aux == {"total_length": tokens, "position_delta": -7}
+        assert receiving.aux is not None  # though it has been released
         sender.join()
         assert all(len(part.fill_ids) <= WINDOW for part in parts)
         for name, array in whole._asdict().items():

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import NamedTuple
 
 KEPT_MAX = 256  # of a kind, until they are taken; the log has room for fewer
+WHY_MAX = 300
 
 
 class Deed(NamedTuple):
@@ -38,7 +39,7 @@ class Deeds:
         """Keep it, or only count it."""
         self._of[deed.what] += 1
         if self._of[deed.what] <= KEPT_MAX:
-            self._kept.append(deed)
+            self._kept.append(deed._replace(why=deed.why[:WHY_MAX]))
 
     def take(self) -> tuple[list[Deed], Counter[str]]:
         """Those that were kept, in order, and how many of each kind were not."""

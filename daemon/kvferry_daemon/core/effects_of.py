@@ -204,23 +204,30 @@ class EffectDesk:
 
     def _send_progress(self, transfer: SourceTransfer, effect: ev.SendProgress) -> None:
         node, key = self._node, transfer.key
-        error = effect.error or transfer.error
         progress = Progress.model_construct(
             transfer_id=key.transfer_id,
             attempt=key.attempt,
             number=effect.number,
             known=True,
             state=State.FAILED if effect.error else transfer.state,
-            available_tokens=transfer.servable_tokens,
-            total_tokens=transfer.total_tokens,
-            aux=transfer.aux,
-            error=error,
+            error=effect.error or transfer.error,
             layout=None,
+            **self._payload_told(transfer, effect),
         )
         if effect.sink == node.settings.boot_id:
-            node.post(key._replace(role=Role.SINK), ev.Heard(progress))
+            node.sinks.hear(key._replace(role=Role.SINK), progress)
         else:
             node.sources.say_progress(effect.sink, progress)
+
+    def _payload_told(self, transfer: SourceTransfer, effect: ev.SendProgress) -> dict[str, Any]:
+        """What of a payload is told: nothing with an error, nor to a sink that cannot have it."""
+        if effect.error or transfer.error or not effect.is_its_own:
+            return {}
+        return {
+            "available_tokens": transfer.servable_tokens,
+            "total_tokens": transfer.total_tokens,
+            "aux": transfer.aux,
+        }
 
     def _serve(self, transfer: SourceTransfer, effect: ev.Serve) -> None:
         node = self._node

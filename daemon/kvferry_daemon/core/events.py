@@ -116,6 +116,7 @@ class Fail:
 
     code: Code
     message: str
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,11 +368,15 @@ class SendDone:
 
 @dataclass(frozen=True, slots=True)
 class SendProgress:
-    """Tell the sink where the source is; ``error`` answers one bad pull only."""
+    """Tell the sink where the source is; ``error`` answers one bad pull only.
+
+    ``is_its_own``: the attempt is this sink's, so that it may hear of the payload.
+    """
 
     number: int
     sink: str
     error: ErrorInfo | None = None
+    is_its_own: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.aux_books import AuxBooks
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import Boards
 from kvferry_daemon.core.census import Census
@@ -21,6 +22,7 @@ from kvferry_daemon.core.effects_of import EffectDesk
 from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.meters import Meters
 from kvferry_daemon.core.notes import Notes
+from kvferry_daemon.core.opening import Opened
 from kvferry_daemon.core.polls import Polls
 from kvferry_daemon.core.records import HOST, SessionRecord
 from kvferry_daemon.core.restore import restore
@@ -30,7 +32,7 @@ from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.tenants import Tenancy
 from kvferry_daemon.core.tombstones import Left, Tombstones
-from kvferry_daemon.core.transfer import NEVER_S
+from kvferry_daemon.core.transfer import NEVER_S, Aux
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
@@ -40,6 +42,7 @@ from kvferry_proto.states import Role
 TIMERS_A_TURN = 32  # then what else waits gets its turn: a pull costs some 30 us
 TIMERS_SPARE = 256  # wake-ups that are over, before they are swept out
 STALE_CLOCK_S = 0.005  # a transfer's clock may lag so much before an event brings it a Tick
+ANSWERS_A_TURN_BYTES = 1 << 25  # to polls that waited; to those left: nothing yet, so they ask anew
 SWEEP_S = 1.0  # at most; see Node.sweep_s
 
 
@@ -125,6 +128,7 @@ class Node:
         self.tombstones = Tombstones(settings.timing.tombstone_s)
         self.polls = Polls()
         self.boards = Boards()
+        self.aux_books = AuxBooks()
         self.effects: list[out.NodeEffect] = []
         self.deeds = Deeds()  # for whoever keeps an audit log
         self._changed: dict[ev.Key, int] = {}
@@ -190,10 +194,11 @@ class Node:
     def _answer_polls(self) -> None:
         """Only now: what workers see is where things have come to, not a step on the way."""
         changed, self._changed = self._changed, {}
+        room_bytes = ANSWERS_A_TURN_BYTES
         for key, version in changed.items():
             for number, poll in self.polls.take_changed(key, version):
                 self.unschedule(number)
-                self.workers.answer_poll(poll)
+                room_bytes -= self.workers.answer_poll(poll, is_full=room_bytes <= 0)
 
     @property
     def wake_at_s(self) -> float:
@@ -226,10 +231,10 @@ class Node:
         self.apply(key, event)
         self._run_queue()
 
-    def open(self, transfer: AnyTransfer, call: worker.Send | worker.Receive) -> None:
-        """Take a new transfer in, opened by ``call``."""
+    def open(self, transfer: AnyTransfer, opened: Opened) -> None:
+        """Take a new transfer in."""
         key = transfer.key
-        self.notes.opened(transfer, call)
+        self.notes.opened(transfer, opened)
         self.transfers[key] = transfer
         self.current[key.role, key.transfer_id] = key.attempt
         self.sessions[transfer.opening.session].keys.add(key)
@@ -292,6 +297,12 @@ class Node:
         while self._queue:
             self.apply(*self._queue.popleft())
 
+    def check_aux(self, key: ev.Key, aux: Aux | None) -> None:
+        """Raise FerryError(resource_exhausted) if a transfer must not keep these beside others."""
+        transfer = self.transfers.get(key)
+        if aux is not None and transfer is not None and not transfer.ended:
+            self.aux_books.check(transfer.opening, aux)
+
     def apply(self, key: ev.Key, event: object) -> None:
         """Let an event reach a transfer at once."""
         transfer = self.transfers.get(key)
@@ -321,6 +332,8 @@ class Node:
             if transfer.slots:
                 self.boards.changed(transfer)
         self.notes.moved(transfer)
+        if transfer.aux is not None:
+            self.aux_books.note(transfer)
         self.census.changed(transfer)
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
@@ -334,6 +347,7 @@ class Node:
         left = Left(*transfer.history.kept(), transfer.opened_s, transfer.opening.block_size_tokens)
         self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s, left)
         self.notes.forgotten(key)
+        self.aux_books.forget(key)
         self.notes.stone(key)
         self._effects_of.forget(transfer)
         self.sinks.forget(key)

@@ -15,11 +15,11 @@ from kvferry_daemon.core.records import (
     SessionRecord,
     StoneRecord,
 )
-from kvferry_proto import worker
 
 if TYPE_CHECKING:
     from kvferry_daemon.core.blocks import PoolBook
     from kvferry_daemon.core.node import AnyTransfer, Node, Session
+    from kvferry_daemon.core.opening import Opened
 
 
 class Notes:
@@ -56,7 +56,7 @@ class Notes:
             self._with_aux.add(transfer.key)
             self._put(_name("aux", transfer.key), AuxRecord(aux=transfer.aux))
 
-    def opened(self, transfer: AnyTransfer, call: worker.Send | worker.Receive) -> None:
+    def opened(self, transfer: AnyTransfer, opened: Opened) -> None:
         """A transfer has been opened."""
         opening = transfer.opening
         record = OpeningRecord.model_construct(
@@ -66,7 +66,8 @@ class Notes:
             attempt=opening.key.attempt,
             session=opening.session,
             pool_id=opening.pool_id,
-            call=call,
+            call=opened.call,
+            aux_digest=opened.aux_digest,
             window_tokens=opening.window_tokens,
             source=opening.source,
             max_tokens=opening.max_tokens,

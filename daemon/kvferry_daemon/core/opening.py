@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from kvferry_daemon.core.aux_values import digest_of
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.events import Key, Timing
+from kvferry_daemon.core.records import OpeningRecord
 from kvferry_daemon.core.shape import Side, check_side
 from kvferry_daemon.core.transfer import Opening
 from kvferry_proto import worker
@@ -23,6 +25,32 @@ ADDRESS = re.compile(
     rf"tcp://(\[[0-9A-Fa-f:.]+{_SCOPE}\]|{_LABEL}(\.{_LABEL})*\.?):(?P<port>[0-9]{{1,5}})"
     r"(?P<key>\?key=[0-9a-f]{64})?"
 )
+
+
+class Opened(NamedTuple):
+    """What a transfer was opened with, as long as anybody may say it again.
+
+    Of its aux values there is a digest: they may be as large as 200 other transfers.
+    """
+
+    call: worker.Send | worker.Receive
+    aux_digest: bytes | None
+    pool_id: str
+
+    @classmethod
+    def by(cls, call: worker.Send | worker.Receive, pool_id: str) -> Opened:
+        """What is kept of this call."""
+        if isinstance(call, worker.Receive) or call.aux is None:
+            return cls(call, None, pool_id)
+        return cls(call.model_copy(update={"aux": None}), digest_of(call.aux), pool_id)
+
+    @classmethod
+    def noted(cls, record: OpeningRecord) -> Opened:
+        """What the ledger holds; what earlier versions wrote has the values themselves."""
+        opened = cls.by(record.call, record.pool_id)
+        return (
+            opened if record.aux_digest is None else opened._replace(aux_digest=record.aux_digest)
+        )
 
 
 def opening_of(

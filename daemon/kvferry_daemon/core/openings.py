@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
-from kvferry_daemon.core.opening import opening_of, timing_of
+from kvferry_daemon.core.aux_values import difference, digest_of
+from kvferry_daemon.core.opening import Opened, opening_of, timing_of
 from kvferry_daemon.core.readiness import check_ready
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
@@ -27,8 +28,7 @@ class Openings:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self.opened_by: dict[ev.Key, worker.Send | worker.Receive] = {}  # by the first rank
-        self._opened_in: dict[ev.Key, str] = {}  # which pool
+        self._opened: dict[ev.Key, Opened] = {}  # by the first rank
 
     def open(self, session: Session, call: worker.Send | worker.Receive, role: Role) -> None:
         """Open a transfer, join its group, or find that this worker has done so before."""
@@ -41,6 +41,7 @@ class Openings:
         self._check_retry(session, key, newest)
         if self._is_repeated(session, key, call):
             if isinstance(call, worker.Send) and call.world_size > 1:
+                node.check_aux(key, call.aux)
                 node.run_now(key, _told(call))  # its own: no parameters of the group
             return
         if key in node.transfers or node.tombstones.get(key) is not None:
@@ -56,32 +57,37 @@ class Openings:
         if len(session.keys) >= node.settings.worker_transfers_max:
             raise exhausted(f"this worker has {len(session.keys)} transfers open")
         timing, now_s = timing_of(call, node.settings), node.now_s
+        opened = Opened.by(call, book.pool_id)
         if isinstance(call, worker.Receive):
             if opening.source is None:
                 self._check_tenant(session, key._replace(role=Role.SOURCE))
             node.sinks.check_room(opening.source)
             self._supersede(key, newest)
-            self.know(key, call, book.pool_id)
-            node.open(SinkTransfer(opening, timing, now_s), call)
+            self.know(key, opened)
+            node.open(SinkTransfer(opening, timing, now_s), opened)
             node.sinks.attach(key)
             return
         source = SourceTransfer(opening, timing, now_s)
         told = _told(call)
         check_ready(source, told)
+        node.aux_books.check(opening, told.aux)
         self._supersede(key, newest)
-        self.know(key, call, book.pool_id)
-        node.open(source, call)
+        self.know(key, opened)
+        node.open(source, opened)
         node.run_now(key, told)
         node.sources.replay_unmet(key)
 
-    def know(self, key: ev.Key, call: worker.Send | worker.Receive, pool_id: str) -> None:
+    def know(self, key: ev.Key, opened: Opened) -> None:
         """A transfer was opened, now or in an earlier life, for a pool of its tenant."""
-        self.opened_by[key] = call
-        self._opened_in[key] = pool_id
+        self._opened[key] = opened
+
+    def _pool_of(self, key: ev.Key) -> str | None:
+        opened = self._opened.get(key)
+        return None if opened is None else opened.pool_id
 
     def are_strangers(self, key: ev.Key, other: ev.Key) -> bool:
         """Whether two tenants have opened these: nothing may pass between them here."""
-        pool_id, others = self._opened_in.get(key), self._opened_in.get(other)
+        pool_id, others = self._pool_of(key), self._pool_of(other)
         return pool_id is not None and others is not None and not are_one(pool_id, others)
 
     def may_end(self, source: ev.Key, sink: ev.Key) -> bool:
@@ -89,14 +95,14 @@ class Openings:
 
         With tenants not to one that nobody has opened yet: it may become another tenant's.
         """
-        pool_id = self._opened_in.get(sink)
-        if pool_id is not None and tenant_in(pool_id) and source not in self._opened_in:
+        pool_id = self._pool_of(sink)
+        if pool_id is not None and tenant_in(pool_id) and source not in self._opened:
             return False
         return not self.are_strangers(source, sink)
 
     def _check_tenant(self, session: Session, key: ev.Key) -> None:
         """Raise FerryError if another tenant has opened this, be it over or not."""
-        if not are_one(self._opened_in.get(key, session.pool_id), session.pool_id):
+        if not are_one(self._pool_of(key) or session.pool_id, session.pool_id):
             raise not_yours(key.transfer_id)
 
     def _check_retry(self, session: Session, key: ev.Key, newest: int) -> None:
@@ -122,10 +128,9 @@ class Openings:
     ) -> bool:
         """Whether this worker has opened it before; FerryError if it was not quite this."""
         owner = self._owner(key, call.rank)
-        before = self.opened_by.get(key)
-        if owner is None or (not owner and before is not None):
+        if owner is None or (not owner and key in self._opened):
             return False
-        different = before and _difference(before, call)
+        different = self._difference(key, call)
         if owner not in ("", session.secret) and call.world_size > 1 and not different:
             raise FerryError(
                 Code.RANK_TAKEN, f"rank {call.rank} of {key.transfer_id!r} is another session's"
@@ -138,10 +143,10 @@ class Openings:
     def _join(self, session: Session, key: ev.Key, call: worker.Send | worker.Receive) -> None:
         """One more rank of a group: it must have come for the same."""
         node = self._node
-        before = self.opened_by[key]
-        different = _difference(before, call)
-        if call.rank >= before.world_size and not different:
-            raise FerryError(Code.BAD_RANK, f"rank {call.rank} of a group of {before.world_size}")
+        ranks = self._opened[key].call.world_size
+        different = self._difference(key, call)
+        if call.rank >= ranks and not different:
+            raise FerryError(Code.BAD_RANK, f"rank {call.rank} of a group of {ranks}")
         transfer = node.transfers.get(key)
         if transfer is not None and transfer.opening.pool_id != session.pool_id:
             ours = node.books[transfer.opening.pool_id].layout
@@ -154,6 +159,7 @@ class Openings:
         told = _told(call) if isinstance(call, worker.Send) else None
         if told is not None and isinstance(transfer, SourceTransfer) and not transfer.ended:
             check_ready(transfer, told)  # who is refused has not come
+            node.check_aux(key, told.aux)
         node.run_now(key, ev.Joined(call.rank, session.secret))
         node.note("joined", session, key)
         if told is not None:
@@ -163,8 +169,21 @@ class Openings:
 
     def forget(self, key: ev.Key) -> None:
         """The tombstone of a transfer is gone."""
-        self.opened_by.pop(key, None)
-        self._opened_in.pop(key, None)
+        self._opened.pop(key, None)
+
+    def _difference(self, key: ev.Key, now: worker.Send | worker.Receive) -> str:
+        """The first parameter that the same call, or another rank's, must not have changed."""
+        if key not in self._opened:
+            return ""
+        before, aux_digest, _ = self._opened[key]
+        own = OF_A_RANK if before.world_size == now.world_size == 1 else OF_A_GROUPS_RANK
+        for name in type(before).model_fields:
+            if name not in own | {"aux"} and getattr(before, name) != getattr(now, name):
+                return f"{name} was {getattr(before, name)}, now {getattr(now, name)}"
+        if "aux" in own or isinstance(now, worker.Receive) or aux_digest == digest_of(now.aux):
+            return ""
+        transfer = self._node.transfers.get(key)
+        return difference(None if transfer is None else transfer.aux, now.aux)
 
     def _owner(self, key: ev.Key, rank: int) -> str | None:
         """Whose a rank is; empty if nobody has come for it, None without such a transfer."""
@@ -203,12 +222,3 @@ class Openings:
 def _told(call: worker.Send) -> ev.ReadyTo:
     """What a source's rank says of itself as it comes."""
     return ev.ReadyTo(call.start_tokens, call.total_tokens, call.aux, call.rank)
-
-
-def _difference(before: worker.Send | worker.Receive, now: worker.Send | worker.Receive) -> str:
-    """The first parameter that the same call, or another rank's, must not have changed."""
-    own = OF_A_RANK if before.world_size == now.world_size == 1 else OF_A_GROUPS_RANK
-    for name in type(before).model_fields:
-        if name not in own and getattr(before, name) != getattr(now, name):
-            return f"{name} was {getattr(before, name)}, now {getattr(now, name)}"
-    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvferry_daemon.core.aux_values import difference
 from kvferry_daemon.core.events import ReadyTo
 from kvferry_proto.errors import Code, FerryError
 
@@ -55,7 +56,7 @@ def total_mismatch(source: SourceTransfer, event: ReadyTo) -> str | None:
 def _refuse_bad_aux(source: SourceTransfer, event: ReadyTo, *, is_last: bool) -> None:
     aux, names = event.aux, source.opening.aux_names
     if aux is not None and source.aux is not None and aux != source.aux:
-        raise FerryError(Code.AUX_CHANGED, f"aux was {source.aux}, now {aux}")
+        raise FerryError(Code.AUX_CHANGED, difference(source.aux, aux))
     if aux is not None and set(aux) != set(names):
         raise FerryError(Code.AUX_MISSING, f"the layout has aux {sorted(names)}, got {sorted(aux)}")
     if is_last and names and aux is None and source.aux is None:

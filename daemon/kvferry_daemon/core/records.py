@@ -73,6 +73,7 @@ class OpeningRecord(Message):
     session: Secret  # whose call it was
     pool_id: FileName
     call: Annotated[Send | Receive, Field(discriminator="kind")]
+    aux_digest: bytes | None = None  # of its aux values, which are in a row of their own
     window_tokens: Tokens
     source: Annotated[str, Field(max_length=256)] | None = None
     max_tokens: Tokens | None = None

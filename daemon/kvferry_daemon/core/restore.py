@@ -8,7 +8,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.blocks import PoolBook
-from kvferry_daemon.core.opening import timing_of
+from kvferry_daemon.core.opening import Opened, timing_of
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease, PoolError
 from kvferry_daemon.core.records import HOST, PoolRecord, SessionRecord, StoneRecord, TransferRecord
@@ -135,8 +135,9 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     node.census.changed(transfer)
     name = (key.role, key.transfer_id)
     node.current[name] = max(key.attempt, node.current.get(name, 0))
-    node.workers.openings.know(key, told.call, told.pool_id)
+    node.workers.openings.know(key, Opened.noted(told))
     node.notes.known(transfer)
+    node.aux_books.note(transfer)
     for session in transfer.ranks.sessions:
         if session in node.sessions:
             node.sessions[session].keys.add(key)
@@ -156,6 +157,6 @@ def _restore_stone(node: Node, past: Past, key: ev.Key, record: StoneRecord) -> 
     node.tombstones.put(key, Tombstone(record.snapshot, tuple(record.sessions), until_s))
     opening = past.openings.get(key)
     if opening is not None:
-        node.workers.openings.know(key, opening.call, opening.pool_id)
+        node.workers.openings.know(key, Opened.noted(opening))
         name = (key.role, key.transfer_id)
         node.current[name] = max(key.attempt, node.current.get(name, 0))

@@ -74,6 +74,8 @@ class SinkTransfer(Transfer):
         if not self.ended:
             return min(self._resend_at_s, self._stalled_at_s)
         due_s = min(self._drain_at_s, NEVER_S if self.done_noted else self._resend_at_s)
+        if self._aux_is_awaited:
+            due_s = min(due_s, self._forget_s)
         if self.window.blocks and not self.quarantined:
             due_s = min(due_s, self._ended_s + self.timing.hold_s)
         return due_s
@@ -84,9 +86,24 @@ class SinkTransfer(Transfer):
 
     @property
     def forgettable(self) -> bool:
-        gave_up = self.now_s >= self._ended_s + self.timing.tombstone_s
-        told = self.done_noted or gave_up or not self.peer_met
-        return self.ended and told and not self.window.blocks and not self._claims
+        told = self.done_noted or self.now_s >= self._forget_s or not self.peer_met
+        is_read = told and not self._aux_is_awaited
+        return self.ended and is_read and not self.window.blocks and not self._claims
+
+    @property
+    def _forget_s(self) -> float:
+        """From then on nobody is waited for that holds no block."""
+        return self._ended_s + self.timing.tombstone_s
+
+    @property
+    def _aux_is_awaited(self) -> bool:
+        """Whether a worker may still come for the values: a tombstone has none."""
+        unread = self._has_aux_to_read and not (self.released and self.ranks.complete)
+        return unread and self.now_s < self._forget_s
+
+    @property
+    def _has_aux_to_read(self) -> bool:
+        return self.state is State.SUCCESS and self.aux is not None
 
     @property
     def chunks_under_way(self) -> int:
@@ -437,6 +454,13 @@ class SinkTransfer(Transfer):
         message = f"{self._by(event.rank)}released by its worker at token {self.sent_tokens}"
         self._fail(Code.RELEASED_EARLY, message)
 
+    def _on_joined_late(self, event: ev.Joined) -> None:
+        """A payload without a token ended before all ranks had come."""
+        if self._has_aux_to_read:
+            self.ranks.join(event.rank, event.session)  # until it releases, as the others
+        else:
+            self._on_joined_ended(event)
+
     def _on_late_received(self, event: ev.Received) -> None:
         self._claims.fulfil(event.key, event.first_token, event.part)  # not committed: it is over
 
@@ -470,7 +494,7 @@ SinkTransfer.LIVE = {
 }
 SinkTransfer.ENDED = {
     ev.Tick: SinkTransfer._on_tick,
-    ev.Joined: SinkTransfer._on_joined_ended,
+    ev.Joined: SinkTransfer._on_joined_late,
     ev.ActedOn: SinkTransfer._on_acted,
     ev.Granted: SinkTransfer._on_granted_ended,
     ev.StreamDown: SinkTransfer._on_stream_down,

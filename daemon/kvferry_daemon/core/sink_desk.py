@@ -114,7 +114,7 @@ class SinkDesk:
         if key not in self._sinks_of.get(address, ()):
             return
         if progress.layout is None:
-            node.post(key, ev.Heard(progress))
+            self.hear(key, progress)
         elif not node.transfers[key].ended:
             self._on_layout(address, key, Side.of(progress.layout, progress.world_size))
 
@@ -131,6 +131,17 @@ class SinkDesk:
             node.post(key, ev.Fail(error.code, error.message))
         else:
             node.post(key, ev.Shaped(shape))
+
+    def hear(self, key: ev.Key, progress: wire.Progress) -> None:
+        """Let a sink know of its source; one that would have to keep too much fails."""
+        node = self._node
+        try:
+            node.check_aux(key, progress.aux)
+        except FerryError as error:
+            node.counters["aux_over_bound"] += 1
+            node.post(key, ev.Fail(error.code, error.message, error.retry_after_s))
+        else:
+            node.post(key, ev.Heard(progress))
 
     def on_slept(self, for_s: float) -> None:
         """We stood still ourselves."""

@@ -360,7 +360,8 @@ class SourceTransfer(Transfer):
                 self._emit(ev.CloseStream(key))
 
     def _on_late_pull(self, event: ev.Pulled) -> None:
-        self._emit(ev.SendProgress(event.pull.number, event.sink))
+        is_its_own = event.daemon == self.sink_daemon
+        self._emit(ev.SendProgress(event.pull.number, event.sink, None, is_its_own))
 
 
 SourceTransfer.LIVE = {

@@ -43,7 +43,7 @@ class SourceDesk:
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
         self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
         self.unmet_max = UNMET_MAX
-        self._progresses: dict[str, list[wire.Progress]] = {}
+        self._progresses: dict[str, dict[tuple[str, int], wire.Progress]] = {}
 
     # --- messages ---
 
@@ -210,11 +210,9 @@ class SourceDesk:
         node = self._node
         stone = node.tombstones.get(key)
         newest = node.current.get((Role.SOURCE, key.transfer_id), -1)
-        state, error, total, available = State.BOOTSTRAPPING, None, None, 0
+        state, error = State.BOOTSTRAPPING, None
         if stone is not None:
-            seen = stone.snapshot
-            state, error = seen.state, seen.error
-            total, available = seen.total_tokens, seen.available_tokens
+            state, error = stone.snapshot.state, stone.snapshot.error
         elif newest > key.attempt:
             state = State.FAILED
             error = ErrorInfo.of(Code.STALE_ATTEMPT, f"the source is at attempt {newest}")
@@ -224,8 +222,6 @@ class SourceDesk:
             number=number,
             known=state is not State.BOOTSTRAPPING,
             state=state,
-            available_tokens=available,
-            total_tokens=total,
             error=error,
         )
 
@@ -341,14 +337,20 @@ class SourceDesk:
     # --- saying ---
 
     def say_progress(self, sink: str, progress: wire.Progress) -> None:
-        """Send news with the others of this turn to the same daemon."""
-        self._progresses.setdefault(sink, []).append(progress)
+        """Send news with the others of this turn to the same daemon.
+
+        Of one attempt the newest, which answers all pulls before; or the one that refused one.
+        """
+        told = self._progresses.setdefault(sink, {})
+        key = progress.transfer_id, progress.attempt
+        if key not in told or told[key].error is None:
+            told[key] = progress
 
     def flush(self) -> None:
         """Send the news of this turn."""
         news, self._progresses = self._progresses, {}
-        for sink, progresses in news.items():
-            daemon = self.daemons.get(sink)
+        for sink, told in news.items():
+            daemon, progresses = self.daemons.get(sink), list(told.values())
             if daemon is None:
                 continue  # it has to say hello again, and to ask
             for first in range(0, len(progresses), FRAME_PROGRESSES_MAX):

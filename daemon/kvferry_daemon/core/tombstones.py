@@ -44,6 +44,11 @@ class Tombstone:
         return self.snapshot.model_copy(update={"rank": rank})
 
 
+def without_aux(snapshot: Snapshot) -> Snapshot:
+    """Nobody asks for the values any more, and they may be as large as 200 tombstones."""
+    return snapshot if snapshot.aux is None else snapshot.model_copy(update={"aux": None})
+
+
 class Tombstones:
     """In the order of their making, which is the order of their expiry."""
 
@@ -81,6 +86,7 @@ class Tombstones:
     def put(self, key: Key, stone: Tombstone) -> None:
         """Take one up, in the order of their expiry; it replaces what was remembered before."""
         self._drop(key)
+        stone.snapshot = without_aux(stone.snapshot)
         self._stones[key] = stone
         self.states[stone.snapshot.state] += 1
 

@@ -325,12 +325,12 @@ class Transfer:
         self._want(0)
         self._on_end()
 
-    def _fail(self, code: Code, message: str) -> None:
+    def _fail(self, code: Code, message: str, retry_after_s: float | None = None) -> None:
         missing = self.ranks.missing
         if missing and code is not Code.RANK_MISSING:
             which = ", ".join(map(str, missing))
             message = f"{message}; of {self.ranks.size} ranks, {which} had not come"
-        self._end(State.FAILED, ErrorInfo.of(code, message))
+        self._end(State.FAILED, ErrorInfo.of(code, message, retry_after_s))
 
     def _free_all(self) -> None:
         leases = self.window.clear()
@@ -366,7 +366,7 @@ class Transfer:
         self.ranks.let_go(event.rank)
 
     def _on_fail(self, event: Fail) -> None:
-        self._fail(event.code, event.message)
+        self._fail(event.code, event.message, event.retry_after_s)
 
     def _on_release_ended(self, event: Release) -> None:
         self.ranks.let_go(event.rank)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.answers import check_fits, least_bytes, once_each
 from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.polls import WaitingPoll
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.welcome import Welcomer
 from kvferry_proto import worker
+from kvferry_proto.codec import FRAME_BYTES_MAX
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.states import TERMINAL, Role
@@ -53,10 +55,11 @@ class WorkerDesk:
             session = self._session_of(event.route, event.user)
             session.heard_s, session.lost = self._node.now_s, False
             if isinstance(call, worker.Batch):
-                replies = [self._one_of_batch(session, event.route, one) for one in call.calls]
-                self._say(event.route, worker.BatchReply(call=call.call, replies=replies))
+                self._say(event.route, self._batch(session, event.route, call))
                 return
             reply = self._answer(session, event.route, call, may_wait=True)
+            if reply is not None:
+                check_fits(reply)
         except FerryError as error:
             self._note_refused(event.user, call, error)
             reply = self._failure(call.call, error)
@@ -106,15 +109,25 @@ class WorkerDesk:
             raise FerryError(Code.HELLO_FIRST, "this connection belongs to no session")
         return session
 
+    def _batch(self, session: Session, route: bytes, batch: worker.Batch) -> worker.BatchReply:
+        """Make its calls, all of them; what is answered fits into a frame."""
+        replies: list[worker.Snapshots | worker.Failure] = []
+        room_bytes = FRAME_BYTES_MAX
+        for call in batch.calls:
+            replies.append(self._one_of_batch(session, route, call, room_bytes))
+            room_bytes -= least_bytes(replies[-1])
+        return worker.BatchReply(call=batch.call, replies=replies)
+
     def _one_of_batch(
-        self, session: Session, route: bytes, call: worker.Verb
+        self, session: Session, route: bytes, call: worker.Verb, room_bytes: int
     ) -> worker.Snapshots | worker.Failure:
         try:
             reply = self._answer(session, route, call, may_wait=False)
+            assert reply is not None
+            check_fits(reply, room_bytes)
         except FerryError as error:
             self._note_refused(session.user, call, error)
             return self._failure(call.call, error)
-        assert reply is not None
         return reply
 
     def _answer(
@@ -133,6 +146,7 @@ class WorkerDesk:
                 key = ev.Key(Role.SINK, call.transfer_id, call.attempt)
             case worker.Ready():
                 key = self._current(session, call, Role.SOURCE)
+                self._node.check_aux(key, call.aux)
                 told = ev.ReadyTo(call.ready_tokens, call.total_tokens, call.aux, call.rank)
                 self._node.run_now(key, told)
             case worker.Resume():
@@ -193,7 +207,7 @@ class WorkerDesk:
     ) -> worker.Snapshots | None:
         snapshots, refused, after = [], [], {}
         live, placed = False, 0
-        for watched in call.transfers:
+        for watched in once_each(call.transfers):
             key = ev.Key(watched.role, watched.transfer_id, watched.attempt)
             try:
                 snapshot = self._shown(session, key, watched, board=call.board)
@@ -210,7 +224,7 @@ class WorkerDesk:
         if snapshots or refused or not live or not may_wait or call.wait_s == 0:
             return worker.Snapshots(call=call.call, transfers=snapshots, refused=refused)
         until_s = self._node.now_s + call.wait_s
-        number = self._node.polls.add(WaitingPoll(route, call.call, after, until_s))
+        number = self._node.polls.add(WaitingPoll(session.secret, route, call.call, after, until_s))
         self._node.schedule(number, until_s)
         return None
 
@@ -246,15 +260,27 @@ class WorkerDesk:
             error=ErrorInfo.of_error(error),
         )
 
-    def answer_poll(self, poll: WaitingPoll) -> None:
-        """Answer a poll that waited, with all that has changed by now."""
-        news = []
-        for (key, rank), after in poll.after.items():
-            if self._exists(key):
-                snapshot = self._snapshot(key, rank)
-                if snapshot.snapshot > after:
-                    news.append(snapshot)
-        self._say(poll.route, worker.Snapshots(call=poll.call, transfers=news))
+    def answer_poll(self, poll: WaitingPoll, *, is_full: bool) -> int:
+        """Answer a poll that waited, with all that has changed by now; return how large that is.
+
+        ``is_full``: with nothing, as if its time was up.
+        """
+        reply = worker.Snapshots(call=poll.call, transfers=[] if is_full else self._news_of(poll))
+        try:
+            check_fits(reply)
+        except FerryError as error:
+            self.refuse(poll.route, poll.call, error)
+            return 0
+        self._say(poll.route, reply)
+        return least_bytes(reply)
+
+    def _news_of(self, poll: WaitingPoll) -> list[worker.Snapshot]:
+        seen = [
+            (self._snapshot(key, rank), after)
+            for (key, rank), after in poll.after.items()
+            if self._exists(key)
+        ]
+        return [snapshot for snapshot, after in seen if snapshot.snapshot > after]
 
     def _exists(self, key: ev.Key) -> bool:
         return key in self._node.transfers or self._node.tombstones.get(key) is not None

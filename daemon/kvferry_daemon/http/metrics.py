@@ -39,7 +39,7 @@ REFUSALS = (  # counters of who was let in no further, by a bound or because he 
     "http_refused", "messages_over_rate_worker", "messages_over_rate_peer",
     "messages_over_rate_control", "messages_over_rate_source", "sources_shunned",
     "refused_resource_exhausted", "operators_refused", "peers_not_trusted",
-    "refused_not_your_transfer", "peer_refused_resource_exhausted",
+    "refused_not_your_transfer", "peer_refused_resource_exhausted", "aux_over_bound",
 )  # fmt: skip
 LATE_MS = (2, 10, 100)
 TURN_MS = (1, *LATE_MS)
