@@ -87,16 +87,19 @@ def test_another_prompt_of_the_same_length_is_told_apart(scene: Scene) -> None:
 
 
 def test_layers_are_copied_while_the_next_ones_are_computed(scene: Scene) -> None:
-    before = scene.prefill.metrics()
-    told = scene.prefill.generate(prompt(4000, seed=6), 1, sending("layers")).result()
-    scene.elsewhere.generate(prompt(4000, seed=6), params=told["params"]).result()
-    wait_until(scene.prefill.blocks_are_free)
-    after = scene.prefill.metrics()
-    assert (
-        after["vllm:kvferry_sent_transfers_total"]
-        == before["vllm:kvferry_sent_transfers_total"] + 1
-    )
-    early = "vllm:kvferry_sent_planes_early_total"
+    """Of some requests: which ones, the scheduler of a busy machine says."""
+    early, before = "vllm:kvferry_sent_planes_early_total", scene.prefill.metrics()
+    for tries in range(1, 21):
+        told = scene.prefill.generate(
+            prompt(4000, seed=tries), 1, sending(f"layers{tries}")
+        ).result()
+        scene.elsewhere.generate(prompt(4000, seed=tries), params=told["params"]).result()
+        wait_until(scene.prefill.blocks_are_free)
+        after = scene.prefill.metrics()
+        sent = "vllm:kvferry_sent_transfers_total"
+        assert after[sent] == before[sent] + tries
+        if after[early] > before[early]:
+            break
     assert after[early] > before[early]
     assert scene.elsewhere.metrics()["vllm:kvferry_received_tokens_total"] >= 4000
     scene.check_nothing_is_left()

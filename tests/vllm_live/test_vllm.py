@@ -152,9 +152,9 @@ def test_decode_may_be_asked_before_prefill(scene: Scene) -> None:
 
 def test_a_prefill_that_is_aborted_in_the_queue_fails_decode_at_once(scene: Scene) -> None:
     """Long before the 8 s after which a decode gives up by itself."""
-    busy = scene.prefill.generate(prompt(20_000, seed=8), 1)
     decode = scene.decode.generate(prompt(700), params=fetching("queued", scene.a))
     scene.b.wait_for_transfer("queued", lambda seen: True)
+    busy = scene.prefill.generate(prompt(20_000, seed=8), 1)
     prefill = scene.prefill.generate(prompt(700), 1, sending("queued"))
     scene.prefill.abort(prefill)
     assert prefill.result()["reason"] == "abort"
@@ -167,13 +167,15 @@ def test_a_prefill_that_is_aborted_in_the_queue_fails_decode_at_once(scene: Scen
 
 
 def test_what_a_draining_daemon_does_not_take_decode_computes(scene: Scene) -> None:
-    tokens = prompt(700, seed=9)
+    """Of a prompt of several steps: after one alone vLLM answers before it hears of it."""
+    tokens = prompt(5000, seed=9)
     ask(scene.a.directory, control.SetDraining(draining=True))
     told = scene.prefill.generate(tokens, 1, sending("draining")).result()
     ask(scene.a.directory, control.SetDraining(draining=False))
     assert told["params"] is None
     assert "was not sent" in scene.prefill.log()
     assert scene.decode.generate(tokens).tokens == scene.alone.generate(tokens).tokens
+    tokens = prompt(700, seed=9)
     assert scene.ask("undrained", tokens).tokens == scene.alone.generate(tokens).tokens
     scene.check_nothing_is_left()
 
