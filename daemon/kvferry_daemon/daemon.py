@@ -208,7 +208,7 @@ class Daemon:
         self.effects.use_ledger(self.ledger)
         self.ledger.write((("daemon", RECORDS.encode(self.life.record(peer_port))),))
         if self.life.past is not None:
-            self.effects.pools.attach(self.life.past.pools)
+            self.effects.pools.attach(self.life.past.pools, self.life.past.lost)
             self.effects.feed(out.Restored(self.life.past))
             log.info("life %d of this daemon goes on with its ledger", self.life.number)
 

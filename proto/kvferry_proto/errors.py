@@ -145,7 +145,8 @@ ADVICE: dict[Code, Advice] = {
         "one PID and IPC namespace, or use device=host",
     ),
     Code.POOL_LOST: Advice(
-        _O, "device memory ended with its daemon's process; use attempt + 1 on both sides"
+        _O,
+        "its memory ended with its daemon's life, or its file was cut; use attempt + 1 on both sides",
     ),
     Code.DEVICE_FAILED: Advice(
         _O, "see the log; connect again and use attempt + 1, or restart what the message names"

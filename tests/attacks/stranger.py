@@ -96,6 +96,12 @@ def receive(directory: Path, transfer_id: str, secret: str, source: str = "") ->
         return "seen" if bytes.fromhex(secret) in raw.block(seen.runs[0][0]) else "not seen"
 
 
+def cut(pool: Path) -> str:
+    """Cut a pool's file short, as whoever may write it can."""
+    os.truncate(pool, 0)
+    return "cut"
+
+
 def squat(directory: Path, route: str) -> str:
     """Take a routing id over whose connection has gone, and call without a hello."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -143,6 +149,6 @@ if __name__ == "__main__":
     os.setgroups([])
     os.setgid(int(gid))
     os.setuid(int(uid))
-    can = (hello, hold, map_all, take_up, squat, status, drain, files, search, keep, receive)
+    can = (hello, hold, map_all, take_up, squat, status, drain, files, search, keep, receive, cut)
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

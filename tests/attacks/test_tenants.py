@@ -143,6 +143,25 @@ def test_a_next_life_keeps_tenants_apart_and_goes_on_with_their_transfers(place:
             assert thief(again, "receive", "t", SECRET) == "not_your_transfer"
 
 
+def test_a_tenant_that_cuts_its_pool_loses_its_own_alone_and_is_named(place: Path) -> None:
+    with (
+        LiveDaemon(place / "a", **APART) as daemon,
+        kept(daemon),
+        RawWorker(daemon.directory) as raw,
+    ):
+        raw.snapshot(worker.Send(transfer_id="own"))
+        (pool,) = (daemon.directory / "pools").glob(f"*-uid{VICTIM}")
+        assert stranger(VICTIM, "cut", pool, gid=WORKERS) == "cut"
+        daemon.process.kill()
+        with daemon.again() as again:
+            again.wait_for_log(f"its file has 0 bytes, not {POOL_BYTES}; uid {VICTIM} may write it")
+            (own,) = again.transfers("own")
+            assert own.snapshot.state not in TERMINAL
+            error = source_of(again).error
+            assert error is not None
+            assert error.code == "pool_lost"
+
+
 @pytest.mark.parametrize(("before", "after"), [(SHARED, APART), (APART, SHARED)])
 def test_a_life_that_tells_them_apart_otherwise_goes_on_with_nothing(
     place: Path, before: dict[str, object], after: dict[str, object]
