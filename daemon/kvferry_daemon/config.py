@@ -229,6 +229,11 @@ class Config(Deadlines):
                 "operator_group: with tenant the workers' group must not be the operators', who see "
                 "and end every transfer"
             )
+        if self.keys_dir is None:
+            raise ValueError(
+                "tenant: in clear every user of this machine may connect to the peer port and pull what a "
+                "tenant sends; make keys (`kvferry keys new`) and set keys_dir"
+            )
 
     def _check_encryption(self) -> None:
         if self.transport == "nixl":

@@ -344,6 +344,7 @@ class Daemon:
         return Facts(
             now_s=asyncio.get_running_loop().time,
             insecure=self.config.is_open_to_all,
+            by_tenant=self.config.access.by_tenant,
             status=self.status,
             loop=self.lag.status,
             not_sent=lambda: sum(link.dropped for link in links),

@@ -13,9 +13,9 @@ import zmq
 
 from kvferry_client import connect
 from kvferry_client.session import Lock
-from kvferry_proto import control, worker
+from kvferry_proto import control, peer, worker
 from kvferry_proto.states import Role
-from live import BLOCK, LAYOUT, RawWorker
+from live import BLOCK, BOOT_ID, LAYOUT, RawPeer, RawWorker
 
 PATIENCE_MS = 2000
 NOTHING = "nothing"
@@ -102,6 +102,17 @@ def cut(pool: Path) -> str:
     return "cut"
 
 
+def pull(_directory: Path, address: str, transfer_id: str) -> str:
+    """Go by a daemon that has no key, and pull; how many tokens there are to have."""
+    one = RawPeer(address)
+    hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+    one.socket.send(peer.MESSAGES.encode(hello))
+    if not one.socket.poll(PATIENCE_MS):
+        return NOTHING
+    one.source = one.next().boot_id
+    return f"{one.pull(transfer_id=transfer_id).available_tokens} tokens"
+
+
 def squat(directory: Path, route: str) -> str:
     """Take a routing id over whose connection has gone, and call without a hello."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -149,6 +160,20 @@ if __name__ == "__main__":
     os.setgroups([])
     os.setgid(int(gid))
     os.setuid(int(uid))
-    can = (hello, hold, map_all, take_up, squat, status, drain, files, search, keep, receive, cut)
+    can = (
+        hello,
+        hold,
+        map_all,
+        take_up,
+        squat,
+        status,
+        drain,
+        files,
+        search,
+        keep,
+        receive,
+        cut,
+        pull,
+    )
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

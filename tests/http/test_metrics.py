@@ -23,6 +23,7 @@ def collector(world: World) -> NodeCollector:
     facts = Facts(
         now_s=lambda: world.now_s,
         insecure=False,
+        by_tenant=False,
         status=not_asked,
         loop=lambda: LOOP,
         not_sent=lambda: 0,

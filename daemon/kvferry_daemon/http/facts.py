@@ -12,6 +12,7 @@ class Facts:
 
     now_s: Callable[[], float]  # the books' clock, which they themselves read at events only
     insecure: bool
+    by_tenant: bool  # workers are strangers to each other, and anybody here may be one
     status: Callable[[], control.Status]
     loop: Callable[[], control.LoopStatus]
     not_sent: Callable[[], int]  # messages that no link could take
