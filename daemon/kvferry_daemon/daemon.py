@@ -135,7 +135,7 @@ class Daemon:
         if self._traces is not None:
             self.effects.tellers.append(self._traces.tell)
         self.node.ways, poller = begin_ways(
-            config.transport, device is not None, enter, config.payload_encryption
+            config.transport, device is not None, enter, config.payload_encryption, access.by_tenant
         )
         self.streams = Streams(
             config.peer_host,

@@ -244,6 +244,7 @@ def test_tenants_need_a_group_a_budget_and_keys(
     assert "operator_group" in kvferry("config", "check", *shared).stderr
     assert "set keys_dir" in kvferry("config", "check", *whole).stderr
     keyed = (*whole, "--keys-dir", keys)
+    assert "transport to tcp" in kvferry("config", "check", *keyed, "--transport=nixl").stderr
     assert kvferry("config", "check", *keyed).returncode == 0
 
 
