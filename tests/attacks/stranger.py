@@ -9,10 +9,12 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy
 import zmq
 
-from kvferry_client import connect
+from kvferry_client import FerryError, connect, session
 from kvferry_client.session import Lock
+from kvferry_daemon import operator
 from kvferry_proto import control, peer, worker
 from kvferry_proto.states import Role
 from live import BLOCK, BOOT_ID, LAYOUT, RawPeer, RawWorker
@@ -113,6 +115,27 @@ def pull(_directory: Path, address: str, transfer_id: str) -> str:
     return f"{one.pull(transfer_id=transfer_id).available_tokens} tokens"
 
 
+def write(directory: Path, secret: str, defence: str) -> str:
+    """Be a worker that sends, by the client; ``defence``: whether it looks whose directory it is."""
+    if defence == "off":
+        vars(session)["check_runtime_dir"] = lambda _path: None
+    try:
+        with connect(directory, LAYOUT, "victim") as client:
+            rows = numpy.frombuffer(bytes.fromhex(secret), numpy.int32).reshape(1, 8)
+            client.send("t").fill(0, {"kv": rows, "ids": numpy.zeros(1, numpy.int64)})
+    except FerryError as error:
+        return str(error.code)
+    return "written"
+
+
+def asks(directory: Path) -> str:
+    """Ask what operators ask, as the command line does."""
+    try:
+        return str(operator.ask(directory, control.GetStatus()).kind)
+    except FerryError as error:
+        return str(error.code)
+
+
 def squat(directory: Path, route: str) -> str:
     """Take a routing id over whose connection has gone, and call without a hello."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -174,6 +197,8 @@ if __name__ == "__main__":
         receive,
         cut,
         pull,
+        write,
+        asks,
     )
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))
