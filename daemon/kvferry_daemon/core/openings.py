@@ -59,7 +59,7 @@ class Openings:
         if isinstance(call, worker.Receive):
             if opening.source is None:
                 self._check_tenant(session, key._replace(role=Role.SOURCE))
-            node.sinks.check_room(opening.source)
+            node.sinks.check_room(opening.source, session)
             self._supersede(key, newest)
             self.know(key, call, book.pool_id)
             node.open(SinkTransfer(opening, timing, now_s), call)
