@@ -15,6 +15,7 @@ from kvferry_client.views import Pool
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout
+from kvferry_proto.runtime_dir import check_runtime_dir
 
 REPEAT_S = 0.5
 CALL_S = 10.0
@@ -26,7 +27,12 @@ class Lock:
     """A flock on a file of the runtime directory: held exactly as long as blocks may be touched."""
 
     def __init__(self, runtime_dir: Path) -> None:
-        """Create and lock the file; FerryError(daemon_unreachable) without a runtime directory."""
+        """Create and lock the file.
+
+        FerryError: daemon_unreachable without a runtime directory, directory_refused if it may be
+        somebody else's.
+        """
+        check_runtime_dir(runtime_dir)
         self.name = secrets.token_hex(16)
         self._path = runtime_dir / "workers" / self.name
         self._pid = os.getpid()
@@ -148,6 +154,7 @@ class Session:
         if old is not None and old.welcome.session == welcome.session:
             pool = old.pool
         else:
+            check_runtime_dir(self.runtime_dir)  # it may have been made anew since, by anybody
             pool = open_pool(welcome.pool, self.layout)
         if old is not None and old.board.boot_id == welcome.boot_id:
             board = old.board

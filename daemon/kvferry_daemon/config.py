@@ -233,10 +233,20 @@ class Config(Deadlines):
             raise ValueError(
                 "tenant: the first one's pool would take the whole budget; set tenant_budget_bytes"
             )
+        if self.transport == "nixl":
+            raise ValueError(
+                "tenant: a peer that NIXL offers one block can read all of the pool; set transport to tcp "
+                "or auto"
+            )
         if self.operator_group == self.worker_group:
             raise ValueError(
                 "operator_group: with tenant the workers' group must not be the operators', who see "
                 "and end every transfer"
+            )
+        if self.keys_dir is None:
+            raise ValueError(
+                "tenant: in clear every user of this machine may connect to the peer port and pull what a "
+                "tenant sends; make keys (`kvferry keys new`) and set keys_dir"
             )
 
     def _check_encryption(self) -> None:

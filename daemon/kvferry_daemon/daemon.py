@@ -136,7 +136,7 @@ class Daemon:
         if self._traces is not None:
             self.effects.tellers.append(self._traces.tell)
         self.node.ways, poller = begin_ways(
-            config.transport, device is not None, enter, config.payload_encryption
+            config.transport, device is not None, enter, config.payload_encryption, access.by_tenant
         )
         self.streams = Streams(
             config.peer_host,
@@ -211,7 +211,7 @@ class Daemon:
         self.effects.use_ledger(self.ledger)
         self.ledger.write((("daemon", RECORDS.encode(self.life.record(peer_port))),))
         if self.life.past is not None:
-            self.effects.pools.attach(self.life.past.pools)
+            self.effects.pools.attach(self.life.past.pools, self.life.past.lost)
             self.effects.feed(out.Restored(self.life.past))
             log.info("life %d of this daemon goes on with its ledger", self.life.number)
 
@@ -343,6 +343,7 @@ class Daemon:
             host=self.config.http_host,
             now_s=asyncio.get_running_loop().time,
             insecure=self.config.is_open_to_all,
+            by_tenant=self.config.access.by_tenant,
             status=self.status,
             loop=self.lag.status,
             not_sent=lambda: sum(link.dropped for link in links),

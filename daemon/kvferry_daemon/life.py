@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import sqlite3
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Timing
 from kvferry_daemon.core.node import Node, Settings
 from kvferry_daemon.core.past import LedgerWrong, Past
-from kvferry_daemon.core.records import HOST, DaemonRecord
+from kvferry_daemon.core.records import HOST, DaemonRecord, PoolRecord
 from kvferry_daemon.core.tenants import ALL, pool_id_of, tenant_in, uid_in
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir
@@ -46,7 +47,10 @@ class Life:
 
 
 def begin(directory: RuntimeDir, config: Config, now_s: float) -> Life:
-    """Read the ledger, if there is one. One that cannot be trusted is set aside, with its pools."""
+    """Read the ledger, if there is one. One that cannot be trusted is set aside, with its pools.
+
+    A pool whose file is not what the ledger says is lost alone: its workers may write that file.
+    """
     past = None
     if directory.ledger.exists():
         try:
@@ -57,7 +61,9 @@ def begin(directory: RuntimeDir, config: Config, now_s: float) -> Life:
     if past is None or past.daemon is None:
         directory.sweep_pools(keep=set())
         return Life(secrets.token_hex(16), 1, None, 0, directory.number)
-    directory.sweep_pools(keep={pool.pool_id for pool in past.pools})
+    for pool_id, why in past.lost.items():
+        log.error("pool %s is lost: %s; %s may write it", pool_id, why, _who_may_write(pool_id))
+    directory.sweep_pools(keep={pool.pool_id for pool in past.pools} - past.lost.keys())
     before = past.daemon
     return Life(before.daemon_id, before.life + 1, past, before.peer_port, directory.number)
 
@@ -85,16 +91,32 @@ def _read(directory: RuntimeDir, config: Config, now_s: float) -> Past | None:
             raise LedgerWrong(str(error)) from error
         if pool.device != HOST:
             continue  # lost; nothing of it lies here
-        path, size = directory.pools / pool.pool_id, pool.blocks * pool.layout.block_bytes
-        found = path.stat().st_size if path.exists() else None
         if pool_id_of(pool.layout, tenant) != pool.pool_id:
             raise LedgerWrong(f"pool {pool.pool_id} has another layout")
-        if found != size:
-            raise LedgerWrong(f"the file of pool {pool.pool_id} has {found} bytes, not {size}")
+        why = _what_is_wrong(directory.pools / pool.pool_id, pool)
+        if why:
+            past.lost[pool.pool_id] = why
     settings = settings_of(config, "", past.daemon.daemon_id, past.daemon.life + 1)
     trial = Node(settings, lambda: secrets.token_bytes(32), 0, now_s)
     trial.handle(out.Restored(past), now_s)  # raises LedgerWrong for what does not fit together
     return past
+
+
+def _what_is_wrong(path: Path, pool: PoolRecord) -> str:
+    """Why a file cannot be the pool of the life before; empty: it can."""
+    size = pool.blocks * pool.layout.block_bytes
+    try:
+        facts = path.lstat()
+    except FileNotFoundError:
+        return "its file is missing"
+    if not stat.S_ISREG(facts.st_mode):
+        return "it is no file"
+    return "" if facts.st_size == size else f"its file has {facts.st_size} bytes, not {size}"
+
+
+def _who_may_write(pool_id: str) -> str:
+    uid = uid_in(pool_id)
+    return "every worker" if uid is None else f"uid {uid}"
 
 
 def settings_of(config: Config, peer_address: str, daemon_id: str, life: int) -> Settings:

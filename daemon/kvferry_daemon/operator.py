@@ -19,6 +19,7 @@ from kvferry_daemon.plain import plain
 from kvferry_proto import control
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.fields import ErrorInfo
+from kvferry_proto.runtime_dir import check_runtime_dir
 
 ANSWER_S = 3.0
 UNBOUNDED = 1 << 16  # columns: what is piped on is read by a program, and must be whole
@@ -28,9 +29,10 @@ def ask(runtime_dir: Path, request: control.Request) -> Any:
     """Ask the daemon and return its answer.
 
     FerryError: daemon_unreachable if there is none or none answers within 3 s, control_denied if
-    its socket is another user's, no_common_version if it does not know what is asked, or what it
+    its socket is another user's, directory_refused if its directory may be, no_common_version if it does not know what is asked, or what it
     refuses with.
     """
+    check_runtime_dir(runtime_dir)
     path = runtime_dir / "control.sock"
     _check_socket(path)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

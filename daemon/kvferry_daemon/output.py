@@ -27,7 +27,7 @@ class Exit(IntEnum):
     OUTPUT = 6  # the answer could not be written
     LEDGER = 7  # the daemon's ledger could not be written
     UNDRAINED = 8  # `drain`: transfers are still there, or the daemon takes new ones again
-    PERMISSION = 9  # the control socket, or what was asked of it, is not this user's
+    PERMISSION = 9  # the control socket, its directory, or what was asked of it, is not this user's
     VERSION = 10  # the daemon is of another version and does not know the verb
     REFUSED = 11  # the daemon refused, for another reason
     DOCTOR = 12  # `doctor` found what keeps a daemon from running
@@ -36,6 +36,7 @@ class Exit(IntEnum):
 
 EXITS = {
     Code.DAEMON_UNREACHABLE: Exit.NO_DAEMON,
+    Code.DIRECTORY_REFUSED: Exit.PERMISSION,
     Code.UNKNOWN_TRANSFER: Exit.UNKNOWN,
     Code.CONTROL_DENIED: Exit.PERMISSION,
     Code.NO_COMMON_VERSION: Exit.VERSION,

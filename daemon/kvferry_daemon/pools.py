@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
@@ -75,9 +75,11 @@ class Pools:
         """From now on pools are registered there."""
         self._registry = registry
 
-    def attach(self, pools: list[PoolRecord]) -> None:
-        """Map the pools that an earlier life left; OSError or ValueError."""
+    def attach(self, pools: list[PoolRecord], lost: Collection[str]) -> None:
+        """Map the pools that an earlier life left, but those lost; OSError or ValueError."""
         for pool in pools:
+            if pool.pool_id in lost:
+                continue
             if pool.device != HOST:
                 log.warning("a pool was in %s and is lost, with its transfers", pool.device)
                 continue

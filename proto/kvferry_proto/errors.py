@@ -75,6 +75,7 @@ class Code(StrEnum):
     DAEMON_RESTARTED = "daemon_restarted"
     DAEMON_UNREACHABLE = "daemon_unreachable"
     CONTROL_DENIED = "control_denied"
+    DIRECTORY_REFUSED = "directory_refused"
     BAD_ARRAY = "bad_array"
     BAD_BLOCK_TABLE = "bad_block_table"
     BAD_CACHE = "bad_cache"
@@ -145,7 +146,8 @@ ADVICE: dict[Code, Advice] = {
         "one PID and IPC namespace, or use device=host",
     ),
     Code.POOL_LOST: Advice(
-        _O, "device memory ended with its daemon's process; use attempt + 1 on both sides"
+        _O,
+        "its memory ended with its daemon's life, or its file was cut; use attempt + 1 on both sides",
     ),
     Code.DEVICE_FAILED: Advice(
         _O, "see the log; connect again and use attempt + 1, or restart what the message names"
@@ -177,6 +179,9 @@ ADVICE: dict[Code, Advice] = {
     Code.DAEMON_UNREACHABLE: Advice(_O, "start the daemon, or check the runtime directory"),
     Code.CONTROL_DENIED: Advice(
         _O, "run the command as the daemon's user, as root, or with its operator_group (sg GROUP)"
+    ),
+    Code.DIRECTORY_REFUSED: Advice(
+        _O, "name the daemon's own runtime directory, or have what lies in its place removed"
     ),
     Code.BAD_ARRAY: Advice(_C, "give each plane's dtype and shape, the same tokens of every plane"),
     Code.BAD_BLOCK_TABLE: Advice(

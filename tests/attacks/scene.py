@@ -38,8 +38,9 @@ def ends(one: socket.socket) -> bool:
 
 def open_to_all(daemon: LiveDaemon) -> None:
     """Take the modes of its files away, which would keep other users out before all else."""
-    for path in (daemon.directory.parent, daemon.directory, daemon.directory / "workers"):
-        path.chmod(0o777)
+    daemon.directory.parent.chmod(0o777)
+    daemon.directory.chmod(0o755)  # a client trusts none that others may write to
+    (daemon.directory / "workers").chmod(0o777)
     for path in daemon.directory.glob("*.sock"):
         path.chmod(0o777)
 

@@ -9,13 +9,15 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy
 import zmq
 
-from kvferry_client import connect
+from kvferry_client import FerryError, connect, session
 from kvferry_client.session import Lock
-from kvferry_proto import control, worker
+from kvferry_daemon import operator
+from kvferry_proto import control, peer, worker
 from kvferry_proto.states import Role
-from live import BLOCK, LAYOUT, RawWorker
+from live import BLOCK, BOOT_ID, LAYOUT, RawPeer, RawWorker
 
 PATIENCE_MS = 2000
 NOTHING = "nothing"
@@ -96,6 +98,44 @@ def receive(directory: Path, transfer_id: str, secret: str, source: str = "") ->
         return "seen" if bytes.fromhex(secret) in raw.block(seen.runs[0][0]) else "not seen"
 
 
+def cut(pool: Path) -> str:
+    """Cut a pool's file short, as whoever may write it can."""
+    os.truncate(pool, 0)
+    return "cut"
+
+
+def pull(_directory: Path, address: str, transfer_id: str) -> str:
+    """Go by a daemon that has no key, and pull; how many tokens there are to have."""
+    one = RawPeer(address)
+    hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+    one.socket.send(peer.MESSAGES.encode(hello))
+    if not one.socket.poll(PATIENCE_MS):
+        return NOTHING
+    one.source = one.next().boot_id
+    return f"{one.pull(transfer_id=transfer_id).available_tokens} tokens"
+
+
+def write(directory: Path, secret: str, defence: str) -> str:
+    """Be a worker that sends, by the client; ``defence``: whether it looks whose directory it is."""
+    if defence == "off":
+        vars(session)["check_runtime_dir"] = lambda _path: None
+    try:
+        with connect(directory, LAYOUT, "victim") as client:
+            rows = numpy.frombuffer(bytes.fromhex(secret), numpy.int32).reshape(1, 8)
+            client.send("t").fill(0, {"kv": rows, "ids": numpy.zeros(1, numpy.int64)})
+    except FerryError as error:
+        return str(error.code)
+    return "written"
+
+
+def asks(directory: Path) -> str:
+    """Ask what operators ask, as the command line does."""
+    try:
+        return str(operator.ask(directory, control.GetStatus()).kind)
+    except FerryError as error:
+        return str(error.code)
+
+
 def squat(directory: Path, route: str) -> str:
     """Take a routing id over whose connection has gone, and call without a hello."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -143,6 +183,22 @@ if __name__ == "__main__":
     os.setgroups([])
     os.setgid(int(gid))
     os.setuid(int(uid))
-    can = (hello, hold, map_all, take_up, squat, status, drain, files, search, keep, receive)
+    can = (
+        hello,
+        hold,
+        map_all,
+        take_up,
+        squat,
+        status,
+        drain,
+        files,
+        search,
+        keep,
+        receive,
+        cut,
+        pull,
+        write,
+        asks,
+    )
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

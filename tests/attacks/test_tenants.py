@@ -11,7 +11,9 @@ import pytest
 
 from attacks.scene import NOBODY, OTHER, WAIT_S, started, stranger, without
 from cli.processes import kvferry
+from http_daemon import get
 from kvferry_daemon.core.records import RECORDS, PoolRecord
+from kvferry_daemon.keys import new_key, trust
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.memory.opened import ACL, check_lists
 from kvferry_proto import worker
@@ -25,6 +27,20 @@ APART = {**SHARED, "tenant": "uid", "tenant_budget_bytes": POOL_BYTES}
 SECRET = os.urandom(32).hex()
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as other users")
+
+
+OPEN = {"Accept": "application/openmetrics-text;version=1.0.0"}  # with exemplars
+AN_ID = "an-id-that-no-other-word-has"
+PAGES = ("/", "/page.js", "/page.css", f"/explain?id={AN_ID}")
+
+
+@pytest.fixture(autouse=True)
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of every daemon here: one with tenants does not start without. It trusts itself."""
+    directory = tmp_path / "keys"
+    trust(directory, "itself", new_key(directory))
+    monkeypatch.setenv("KVFERRY_KEYS_DIR", str(directory))
+    return directory
 
 
 @contextmanager
@@ -111,6 +127,32 @@ def test_a_tenant_learns_no_ids_at_the_control_socket(place: Path) -> None:
             assert stranger(0, "status", daemon.directory) == "status"
 
 
+def test_any_user_of_the_machine_pulls_what_he_knows_the_id_of_unless_there_are_keys(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LiveDaemon(place / "keys it is", **APART) as daemon, kept(daemon):
+        assert stranger(OTHER, "pull", place, daemon.address, "t") == "nothing"
+    monkeypatch.delenv("KVFERRY_KEYS_DIR")
+    with LiveDaemon(place / "clear", **SHARED) as daemon, kept(daemon):
+        assert stranger(OTHER, "pull", place, daemon.address, "t") == f"{BLOCK} tokens"
+
+
+def test_http_names_no_transfer_where_there_are_tenants(place: Path) -> None:
+    """Whoever is on the machine reaches it."""
+    for name, flags in (("off", SHARED), ("uid", APART)):
+        with LiveDaemon(place / name, **flags, http_port=0) as daemon, kept(daemon, AN_ID):
+            assert stranger(VICTIM, "receive", daemon.directory, AN_ID, SECRET, gid=WORKERS)
+            found = [get(daemon, path) for path in PAGES]
+            status, metrics = get(daemon, "/metrics", OPEN)
+            assert status == 200
+            assert (AN_ID in metrics) is (flags is SHARED)
+            if flags is APART:
+                found.append(get(daemon, "/events"))
+                assert all("no tenant" in words for _, words in found)
+            assert {status for status, _ in found} == {200 if flags is SHARED else 404}
+            assert get(daemon, "/healthz")[0] == get(daemon, "/readyz")[0] == 200
+
+
 def test_users_that_the_kernel_cannot_tell_apart_are_no_tenant(place: Path) -> None:
     """Of another user namespace all have this number."""
     for name, flags, told in (("off", SHARED, "welcome"), ("uid", APART, "nothing")):
@@ -144,6 +186,25 @@ def test_a_next_life_keeps_tenants_apart_and_goes_on_with_their_transfers(place:
             assert os.getxattr(path, ACL)
             assert thief(again, "search", SECRET) == "not seen"
             assert thief(again, "receive", "t", SECRET) == "not_your_transfer"
+
+
+def test_a_tenant_that_cuts_its_pool_loses_its_own_alone_and_is_named(place: Path) -> None:
+    with (
+        LiveDaemon(place / "a", **APART) as daemon,
+        kept(daemon),
+        RawWorker(daemon.directory) as raw,
+    ):
+        raw.snapshot(worker.Send(transfer_id="own"))
+        (pool,) = (daemon.directory / "pools").glob(f"*-uid{VICTIM}")
+        assert stranger(VICTIM, "cut", pool, gid=WORKERS) == "cut"
+        daemon.process.kill()
+        with daemon.again() as again:
+            again.wait_for_log(f"its file has 0 bytes, not {POOL_BYTES}; uid {VICTIM} may write it")
+            (own,) = again.transfers("own")
+            assert own.snapshot.state not in TERMINAL
+            error = source_of(again).error
+            assert error is not None
+            assert error.code == "pool_lost"
 
 
 @pytest.mark.parametrize(("before", "after"), [(SHARED, APART), (APART, SHARED)])
@@ -198,15 +259,21 @@ def test_a_tenant_is_served_in_its_own_pool_as_ever(place: Path) -> None:
             raw.snapshot(worker.Send(transfer_id="own"))
 
 
-def test_tenants_need_a_group_and_a_budget(place: Path) -> None:
+def test_tenants_need_a_group_a_budget_and_keys(
+    place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = ("--runtime-dir", place / "a", "--tenant", "uid")
+    monkeypatch.delenv("KVFERRY_KEYS_DIR")
     assert "worker_group" in kvferry("config", "check", *asked).stderr
     grouped = (*asked, "--worker-group", WORKERS)
     assert "tenant_budget_bytes" in kvferry("config", "check", *grouped).stderr
     whole = (*grouped, "--tenant-budget-bytes", "1MiB")
     shared = (*whole, "--operator-group", WORKERS)
     assert "operator_group" in kvferry("config", "check", *shared).stderr
-    assert kvferry("config", "check", *whole).returncode == 0
+    assert "set keys_dir" in kvferry("config", "check", *whole).stderr
+    keyed = (*whole, "--keys-dir", keys)
+    assert "transport to tcp" in kvferry("config", "check", *keyed, "--transport=nixl").stderr
+    assert kvferry("config", "check", *keyed).returncode == 0
 
 
 def test_a_directory_that_keeps_no_access_lists_is_refused(

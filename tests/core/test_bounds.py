@@ -1,9 +1,16 @@
 """Rates and crowds: what is over a bound is refused, and nothing grows."""
 
+from dataclasses import replace
+
 import pytest
 
+from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allowance import NAMES_MAX, Allowances
 from kvferry_daemon.core.crowd import ANYBODY, BAR_S, MANY, Bounds, Crowd
+from kvferry_daemon.core.tenants import Tenancy
+from kvferry_daemon.core.welcome import SESSIONS_OF_ONE_MAX, TENANT_SHARE
+from kvferry_proto import worker
+from world import World, layout
 
 
 def test_a_second_of_them_may_come_at_once_and_then_no_faster_than_they_grow_back() -> None:
@@ -101,3 +108,61 @@ def test_who_was_thrown_out_stays_away_for_a_while() -> None:
     assert [crowd.arrived(4, "b", BAR_S - 1), crowd.arrived(5, ANYBODY, BAR_S - 1)] == ["", ""]
     assert crowd.arrived(6, "a", BAR_S) == ""
     assert not crowd._barred
+
+
+def joins(world: World, user: str, number: int) -> bool:
+    """Whether one more session of that user comes into being, over whatever connection."""
+    node = world.machines["a"].node
+    hello = worker.Hello(lock=f"{user.replace(':', '-')}-{number}", layout=layout())
+    route = f"{user} {number}".encode()
+    before = len(node.sessions)
+    for _ in range(2):  # the same hello again is the same session, and none too many
+        world.feed("a", out.WorkerCalled(route, hello, lock_held=True, user=user))
+    reply = world.machines["a"].inbox[route].pop()
+    if isinstance(reply, worker.Welcome):
+        return len(node.sessions) == before + 1
+    assert reply.error.code == "resource_exhausted"
+    assert reply.error.retry_after_s is not None
+    return False
+
+
+def crowded(tenancy: Tenancy) -> World:
+    world = World()
+    node = world.machines["a"].node
+    node.settings = replace(
+        node.settings, workers_max=1024, tenancy=tenancy, tenant_budget_bytes=1 << 20
+    )
+    return world
+
+
+def test_sessions_of_one_process_leave_room_for_others() -> None:
+    """Of a process in another PID namespace the kernel tells the user only."""
+    world = crowded("off")
+    for user in ("7:7:1", "7:7:0"):
+        assert all(joins(world, user, number) for number in range(SESSIONS_OF_ONE_MAX))
+        assert not joins(world, user, SESSIONS_OF_ONE_MAX)
+    assert not joins(world, "7:8:0", 0)
+    assert joins(world, "7:7:2", 0)
+    assert joins(world, "8:7:0", 0)
+
+
+def test_hellos_of_one_process_that_wait_for_a_pool_leave_room_for_others() -> None:
+    """It may go by one connection after another meanwhile."""
+    node = crowded("off").machines["a"].node
+
+    def refused(user: str, number: int) -> bool:
+        hello = worker.Hello(lock=f"lock{number}", layout=layout())
+        called = out.WorkerCalled(f"{user} {number}".encode(), hello, lock_held=True, user=user)
+        return any(isinstance(one, out.ToWorker) for one in node.handle(called, 0.0))
+
+    assert not any(refused("7:7:1", number) for number in range(SESSIONS_OF_ONE_MAX))
+    assert not refused("7:7:1", 0)  # said again
+    assert refused("7:7:1", SESSIONS_OF_ONE_MAX)
+    assert not refused("7:7:2", SESSIONS_OF_ONE_MAX + 1)
+
+
+def test_sessions_of_one_tenant_leave_room_for_others() -> None:
+    world = crowded("uid")
+    most = 1024 // TENANT_SHARE
+    assert [joins(world, f"7:7:{n // 100 + 1}", n) for n in range(most + 1)].count(True) == most
+    assert joins(world, "8:7:9", 0)

@@ -1,6 +1,7 @@
 """Time in which the daemon itself did not run, links that come and go, timers that are over."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,13 @@ from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.peers import Say
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
-from kvferry_daemon.core.sink_desk import FRAME_PULLS_MAX, IDLE_PEER_S, PEERS_MAX
+from kvferry_daemon.core.sink_desk import (
+    FRAME_PULLS_MAX,
+    IDLE_PEER_S,
+    PEERS_MAX,
+    PEERS_OF_ONE_MAX,
+)
+from kvferry_daemon.core.tenants import Tenancy
 from kvferry_proto import peer, worker
 from kvferry_proto.peer import PeerHello
 from kvferry_proto.states import TERMINAL, Role, State
@@ -89,17 +96,48 @@ def test_one_source_by_two_names_is_two_links() -> None:
     assert len({peer.our_boot_id for peer in links}) == 2
 
 
+def link(world: World, user: str, host: str) -> Any:
+    """A worker of that user names a source, and gives up; what it is told."""
+    route = user.encode()
+    call = worker.Receive(transfer_id=f"{host}-{user}", source=f"tcp://{host}:1")
+    answer = world.call("b", route, call, user)
+    world.call("b", route, worker.Abort(transfer_id=call.transfer_id, role=Role.SINK), user)
+    return answer
+
+
 def test_sources_are_bounded() -> None:
     world = World()
-    world.hello("b", SINK)
+    users = [f"7:7:{pid}" for pid in range(1, PEERS_MAX // PEERS_OF_ONE_MAX + 2)]
+    for user in users:
+        world.hello("b", user.encode(), user=user)
     for number in range(PEERS_MAX):
-        call = worker.Receive(transfer_id=f"t{number}", source=f"tcp://host{number}:1")
-        world.call("b", SINK, call)
-        world.call("b", SINK, worker.Abort(transfer_id=f"t{number}", role=Role.SINK))
-    last = worker.Receive(transfer_id="last", source="tcp://one-more:1")
-    assert world.call("b", SINK, last).error.code == "resource_exhausted"
-    again = worker.Receive(transfer_id="again", source="tcp://host7:1")
-    assert isinstance(world.call("b", SINK, again), worker.Snapshots)
+        answer = link(world, users[number // PEERS_OF_ONE_MAX], f"host{number}")
+        assert isinstance(answer, worker.Snapshots), (number, answer)
+    assert link(world, users[-1], "one-more").error.code == "resource_exhausted"
+    assert isinstance(link(world, users[-1], "host7"), worker.Snapshots)
+
+
+@pytest.mark.parametrize(
+    ("tenancy", "others"), [("off", {"7:7:0": False, "7:7:2": True}), ("uid", {"7:7:2": False})]
+)
+def test_sources_of_one_leave_room_for_others(tenancy: Tenancy, others: dict[str, bool]) -> None:
+    """One process, in whatever sessions; with tenants, one user in whatever processes."""
+    world = World()
+    node = world.machines["b"].node
+    node.settings = replace(
+        node.settings, workers_max=100, tenancy=tenancy, tenant_budget_bytes=1 << 20
+    )
+    first = "7:7:1" if tenancy == "uid" else "7:7:0"
+    for user in ("7:7:1", "7:7:2", "7:7:0", "8:7:0", "8:7:1"):
+        world.hello("b", user.encode(), user=user)
+    for number in range(PEERS_OF_ONE_MAX):
+        assert isinstance(link(world, first, f"host{number}"), worker.Snapshots)
+    for user, fits in {**others, first: False, "8:7:0": True, "8:7:1": True}.items():
+        answer = link(world, user, f"more{user.replace(':', '')}")
+        assert isinstance(answer, worker.Snapshots) is fits, (user, answer)
+    world.wait(2 * IDLE_PEER_S)
+    assert isinstance(link(world, first, "later"), worker.Snapshots)
+    assert len(node.sinks.linked_for) == len(node.sinks.peers)
 
 
 def test_timers_of_polls_that_were_answered_do_not_pile_up() -> None:

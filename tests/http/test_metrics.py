@@ -24,6 +24,7 @@ def collector(world: World) -> NodeCollector:
         host="127.0.0.1",
         now_s=lambda: world.now_s,
         insecure=False,
+        by_tenant=False,
         status=not_asked,
         loop=lambda: LOOP,
         not_sent=lambda: 0,

@@ -13,13 +13,14 @@ import pytest
 
 from kvferry_daemon.transports.nixl.agent import Memory
 from kvferry_daemon.transports.nixl.poller import Poller
-from kvferry_daemon.transports.nixl.receiver import OfferReceiver
+from kvferry_daemon.transports.nixl.receiver import POOLS_MAX, OfferReceiver
 from kvferry_daemon.transports.nixl.sender import OfferSender
 from kvferry_daemon.transports.tcp import events as te
 from kvferry_daemon.transports.tcp.sender import SendJob
 from kvferry_daemon.transports.tcp.staging import Blocks
 from kvferry_proto.offer import (
     FRAME_BYTES,
+    POOL_BLOCKS_MAX,
     ByeFrame,
     Frame,
     OfferFrame,
@@ -346,6 +347,21 @@ def test_a_read_that_fails_ends_its_connection_and_the_next_one_reads(
     assert sink.next() == te.Received("key", 1, 0, BLOCK)
     assert sink.block(7) == bytes([7]) * BLOCK
     line.end()
+
+
+@pytest.mark.parametrize(("blocks", "shown"), [(1, POOLS_MAX), (POOL_BLOCKS_MAX // 4, 4)])
+def test_a_source_that_shows_pool_after_pool_is_cut_off(
+    pools: tuple[End, End], blocks: int, shown: int
+) -> None:
+    """Who reads keeps 24 bytes of every block that it was shown, until the connection ends."""
+    source, sink = pools
+    hand = Source(source, sink)  # which shows one
+    for number in range(1, shown + 1):
+        hand.say(hand.frame._replace(number=number, blocks=blocks))
+    down = sink.next()
+    assert isinstance(down, te.StreamDown)
+    assert "too many pools" in down.reason
+    hand.close()
 
 
 def test_a_sink_that_gives_two_extents_one_name_is_cut_off(source: End) -> None:

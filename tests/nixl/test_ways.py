@@ -79,6 +79,13 @@ def test_an_end_that_encrypts_has_no_nixl() -> None:
     assert (found.wish, found.nixl, found.payload_encryption, poller) == ("tcp", "", "tls", None)
 
 
+def test_an_end_with_tenants_has_no_nixl() -> None:
+    """A peer that is offered one block can read the whole pool."""
+    found, poller = begin("auto", by_tenant=True)
+    assert (found.wish, found.why, poller) == ("tcp", "there are tenants", None)
+    assert begin("auto", encryption="tls", by_tenant=True)[0].payload_encryption == "tls"
+
+
 def test_an_end_that_is_set_to_tcp_does_not_look_for_nixl(tmp_path: Path) -> None:
     (tmp_path / "mlx5_0").mkdir()
     assert ways("tcp", rdma_devices=tmp_path) == TCP

@@ -1,6 +1,5 @@
 """A daemon that is killed goes on from its ledger: same pools, same sessions, from its token."""
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -164,7 +163,6 @@ def damage(directory: Path, how: str) -> None:
     rows = dict(rows_of(ledger))
     daemon = RECORDS.decode(rows["daemon"])
     assert isinstance(daemon, DaemonRecord)
-    [pool] = [path for path in (directory / "pools").iterdir() if not path.suffix]
     match how:
         case "of another format":
             rows["daemon"] = RECORDS.encode(daemon.model_copy(update={"format": 99}))
@@ -196,10 +194,6 @@ def damage(directory: Path, how: str) -> None:
                 shutil.copy(file, directory)
             other.stop()
             return
-        case "whose pool file is missing":
-            pool.unlink()
-        case "whose pool file is short":
-            os.truncate(pool, 100)
         case "that is no database":
             ledger.write_bytes(b"what is this" * 1000)
             return
@@ -220,8 +214,6 @@ def damage(directory: Path, how: str) -> None:
         "with a block leased twice",
         "whose pool is of another layout",
         "of another daemon",
-        "whose pool file is missing",
-        "whose pool file is short",
         "that is no database",
     ],
 )

@@ -1,4 +1,4 @@
-"""Pools in a device whose memory is lost: with an earlier life of the daemon, or by a failed copy."""
+"""Pools whose memory is lost: with an earlier life of the daemon, or by a device's failed copy."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Openings:
         if isinstance(call, worker.Receive):
             if opening.source is None:
                 self._check_tenant(session, key._replace(role=Role.SOURCE))
-            node.sinks.check_room(opening.source)
+            node.sinks.check_room(opening.source, session)
             self._supersede(key, newest)
             self.know(key, opened)
             node.open(SinkTransfer(opening, timing, now_s), opened)

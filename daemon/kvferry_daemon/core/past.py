@@ -32,6 +32,7 @@ class Past:
     aux: dict[Key, AuxRecord] = field(default_factory=dict)
     transfers: dict[Key, TransferRecord] = field(default_factory=dict)
     stones: dict[Key, StoneRecord] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)  # pools whose files are wrong, and how
 
     def add(self, name: str, body: bytes) -> None:
         """Read one row."""

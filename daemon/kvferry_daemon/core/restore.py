@@ -53,7 +53,11 @@ def restore(node: Node, past: Past) -> None:
 
 def _restore_pool(node: Node, past: Past, record: PoolRecord) -> None:
     if record.device != HOST:
-        _lose_pool(node, record)
+        ended = f"the pool was in {record.device}, and ended with the daemon's life before"
+        _lose_pool(node, record, ended)
+        return
+    if record.pool_id in past.lost:
+        _lose_pool(node, record, f"the pool is lost: {past.lost[record.pool_id]}")
         return
     last_lease_id = node.settings.life * LEASES_OF_A_LIFE
     pool = BlockPool(record.blocks, record.source_blocks, record.sink_blocks, last_lease_id)
@@ -76,9 +80,8 @@ def _restore_pool(node: Node, past: Past, record: PoolRecord) -> None:
     pool.take_up(leases)
 
 
-def _lose_pool(node: Node, record: PoolRecord) -> None:
-    """It was in a device's memory, which went with the process; its books stay for its transfers."""
-    lost = f"the pool was in {record.device}, and ended with the daemon's life before"
+def _lose_pool(node: Node, record: PoolRecord, lost: str) -> None:
+    """Its memory is gone; its books stay for its transfers."""
     path = node.settings.pool_path(record.pool_id)
     pool = BlockPool(0, 0, 0)
     node.books[record.pool_id] = PoolBook(

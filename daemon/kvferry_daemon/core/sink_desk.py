@@ -10,17 +10,19 @@ from kvferry_daemon.core import peers as pr
 from kvferry_daemon.core.plans import Plans
 from kvferry_daemon.core.shape import Side, shapes
 from kvferry_daemon.core.sink import SinkTransfer
+from kvferry_daemon.core.tenants import sharer_of
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node
+    from kvferry_daemon.core.node import Node, Session
 
 FRAME_WANTS_MAX = 4096  # bounds a frame well below its limit
 FRAME_PULLS_MAX = 16  # so that the other daemon is not held up by one frame for long
 IDLE_PEER_S = 60.0
 PEERS_MAX = 1000  # each costs a socket
+PEERS_OF_ONE_MAX = 250  # that workers of one process, or of one tenant, were the first to name
 
 
 class SinkDesk:
@@ -29,6 +31,7 @@ class SinkDesk:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.peers: dict[str, pr.Peer] = {}
+        self.linked_for: dict[str, str] = {}  # by address: who named it first
         self._sinks_of: dict[str, set[ev.Key]] = {}
         self._handles: dict[ev.Key, int] = {}
         self._keys: dict[int, ev.Key] = {}
@@ -38,10 +41,15 @@ class SinkDesk:
 
     # --- transfers ---
 
-    def check_room(self, address: str | None) -> None:
+    def check_room(self, address: str | None, session: Session) -> None:
         """Raise FerryError(resource_exhausted) if a link to one more source would be too much."""
-        if address is not None and address not in self.peers and len(self.peers) >= PEERS_MAX:
+        if address is None or address in self.peers:
+            return
+        if len(self.peers) >= PEERS_MAX:
             raise exhausted(f"{PEERS_MAX} sources are linked already")
+        sharer = sharer_of(session.user, self._node.settings.tenancy)
+        if list(self.linked_for.values()).count(sharer) >= PEERS_OF_ONE_MAX:
+            raise exhausted(f"{PEERS_OF_ONE_MAX} sources are linked for this worker's like already")
 
     def attach(self, key: ev.Key) -> None:
         """A sink has opened: give it its source's link and streams."""
@@ -53,6 +61,9 @@ class SinkDesk:
         peer = self.peers.get(address)
         if peer is None:
             peer = self._open(address)
+            session = self._node.sessions.get(transfer.opening.session) if transfer else None
+            if session is not None:
+                self.linked_for[address] = sharer_of(session.user, self._node.settings.tenancy)
         peer.used_s = self._node.now_s
         if peer.state == "up":
             self._node.run_now(key, ev.PeerUp())
@@ -298,6 +309,7 @@ class SinkDesk:
         elif now_s - peer.used_s >= IDLE_PEER_S:
             if peer.closed:
                 del self.peers[address]
+                self.linked_for.pop(address, None)
                 self._sinks_of.pop(address, None)
                 self._node.effects.append(out.ClosePeer(address))
                 return

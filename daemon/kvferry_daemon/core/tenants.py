@@ -4,6 +4,7 @@ A pool's name says it: the layout's digest, and behind it the tenant, if there i
 """
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 from kvferry_proto.errors import Code, FerryError
@@ -14,11 +15,25 @@ ALL = ""  # the one tenant that all workers are
 UID_MAX = (1 << 32) - 2  # the last number stands for nobody
 _UID = "uid"
 _TENANT = re.compile(_UID + "(0|[1-9][0-9]{0,9})")
+USERS_KEPT = 4096  # of whom is asked again and again: all are looked through for each hello
 
 
 def tenant_of(user: str, tenancy: Tenancy) -> str:
     """The tenant of a process that the kernel says is ``user`` (uid:gid:pid)."""
     return ALL if tenancy == "off" else _UID + user.partition(":")[0]
+
+
+@lru_cache(maxsize=USERS_KEPT)
+def process_of(user: str) -> str:
+    """The process of a ``uid:gid:pid``; all of its user where the kernel tells no number (0)."""
+    uid, _, rest = user.partition(":")
+    pid = rest.rpartition(":")[2]
+    return uid if pid in ("", "0") else f"{uid}:{pid}"
+
+
+def sharer_of(user: str, tenancy: Tenancy) -> str:
+    """Who has to leave room for others, under a bound of all: a process, or a whole tenant."""
+    return process_of(user) if tenancy == "off" else tenant_of(user, tenancy)
 
 
 def pool_id_of(layout: Layout, tenant: str) -> str:

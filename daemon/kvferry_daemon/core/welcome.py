@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import outside as out
@@ -9,7 +10,7 @@ from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import board_path
 from kvferry_daemon.core.lost_pools import LostPools
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
-from kvferry_daemon.core.tenants import are_one, pool_id_of, tenant_of
+from kvferry_daemon.core.tenants import are_one, pool_id_of, process_of, tenant_of
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.layout import Layout
@@ -17,6 +18,10 @@ from kvferry_proto.versions import agree
 
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import Node, Session
+
+
+SESSIONS_OF_ONE_MAX = 128  # of one process: as many as it may have connections
+TENANT_SHARE = 4  # of all sessions that there may be, one tenant has a part of so many at most
 
 
 class Welcomer:
@@ -40,8 +45,6 @@ class Welcomer:
             self._welcome(event, hello)
         elif pool_id in self._being_made:
             waiting = self._being_made[pool_id][2]
-            if route not in waiting and len(waiting) >= self._node.settings.workers_max:
-                raise exhausted("too many workers wait for this pool")
             waiting[route] = event
         else:
             self.lost_pools.check_device()
@@ -55,20 +58,38 @@ class Welcomer:
         """The pool of this layout that is this user's: whose it is, no word of a worker says."""
         return pool_id_of(hello.layout, tenant_of(event.user, self._node.settings.tenancy))
 
-    def _check_lock(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
+    def _check_lock(self, hello: worker.Hello) -> None:
         """One lock, one worker: if it came back under the old name, nobody could see it was dead."""
-        known = self._repeated(event, hello)
-        if known is None and any(s.lock == hello.lock for s in self._node.sessions.values()):
+        if any(s.lock == hello.lock for s in self._node.sessions.values()):
             raise FerryError(
                 Code.WORKER_NOT_LOCKED, f"{hello.lock!r} belongs to another session; take a new one"
             )
 
+    def _check_room(self, event: out.WorkerCalled) -> None:
+        """One more session, here or waiting for its pool; one process, one tenant leaves others room."""
+        settings, user = self._node.settings, event.user
+        users = [session.user for session in self._node.sessions.values()]
+        for _, _, waiting in self._being_made.values():
+            users += [one.user for route, one in waiting.items() if route != event.route]
+        if len(users) >= settings.workers_max:
+            raise exhausted(f"{len(users)} workers are here")
+        counts, process = Counter(users), process_of(user)  # few, of whoever comes without an end
+        own = sum(count for one, count in counts.items() if process_of(one) == process)
+        if own >= SESSIONS_OF_ONE_MAX:
+            raise exhausted(f"{own} workers are here of this process, or of its user's containers")
+        if settings.tenancy == "off":
+            return
+        tenant = tenant_of(user, settings.tenancy)
+        own = sum(n for one, n in counts.items() if tenant_of(one, settings.tenancy) == tenant)
+        if own >= max(1, settings.workers_max // TENANT_SHARE):
+            raise exhausted(f"{own} workers are here of this user")
+
     def _check_session(self, event: out.WorkerCalled, hello: worker.Hello) -> None:
         sessions = self._node.sessions
         if hello.session is None:
-            self._check_lock(event, hello)
-            if len(sessions) >= self._node.settings.workers_max:
-                raise exhausted(f"{len(sessions)} workers are here")
+            if self._repeated(event, hello) is None:
+                self._check_lock(hello)
+                self._check_room(event)
             return
         session = sessions.get(hello.session)
         if session is None or not session.belongs_to(event.user):

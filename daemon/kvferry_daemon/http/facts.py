@@ -13,6 +13,7 @@ class Facts:
     host: str  # as the config names it
     now_s: Callable[[], float]  # the books' clock, which they themselves read at events only
     insecure: bool
+    by_tenant: bool  # workers are strangers to each other, and anybody here may be one
     status: Callable[[], control.Status]
     loop: Callable[[], control.LoopStatus]
     not_sent: Callable[[], int]  # messages that no link could take

@@ -46,16 +46,16 @@ class HttpServer:
         self._shown_at_s = -EVERY_S
         self._shown = b""
         app = web.Application(middlewares=[self._through_the_door])
-        app.add_routes([web.get(path, self._page) for path in PAGE])
-        app.add_routes(
-            [
-                web.get("/metrics", self._metrics),
-                web.get("/healthz", self._health),
-                web.get("/readyz", self._readiness),
-                web.get("/events", self._events),
-                web.get("/explain", self._explain),
-            ]
-        )
+        shown = {
+            **dict.fromkeys(PAGE, self._page),
+            "/events": self._events,
+            "/explain": self._explain,
+        }
+        for path, handler in shown.items():
+            app.router.add_get(path, self._not_here if facts.by_tenant else handler)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz", self._health)
+        app.router.add_get("/readyz", self._readiness)
         self._files = {path: files(__package__).joinpath(PAGE[path]).read_text() for path in PAGE}
         self._door: HttpDoor | None = None
         self._listening: asyncio.Server | None = None
@@ -88,8 +88,15 @@ class HttpServer:
             self._listening.close()
         await self._runner.cleanup()
 
+    async def _not_here(self, _request: web.Request) -> web.Response:
+        """Who knows a transfer's id may pull it elsewhere, and nobody here is asked who he is."""
+        words = "HTTP shows no tenant's transfers: ask at the control socket, with kvferry top\n"
+        return web.Response(text=words, status=404)
+
     async def _metrics(self, request: web.Request) -> web.Response:
-        body, content_type = render(self._registry, request.headers.get("Accept", ""))
+        """Without exemplars where there are tenants: those name transfers."""
+        accept = "" if self._facts.by_tenant else request.headers.get("Accept", "")
+        body, content_type = render(self._registry, accept)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _health(self, _request: web.Request) -> web.Response:

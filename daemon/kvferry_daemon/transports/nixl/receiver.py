@@ -12,6 +12,7 @@ from kvferry_daemon.transports.tcp.receiver import Claim, StreamReceiver
 from kvferry_daemon.transports.tcp.staging import NewBuffer, plain_buffer
 from kvferry_proto.chunk import BadChunk
 from kvferry_proto.offer import (
+    POOL_BLOCKS_MAX,
     ByeFrame,
     OfferFrame,
     PoolFrame,
@@ -21,7 +22,7 @@ from kvferry_proto.offer import (
     read_runs,
 )
 
-POOLS_MAX = 64  # of one connection: bounds what a source can make us keep
+POOLS_MAX = 64  # shown on one connection: bounds what a source can make us keep
 
 
 class OfferReceiver(StreamReceiver):
@@ -38,6 +39,7 @@ class OfferReceiver(StreamReceiver):
     ) -> None:
         self._poller = poller
         self._pools: dict[int, PoolFrame] = {}
+        self._pools_shown = self._blocks_shown = 0
         self._taken: dict[tuple[int, int], Claim] = {}  # read; until it is known to have stood
         self._closing = False
         self._under_way = 0
@@ -63,16 +65,25 @@ class OfferReceiver(StreamReceiver):
             self._must_fill([memoryview(body)])
         match frame:
             case PoolFrame():
-                self._pools.pop(frame.number, None)
-                self._pools[frame.number] = frame._replace(metadata=bytes(body))
-                if len(self._pools) > POOLS_MAX:  # the oldest ones were revoked
-                    del self._pools[next(iter(self._pools))]
+                self._take_pool(frame._replace(metadata=bytes(body)))
             case OfferFrame():
                 self._take_offer(frame, body)
             case StoodFrame():
                 self._take_stood(frame)
             case _:
                 raise BadChunk(f"a source does not send {type(frame).__name__}")
+
+    def _take_pool(self, pool: PoolFrame) -> None:
+        """Whoever reads there keeps it, and 24 bytes of each block, until the connection ends.
+
+        A source shows its pool again when it has shut somebody out: then another connection goes on.
+        """
+        self._pools_shown += 1
+        self._blocks_shown += pool.blocks
+        if self._pools_shown > POOLS_MAX or self._blocks_shown > POOL_BLOCKS_MAX:
+            shown = f"{self._pools_shown} of {self._blocks_shown} blocks together"
+            raise BadChunk(f"too many pools were shown: {shown}")
+        self._pools[pool.number] = pool
 
     def _take_offer(self, offer: OfferFrame, body: bytearray) -> None:
         pool = self._pools.get(offer.pool)

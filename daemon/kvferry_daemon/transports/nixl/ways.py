@@ -35,16 +35,23 @@ def wanted(wish: str, device_memory: bool = False) -> Ways:
 
 
 def begin(
-    wish: str, device_memory: bool = False, enter: Enter = stay, encryption: Encryption = "off"
+    wish: str,
+    device_memory: bool = False,
+    enter: Enter = stay,
+    encryption: Encryption = "off",
+    by_tenant: bool = False,
 ) -> tuple[Ways, Poller | None]:
     """The ways of this end, and what NIXL's is gone by, if it may be: it encrypts nothing.
 
+    Nor does it keep a peer that is offered one block from the others of its pool (``by_tenant``).
     ``enter`` is called by the thread that talks to NIXL, before all else.
     Raises NixlFailed where the operator insists on NIXL and it cannot be had. Where it would not be
     chosen of itself it is not loaded before some peer insists.
     """
     if encryption == "tls":
         return Ways(wish="tcp", why="payload_encryption is tls", payload_encryption="tls"), None
+    if by_tenant:
+        return Ways(wish="tcp", why="there are tenants"), None
     found = wanted(wish, device_memory)
     if not found.nixl:
         return found, None
