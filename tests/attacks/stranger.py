@@ -96,6 +96,13 @@ def receive(directory: Path, transfer_id: str, secret: str, source: str = "") ->
         return "seen" if bytes.fromhex(secret) in raw.block(seen.runs[0][0]) else "not seen"
 
 
+def retry(directory: Path, transfer_id: str, attempt: str) -> str:
+    """Send under another worker's id, as if it were to be tried again."""
+    with RawWorker(directory) as raw:
+        call = worker.Send(transfer_id=transfer_id, attempt=int(attempt))
+        return told(raw.socket, worker.CALLS.encode(call))
+
+
 def squat(directory: Path, route: str) -> str:
     """Take a routing id over whose connection has gone, and call without a hello."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -143,6 +150,7 @@ if __name__ == "__main__":
     os.setgroups([])
     os.setgid(int(gid))
     os.setuid(int(uid))
-    can = (hello, hold, map_all, take_up, squat, status, drain, files, search, keep, receive)
+    workers = (hello, hold, map_all, take_up, squat, search, keep, receive, retry)
+    can = (*workers, status, drain, files)
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

@@ -1,7 +1,8 @@
 """`kvferry` with one defence switched off, by its name: `python -m attacks.weak NAME serve ...`.
 
 The attacks run against it too: one that fails there as well proves nothing about the defence. This
-is the only place where a defence can be switched off; the product has no such option.
+is the only place where a defence can be switched off; the product has no such option. Some only set
+the scene, for both runs of an attack: a fault of ours, or deadlines that a test can wait for.
 """
 
 import logging
@@ -15,6 +16,7 @@ import zmq
 
 from kvferry_daemon import access, audit, daemon, logs
 from kvferry_daemon.command import main
+from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import sink_daemons, sink_streams, source
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
@@ -23,6 +25,7 @@ from kvferry_daemon.core.node import Session
 from kvferry_daemon.core.openings import Openings
 from kvferry_daemon.core.outside import Admit
 from kvferry_daemon.core.sink_desk import SinkDesk
+from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
@@ -65,6 +68,33 @@ def routes_are_trusted() -> None:
         return plain(self, route, self._routes.get(route, ("", ""))[1])
 
     replace(WorkerDesk, "session_at", session_at)
+
+
+def transfers_are_everybodys() -> None:
+    """Whoever knows a transfer's id may do with it what its own worker may."""
+    replace(Openings, "check_owner", lambda _self, _session, _key, _rank: None)
+
+
+def anybody_retries() -> None:
+    """A higher attempt ends the one before it, whoever opens it."""
+    replace(Openings, "_check_retry", lambda _self, _session, _key, _newest: None)
+
+
+def no_zeroing() -> None:
+    """Blocks are handed out as they come back."""
+    replace(host.HostPool, "zero", lambda _self, _first_block, _blocks: None)
+
+
+def all_is_served() -> None:
+    """Another daemon is sent what it asks for, be it ready or not."""
+
+    def serve(self: SourceTransfer, sink: str, pull: Any, want: Any) -> None:
+        key = ev.StreamKey(sink, want.stream, want.connection)
+        place = self.window.cover(want.first_token, want.tokens, self.shape.ranks[want.part])
+        self._reading.add((key, want.first_token, want.part))
+        self._emit(ev.Serve(key, pull.handle, want.first_token, want.tokens, place, want.part))
+
+    replace(SourceTransfer, "_serve", serve)
 
 
 def pools_are_the_groups() -> None:
@@ -282,6 +312,10 @@ WEAK: dict[str, Callable[[], None]] = {
         anybody_operates,
         secret_is_enough,
         routes_are_trusted,
+        transfers_are_everybodys,
+        anybody_retries,
+        no_zeroing,
+        all_is_served,
         pools_are_the_groups,
         tenants_meet,
         any_key_will_do,
