@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
+from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils import z85
 
-from kvferry_daemon import access, audit, daemon, logs
+from kvferry_daemon import access, audit, daemon, logs, runtime_dir
 from kvferry_daemon.command import main
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import sink_daemons, sink_streams, source
@@ -152,6 +155,92 @@ def peers_say_who_they_are() -> None:
         return plain(self, boot_id, route, known.peer if known else "", now_s)
 
     replace(sink_daemons.SinkDaemons, "seen", seen)
+
+
+def no_doors() -> None:
+    """Sockets have no domain, so libzmq asks nobody who may connect."""
+    replace(daemon, "guard", lambda _socket, _domain: None)
+    plain = zmq_link.ZmqLink.__init__
+
+    def begin(self: zmq_link.ZmqLink, *args: Any, names_users: bool = False, **more: Any) -> None:
+        plain(self, *args, **more)  # nobody has said who they are
+
+    replace(zmq_link.ZmqLink, "__init__", begin)
+    replace(Keys, "name_of", lambda _self, _key: "somebody")
+
+
+def nobody_at_the_doors() -> None:
+    """The scene: the handler that libzmq asks is not there."""
+    nobody = SimpleNamespace(close=lambda: None)
+    replace(daemon, "Doorkeeper", lambda _context, _doors, _on_refused: nobody)
+
+
+def bare_curve() -> None:
+    """CURVE as libzmq has it by itself."""
+    nobody_at_the_doors()
+    no_doors()
+
+
+def doors_fail_once() -> None:
+    """The scene: a fault of ours, at the first who shows a key."""
+    plain = zap.PeerDoor.__call__
+    faults = [ZeroDivisionError("a fault of ours")]
+
+    def admit(self: zap.PeerDoor, request: zap.Request) -> str:
+        if faults:
+            raise faults.pop()
+        return plain(self, request)
+
+    replace(zap.PeerDoor, "__call__", admit)
+
+
+class Authenticator(AsyncioAuthenticator):
+    """pyzmq's own handler, which asks our doors."""
+
+    def __init__(self, context: Any, doors: Any, on_refused: Callable[[], None]) -> None:
+        super().__init__(context)
+        self.door, self.on_refused = doors[zap.PEER], on_refused
+        self.configure_curve_callback(zap.PEER, credentials_provider=self)
+        self.start()
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """Whether the holder of this key is let in."""
+        try:
+            self.door(zap.Request("", b"CURVE", [z85.decode(key)]))
+        except zap.Refused:
+            self.on_refused()
+            return False
+        return True
+
+    def curve_user_id(self, client_public_key: bytes) -> str:
+        """As our handler names him."""
+        return client_public_key.hex()
+
+    def close(self) -> None:
+        """As ours does."""
+        self.stop()
+
+
+def handler_is_pyzmqs() -> None:
+    """The handler is the one that comes with pyzmq."""
+    replace(daemon, "Doorkeeper", Authenticator)
+
+
+def faulty_pyzmqs_handler() -> None:
+    """And a fault meets it."""
+    doors_fail_once()
+    handler_is_pyzmqs()
+
+
+def no_flock() -> None:
+    """A daemon takes any directory that it is told to, another one's too."""
+    weak = SimpleNamespace(flock=lambda _descriptor, _how: None, LOCK_EX=0, LOCK_NB=0)
+    replace(runtime_dir, "fcntl", weak)
+
+
+def files_are_replaced() -> None:
+    """libzmq binds over whatever lies where a socket is to be."""
+    replace(runtime_dir, "_refuse_others", lambda _path: None)
 
 
 def files_are_open() -> None:
@@ -322,6 +411,14 @@ WEAK: dict[str, Callable[[], None]] = {
         trust_lasts,
         connections_outlive_trust,
         peers_say_who_they_are,
+        no_doors,
+        nobody_at_the_doors,
+        bare_curve,
+        doors_fail_once,
+        handler_is_pyzmqs,
+        faulty_pyzmqs_handler,
+        no_flock,
+        files_are_replaced,
         files_are_open,
         audit_shares_the_log,
         audit_tells_all,
