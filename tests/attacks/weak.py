@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils import z85
@@ -37,6 +38,7 @@ from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
 from kvferry_daemon.streams import Streams
+from kvferry_proto import codec
 from kvferry_proto.errors import FerryError
 
 
@@ -314,6 +316,11 @@ def no_pressure() -> None:
     replace(Pressure, "_relieve", lambda _self, _grown_bytes: True)
 
 
+def msgpack_as_it_is() -> None:
+    """Frames may hold whatever msgpack lets through."""
+    replace(codec, "_unpacked", lambda frame: msgpack.unpackb(frame, strict_map_key=False))
+
+
 def any_number_of_frames() -> None:
     """A message may have as many frames as it likes."""
     replace(zmq_link, "FRAMES_MAX", 1 << 30)
@@ -428,6 +435,7 @@ WEAK: dict[str, Callable[[], None]] = {
         no_rates,
         no_gate,
         no_pressure,
+        msgpack_as_it_is,
         any_number_of_frames,
         streams_are_free,
         wants_are_queued,
