@@ -5,8 +5,11 @@ is the only place where a defence can be switched off; the product has no such o
 the scene, for both runs of an attack: a fault of ours, or deadlines that a test can wait for.
 """
 
+import dataclasses
 import logging
 import os
+import select
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,8 @@ from zmq.utils import z85
 from kvferry_daemon import access, audit, daemon, logs, runtime_dir
 from kvferry_daemon.command import main
 from kvferry_daemon.core import events as ev
-from kvferry_daemon.core import sink_daemons, sink_streams, source
+from kvferry_daemon.core import outside as out
+from kvferry_daemon.core import sink_daemons, sink_streams, source, source_desk, ways
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.crowd import Crowd
 from kvferry_daemon.core.events import StreamKey
@@ -38,6 +42,7 @@ from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
 from kvferry_daemon.streams import Streams
+from kvferry_daemon.transports.tcp import listener, tls
 from kvferry_proto import codec
 from kvferry_proto.errors import FerryError
 
@@ -245,6 +250,112 @@ def files_are_replaced() -> None:
     replace(runtime_dir, "_refuse_others", lambda _path: None)
 
 
+def any_ticket_will_do() -> None:
+    """Who connects to the data port is taken for the one who is expected."""
+    plain = listener.Listener._check
+
+    def check(self: listener.Listener, ticket: bytes) -> Any:
+        return plain(self, next(iter(self._tickets), ticket))
+
+    replace(listener.Listener, "_check", check)
+
+
+def tickets_last() -> None:
+    """A ticket is good again and again, for connections beside the first one."""
+    streams_are_free()
+
+    def check(self: listener.Listener, ticket: bytes) -> Any:
+        found = self._tickets.get(ticket)
+        return None if found is None else found.key
+
+    replace(listener.Listener, "_check", check)
+
+
+def older_tickets_stay() -> None:
+    """A newer ticket does not take the place of one that was given before."""
+
+    def admit(self: listener.Listener, ticket: bytes, key: Any, _s: float, stream: Any) -> None:
+        self._tickets[ticket] = listener._Ticket(key, stream, float("inf"))
+        self._ticket_of[stream] = ticket
+
+    replace(listener.Listener, "admit", admit)
+
+
+def any_connection_will_do() -> None:
+    """What is asked for goes out on some connection, whosever it is."""
+    replace(sink_streams.SinkStreams, "__contains__", lambda _self, _key: True)
+    replace(sink_streams.SinkStreams, "reads", lambda _self, _key, _transfer: True)
+    plain = Streams.transmit
+
+    def transmit(self: Streams, effect: out.Transmit, place: Any, blocks: Any) -> bool:
+        some = next(iter(self._senders))
+        return plain(self, dataclasses.replace(effect, key=some), place, blocks)
+
+    replace(Streams, "transmit", transmit)
+
+
+def short_data_handshakes() -> None:
+    """The scene: handshakes on the data port have a second."""
+    replace(listener, "HANDSHAKE_S", 1.0)
+
+
+def drops_have_time() -> None:
+    """The deadline of a handshake begins anew with every byte."""
+    short_data_handshakes()
+
+    def receive(sock: Any, size: int, _until_s: float) -> bytes:
+        data = b""
+        sock.settimeout(listener.HANDSHAKE_S)
+        while len(data) < size:
+            data += sock.recv(size - len(data)) or b"x" * size
+        return data
+
+    def shaken(context: Any, sock: Any, _until_s: float, *, server_side: bool) -> Any:
+        one = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+        one.settimeout(0)
+        while True:
+            try:
+                one.do_handshake()
+                return one
+            except ssl.SSLWantReadError:
+                if not select.select([one], [], [], listener.HANDSHAKE_S)[0]:
+                    one.close()
+                    raise TimeoutError from None
+
+    replace(listener, "_receive", receive)
+    replace(tls, "_shaken", shaken)
+
+
+def no_bound_on_handshakes() -> None:
+    """Any number of connections to the data port may be in their handshake."""
+    replace(listener.Listener, "_over", lambda _self, _host: None)
+
+
+def one_host_has_all() -> None:
+    """All of those that there may be at once may come from one host."""
+    replace(listener, "HANDSHAKES_OF_ONE", listener.HANDSHAKES_MAX)
+
+
+def any_certificate_will_do() -> None:
+    """The sink shows its ticket to whoever shakes hands."""
+
+    def connect_tls(sock: Any, _sha256: bytes, until_s: float) -> Any:
+        return tls._shaken(tls._client_context(), sock, until_s, server_side=False)
+
+    replace(listener, "connect_tls", connect_tls)
+
+
+def encryption_may_differ() -> None:
+    """A daemon that encrypts gives tickets to those that do not, too."""
+    plain = ways.choose
+
+    def choose(sink: Any, source: Any) -> Any:
+        same = {"payload_encryption": source.payload_encryption}
+        return plain(sink.model_copy(update=same), source)
+
+    replace(source_desk, "choose", choose)
+
+
 def files_are_open() -> None:
     """What the daemon makes has the modes that a careless program gives it."""
     os.umask(0)
@@ -426,6 +537,16 @@ WEAK: dict[str, Callable[[], None]] = {
         faulty_pyzmqs_handler,
         no_flock,
         files_are_replaced,
+        any_ticket_will_do,
+        tickets_last,
+        older_tickets_stay,
+        any_connection_will_do,
+        short_data_handshakes,
+        drops_have_time,
+        no_bound_on_handshakes,
+        one_host_has_all,
+        any_certificate_will_do,
+        encryption_may_differ,
         files_are_open,
         audit_shares_the_log,
         audit_tells_all,
