@@ -42,9 +42,11 @@ from kvferry_daemon.links import zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
 from kvferry_daemon.streams import Streams
-from kvferry_daemon.transports.tcp import listener, tls
+from kvferry_daemon.transports.tcp import events as te
+from kvferry_daemon.transports.tcp import listener, receiver, tls
 from kvferry_proto import codec
 from kvferry_proto.errors import FerryError
+from kvferry_proto.states import Role
 
 
 def anybody_connects() -> None:
@@ -294,6 +296,47 @@ def any_connection_will_do() -> None:
     replace(Streams, "transmit", transmit)
 
 
+def claims_are_everybodys() -> None:
+    """A chunk goes where its header says, by whatever connection it comes."""
+    claims: dict[Any, Any] = {}
+    whose: dict[tuple[int, int], Any] = {}
+    begin, claim = receiver.StreamReceiver.__init__, receiver.StreamReceiver.claim
+
+    def begin_weakly(
+        self: receiver.StreamReceiver, sock: Any, key: Any, post: Any, *rest: Any
+    ) -> None:
+        def post_for(event: Any) -> None:
+            if isinstance(event, te.Received):
+                event = dataclasses.replace(event, key=whose[event.handle, event.first_token])
+            post(event)
+
+        begin(self, sock, key, post_for, *rest)
+        self._claims = claims
+
+    def claim_weakly(
+        self: receiver.StreamReceiver, handle: int, first_token: int, *rest: Any
+    ) -> None:
+        whose[handle, first_token] = self._key
+        claim(self, handle, first_token, *rest)
+
+    replace(receiver.StreamReceiver, "__init__", begin_weakly)
+    replace(receiver.StreamReceiver, "claim", claim_weakly)
+
+
+def any_source_tells() -> None:
+    """What a source says of a transfer counts, be it received from there or not."""
+    plain = SinkDesk._on_progress
+
+    def on_progress(self: SinkDesk, address: str, progress: Any) -> None:
+        key = ev.Key(Role.SINK, progress.transfer_id, progress.attempt)
+        for its_own, sinks in self._sinks_of.items():
+            if key in sinks:
+                address = its_own
+        plain(self, address, progress)
+
+    replace(SinkDesk, "_on_progress", on_progress)
+
+
 def short_data_handshakes() -> None:
     """The scene: handshakes on the data port have a second."""
     replace(listener, "HANDSHAKE_S", 1.0)
@@ -541,6 +584,8 @@ WEAK: dict[str, Callable[[], None]] = {
         tickets_last,
         older_tickets_stay,
         any_connection_will_do,
+        claims_are_everybodys,
+        any_source_tells,
         short_data_handshakes,
         drops_have_time,
         no_bound_on_handshakes,
