@@ -132,6 +132,11 @@ def files(directory: Path) -> str:
     return " ".join(sorted(found))
 
 
+def read(path: Path) -> str:
+    """What is in a file."""
+    return path.read_text()
+
+
 def asked(directory: Path, request: control.Request) -> str:
     """The kind of the answer, or the code of a failure."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -151,6 +156,6 @@ if __name__ == "__main__":
     os.setgid(int(gid))
     os.setuid(int(uid))
     workers = (hello, hold, map_all, take_up, squat, search, keep, receive, retry)
-    can = (*workers, status, drain, files)
+    can = (*workers, status, drain, files, read)
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

@@ -21,8 +21,9 @@ import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils import z85
 
-from kvferry_daemon import access, audit, daemon, logs, runtime_dir
+from kvferry_daemon import access, audit, daemon, keys, logs, runtime_dir
 from kvferry_daemon.command import main
+from kvferry_daemon.config import Config
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core import sink_daemons, sink_streams, source, source_desk, ways
@@ -38,7 +39,7 @@ from kvferry_daemon.core.source_desk import SourceDesk
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_daemon.http import door
 from kvferry_daemon.keys import Keys
-from kvferry_daemon.links import zap, zmq_link
+from kvferry_daemon.links import peer_link, zap, zmq_link
 from kvferry_daemon.links.pressure import Pressure
 from kvferry_daemon.memory import board, host
 from kvferry_daemon.streams import Streams
@@ -164,6 +165,26 @@ def peers_say_who_they_are() -> None:
         return plain(self, boot_id, route, known.peer if known else "", now_s)
 
     replace(sink_daemons.SinkDaemons, "seen", seen)
+
+
+def addresses_prove_nothing() -> None:
+    """Whoever answers at a source's address is the source."""
+    replace(peer_link, "prove_peer", lambda _socket, _key, _secret: None)
+
+
+def clear_text_anywhere() -> None:
+    """A daemon listens where it is told to, with keys or without."""
+    replace(Config, "is_open_to_all", property(lambda _self: False))
+
+
+def open_keys_will_do() -> None:
+    """Files of keys are read whoever else may read or write them."""
+    replace(keys, "_check", lambda _path, _forbidden: None)
+
+
+def links_are_not_counted() -> None:
+    """One peer may have as many links as there is room for."""
+    replace(sink_daemons.SinkDaemons, "_of_one", lambda *_: [])
 
 
 def no_doors() -> None:
@@ -572,6 +593,10 @@ WEAK: dict[str, Callable[[], None]] = {
         trust_lasts,
         connections_outlive_trust,
         peers_say_who_they_are,
+        addresses_prove_nothing,
+        clear_text_anywhere,
+        open_keys_will_do,
+        links_are_not_counted,
         no_doors,
         nobody_at_the_doors,
         bare_curve,
