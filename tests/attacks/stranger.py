@@ -6,6 +6,7 @@ It becomes that user only after its imports, which lie where that user may not r
 import contextlib
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def receive(directory: Path, transfer_id: str, secret: str, source: str = "") ->
         return "seen" if bytes.fromhex(secret) in raw.block(seen.runs[0][0]) else "not seen"
 
 
+def reach(directory: Path) -> str:
+    """Which sockets take a connection, whatever becomes of it."""
+    found = []
+    for path in sorted(directory.glob("*.sock")):
+        with contextlib.suppress(PermissionError), socket.socket(socket.AF_UNIX) as one:
+            one.connect(str(path))
+            found.append(path.name)
+    return " ".join(found)
+
+
 def retry(directory: Path, transfer_id: str, attempt: str) -> str:
     """Send under another worker's id, as if it were to be tried again."""
     with RawWorker(directory) as raw:
@@ -120,6 +131,16 @@ def status(directory: Path) -> str:
 def drain(directory: Path) -> str:
     """Change something, as operators do."""
     return asked(directory, control.SetDraining(draining=True))
+
+
+def abort(directory: Path, transfer_id: str) -> str:
+    """End a transfer, as operators do."""
+    return asked(directory, control.AbortTransfer(transfer_id=transfer_id))
+
+
+def silence(directory: Path) -> str:
+    """Have the daemon write errors only, as operators may."""
+    return asked(directory, control.SetLogLevel(level="error"))
 
 
 def files(directory: Path) -> str:
@@ -156,6 +177,6 @@ if __name__ == "__main__":
     os.setgid(int(gid))
     os.setuid(int(uid))
     workers = (hello, hold, map_all, take_up, squat, search, keep, receive, retry)
-    can = (*workers, status, drain, files, read)
+    can = (*workers, status, drain, abort, silence, files, read, reach)
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))
