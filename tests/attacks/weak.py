@@ -496,6 +496,11 @@ def msgpack_as_it_is() -> None:
     replace(codec, "_unpacked", lambda frame: msgpack.unpackb(frame, strict_map_key=False))
 
 
+def frames_of_any_size() -> None:
+    """A frame may be as long as it likes."""
+    options(zmq.MAXMSGSIZE, -1)
+
+
 def any_number_of_frames() -> None:
     """A message may have as many frames as it likes."""
     replace(zmq_link, "FRAMES_MAX", 1 << 30)
@@ -627,6 +632,7 @@ WEAK: dict[str, Callable[[], None]] = {
         no_gate,
         no_pressure,
         msgpack_as_it_is,
+        frames_of_any_size,
         any_number_of_frames,
         streams_are_free,
         wants_are_queued,
