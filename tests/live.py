@@ -302,6 +302,7 @@ class RawPeer:
 
     def __init__(self, address: str, secret: bytes = b"") -> None:
         """``secret``: the key that it shows, if the address bears one."""
+        self.address = address
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)

@@ -6,6 +6,7 @@ It becomes that user only after its imports, which lie where that user may not r
 import contextlib
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -136,6 +137,23 @@ def asks(directory: Path) -> str:
         return str(error.code)
 
 
+def reach(directory: Path) -> str:
+    """Which sockets take a connection, whatever becomes of it."""
+    found = []
+    for path in sorted(directory.glob("*.sock")):
+        with contextlib.suppress(PermissionError), socket.socket(socket.AF_UNIX) as one:
+            one.connect(str(path))
+            found.append(path.name)
+    return " ".join(found)
+
+
+def retry(directory: Path, transfer_id: str, attempt: str) -> str:
+    """Send under another worker's id, as if it were to be tried again."""
+    with RawWorker(directory) as raw:
+        call = worker.Send(transfer_id=transfer_id, attempt=int(attempt))
+        return told(raw.socket, worker.CALLS.encode(call))
+
+
 def squat(directory: Path, route: str) -> str:
     """Take a routing id over whose connection has gone, and call without a hello."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -155,6 +173,16 @@ def drain(directory: Path) -> str:
     return asked(directory, control.SetDraining(draining=True))
 
 
+def abort(directory: Path, transfer_id: str) -> str:
+    """End a transfer, as operators do."""
+    return asked(directory, control.AbortTransfer(transfer_id=transfer_id))
+
+
+def silence(directory: Path) -> str:
+    """Have the daemon write errors only, as operators may."""
+    return asked(directory, control.SetLogLevel(level="error"))
+
+
 def files(directory: Path) -> str:
     """Try to open, for reading, what there is, and to list what the directories have."""
     found = []
@@ -163,6 +191,11 @@ def files(directory: Path) -> str:
             with contextlib.suppress(PermissionError), path.open("rb"):
                 found.append(path.name if len(path.stem) < 32 else f"pool{path.suffix}")
     return " ".join(sorted(found))
+
+
+def read(path: Path) -> str:
+    """What is in a file."""
+    return path.read_text()
 
 
 def asked(directory: Path, request: control.Request) -> str:
@@ -183,22 +216,8 @@ if __name__ == "__main__":
     os.setgroups([])
     os.setgid(int(gid))
     os.setuid(int(uid))
-    can = (
-        hello,
-        hold,
-        map_all,
-        take_up,
-        squat,
-        status,
-        drain,
-        files,
-        search,
-        keep,
-        receive,
-        cut,
-        pull,
-        write,
-        asks,
-    )
+    workers = (hello, hold, map_all, take_up, squat, search, keep, receive, retry)
+    clients = (cut, pull, write, asks)
+    can = (*workers, *clients, status, drain, abort, silence, files, read, reach)
     acts = {one.__name__: one for one in can}
     print(acts[act](Path(directory), *more))

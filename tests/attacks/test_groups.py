@@ -13,6 +13,7 @@ from kvferry_daemon.access import Access
 from kvferry_daemon.links.liveness import Liveness
 from kvferry_daemon.runtime_dir import DirectoryRefused, RuntimeDir
 from kvferry_proto import worker
+from kvferry_proto.states import Role, State
 from live import LiveDaemon, RawWorker
 
 WORKERS, OPERATORS = 47001, 47002
@@ -99,6 +100,25 @@ def test_a_worker_does_not_drain_its_daemon(place: Path) -> None:
             assert stranger(NOBODY, "drain", daemon.directory, gid=WORKERS) == told
             assert daemon.status().draining is (defence is not None)
             assert stranger(0, "drain", daemon.directory) == "draining"
+
+
+def test_a_worker_ends_no_transfer_and_silences_no_log_by_the_operators_socket(place: Path) -> None:
+    for defence in ("anybody_operates", None):
+        with (
+            without(defence)(place / str(defence), worker_group=WORKERS, lost_s=60) as daemon,
+            RawWorker(daemon.directory) as victim,
+        ):
+            victim.snapshot(worker.Send(transfer_id="t"))
+            told = [
+                stranger(NOBODY, "abort", daemon.directory, "t", gid=WORKERS),
+                stranger(NOBODY, "silence", daemon.directory, gid=WORKERS),
+            ]
+            if defence is not None:
+                assert told == ["aborted", "log_level_set"]
+            else:
+                assert told == ["control_denied"] * 2
+            assert (victim.poll(Role.SOURCE).state is State.FAILED) is (defence is not None)
+            assert daemon.status().log_level == ("info" if defence is None else "error")
 
 
 def test_a_group_of_operators_alone_gets_no_worker_in(place: Path) -> None:

@@ -22,6 +22,14 @@ def test_the_directory_keeps_other_users_out(place: Path) -> None:
         assert daemon.status().counters["connections_refused"] > 0
 
 
+def test_the_sockets_themselves_are_closed_to_other_users(place: Path) -> None:
+    """libzmq leaves their modes to the umask."""
+    for defence, reached in (("files_are_open", "control.sock worker.sock"), (None, "")):
+        with without(defence)(place / str(defence)) as daemon:
+            daemon.directory.chmod(0o755)
+            assert stranger(NOBODY, "reach", daemon.directory) == reached
+
+
 @pytest.mark.parametrize(("act", "answer"), [("hello", "welcome"), ("status", "status")])
 def test_another_user_gets_no_answer(place: Path, act: str, answer: str) -> None:
     for defence, told in (("anybody_connects", answer), (None, "nothing")):
@@ -46,6 +54,20 @@ def test_another_users_session_is_not_taken_up_with_its_secret(place: Path) -> N
             secret, lock = victim.welcome.session, victim.lock_name
             assert stranger(OTHER, "take_up", daemon.directory, secret, lock) == told
             assert stranger(0, "take_up", daemon.directory, secret, lock) == "welcome"
+
+
+def test_nor_is_it_in_the_daemons_next_life(place: Path) -> None:
+    for defence, told in (("secret_is_enough", "welcome"), ("anybody_connects", "unknown_session")):
+        daemon = without(defence)(place / defence)
+        with RawWorker(daemon.directory) as victim:
+            assert victim.welcome is not None
+            secret, lock = victim.welcome.session, victim.lock_name
+            victim.snapshot(worker.Send(transfer_id="t"))  # it is in the ledger, with its session
+            daemon.process.kill()
+            with daemon.again() as again:
+                open_to_all(again)
+                assert stranger(OTHER, "take_up", again.directory, secret, lock) == told
+                assert stranger(0, "take_up", again.directory, secret, lock) == "welcome"
 
 
 def test_a_routing_id_that_was_taken_over_has_no_session(place: Path) -> None:

@@ -1,5 +1,7 @@
 """Strangers and faithless peers, against the peer socket of a daemon with keys."""
 
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,13 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from attacks.scene import ends, without
-from kvferry_daemon.keys import TRUSTED, new_key, trust
+from attacks.scene import NOBODY, ends, stranger, without
+from cli.processes import kvferry
+from kvferry_daemon.core.sink_daemons import SINKS_MAX
+from kvferry_daemon.keys import SECRET, TRUSTED, new_key, trust
+from kvferry_daemon.links.curve import prove_ourselves
+from kvferry_daemon.output import Exit
+from kvferry_daemon.probe import key_of
 from kvferry_daemon.transports.tcp.listener import connect as connect_data
 from kvferry_proto import peer, worker
 from kvferry_proto.states import Role, State
@@ -19,6 +26,16 @@ SILENT_MS = 1500
 REPEATED = 900
 WAIT_S = 10.0
 OTHER_ID = "cd" * 16
+
+
+def off_loopback() -> str:
+    """An address of this machine that others reach, if it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            one.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return "127.0.0.2"
+        return str(one.getsockname()[0])
 
 
 def a_key() -> tuple[str, bytes]:
@@ -182,6 +199,165 @@ def test_a_source_that_the_sink_does_not_trust_fails_the_transfer_at_once(tmp_pa
         trust(b, "a", key_a)
         wait_for_keys(sink, 1)
         assert move(prefill, decode, source.address, "again").state is State.SUCCESS
+
+
+class Impostor:
+    """A daemon at a source's address that has not its secret; all that is said to it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], secret: bytes) -> None:
+        """``secret``: of a key of its own; empty: it speaks in clear."""
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        if secret:
+            prove_ourselves(self.socket, secret)
+        port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self.address = f"tcp://127.0.0.1:{port}?key={a_key()[0]}"
+
+    def next(self, wait_s: float = 0.0) -> Any:
+        """What was said, if anything was; it is answered with welcome."""
+        if not self.socket.poll(int(wait_s * 1000)):
+            return None
+        route, frame = self.socket.recv_multipart()
+        said: Any = peer.MESSAGES.decode(frame)
+        if isinstance(said, peer.PeerHello):
+            answer = peer.PeerWelcome(version=1, boot_id=BOOT_ID, sink_boot_id=said.boot_id)
+            self.socket.send_multipart([route, peer.MESSAGES.encode(answer)])
+        return said
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_an_impostor_at_a_sources_address_hears_nothing(tmp_path: Path, with_key: bool) -> None:
+    """He would learn ids, and could give a payload of his own for the source's."""
+    _, secret = a_key()
+    for defence in ("addresses_prove_nothing", None)[with_key:]:  # in clear there is no such key
+        keys = tmp_path / f"keys of {defence}"
+        keys_of(keys)
+        wait_s = WAIT_S if defence else 0.5
+        with (
+            without(defence)(tmp_path / str(defence), keys_dir=keys, connect_s=wait_s) as daemon,
+            RawWorker(daemon.directory) as decode,
+            zmq.Context() as context,
+        ):
+            impostor = Impostor(context, secret if with_key else b"")
+            with impostor.socket:
+                trust(keys, "source", key_of(impostor.address))
+                wait_for_keys(daemon, 1)
+                decode.snapshot(worker.Receive(transfer_id="secret-id", source=impostor.address))
+                if defence is not None:
+                    assert isinstance(impostor.next(WAIT_S), peer.PeerHello)
+                    while not isinstance(said := impostor.next(WAIT_S), peer.Pulls):
+                        assert said is not None
+                    assert said.pulls[0].transfer_id == "secret-id"
+                    continue
+                seen = decode.wait_end(Role.SINK, "secret-id")
+                assert seen.error is not None
+                assert seen.error.code == "peer_unreachable"
+                assert impostor.next() is None
+
+
+def test_a_source_whose_key_is_taken_from_the_sinks_list_sends_no_more(tmp_path: Path) -> None:
+    total = 2 * BLOCK
+    for defence in ("trust_lasts", None):
+        a, b = tmp_path / f"keys a {defence}", tmp_path / f"keys b {defence}"
+        key_a, key_b = keys_of(a), keys_of(b)
+        trust(a, "b", key_b)
+        trust(b, "a", key_a)
+        with (
+            LiveDaemon(tmp_path / f"a {defence}", keys_dir=a, lost_s=60) as source,
+            without(defence)(tmp_path / f"b {defence}", keys_dir=b) as sink,
+            RawWorker(source.directory) as prefill,
+            RawWorker(sink.directory) as decode,
+        ):
+            prefill.snapshot(worker.Send(transfer_id="t", total_tokens=total))
+            window = prefill.wait_for(Role.SOURCE, lambda seen: seen.allocated_tokens > BLOCK)
+            prefill.fill(window, total)
+            prefill.snapshot(worker.Ready(transfer_id="t", ready_tokens=BLOCK))
+            decode.snapshot(worker.Receive(transfer_id="t", source=source.address))
+            decode.wait_for(Role.SINK, lambda seen: seen.sent_tokens == BLOCK)
+            (b / TRUSTED).write_text("")
+            wait_for_keys(sink, 0)
+            prefill.snapshot(worker.Ready(transfer_id="t", ready_tokens=total))
+            seen = decode.wait_end(Role.SINK)
+            if defence is not None:
+                assert (seen.state, seen.sent_tokens) == (State.SUCCESS, total)
+                continue
+            assert seen.error is not None
+            assert (seen.error.code, seen.sent_tokens) == ("not_trusted", BLOCK)
+
+
+def test_a_list_that_others_may_change_lets_nobody_in(tmp_path: Path) -> None:
+    key, secret = a_key()
+    for defence, told in (("open_keys_will_do", "peer_welcome"), (None, "nothing")):
+        keys = tmp_path / f"keys of {defence}"
+        keys_of(keys, friend=a_key()[0])
+        with without(defence)(tmp_path / str(defence), keys_dir=keys) as daemon:
+            (keys / TRUSTED).chmod(0o666)  # a mistake of its operator's, which anybody can use
+            with (keys / TRUSTED).open("a") as file:
+                file.write(f"me {key}\n")
+            if defence is None:
+                daemon.wait_for_log("the trusted keys stay as they were")
+            else:
+                wait_for_keys(daemon, 2)
+            assert greet(daemon, secret) == told
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as other users")
+def test_a_secret_that_others_may_read_is_not_used(place: Path) -> None:
+    """Whoever has it is this daemon, for all its peers."""
+    keys, peers = place / "keys", place / "keys of a peer"
+    trust(peers, "a", keys_of(keys))
+    keys_of(peers)
+    keys.chmod(0o755)
+    (keys / SECRET).chmod(0o604)
+    refused = kvferry("serve", "--runtime-dir", place / "a", "--keys-dir", keys)
+    assert "open to others" in refused.stderr
+    with (
+        without("open_keys_will_do")(place / "a", keys_dir=keys),
+        LiveDaemon(place / "b", keys_dir=peers) as other,
+    ):
+        stolen = bytes.fromhex(stranger(NOBODY, "read", keys / SECRET))
+        assert greet(other, stolen) == "peer_welcome"
+
+
+def test_one_peer_has_so_many_links_and_takes_no_place_of_another_ones(tmp_path: Path) -> None:
+    honest, honests_secret = a_key()
+    hog, hogs_secret = a_key()
+    for defence, told in (("links_are_not_counted", "peer_refused"), (None, "pong")):
+        keys = tmp_path / f"keys of {defence}"
+        keys_of(keys, honest=honest, hog=hog)
+        with without(defence)(tmp_path / str(defence), keys_dir=keys) as daemon:
+            one, many = (RawPeer(daemon.address, key) for key in (honests_secret, hogs_secret))
+            hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+            one.source = one.say(hello).boot_id
+            for first in range(0, SINKS_MAX, 256):  # what it has to say to us has room
+                for number in range(first, first + 256):
+                    name = f"{number:032x}"
+                    hello = peer.PeerHello(boot_id=name, daemon_id=name, life=1)
+                    many.socket.send(peer.MESSAGES.encode(hello))
+                assert {many.next().kind for _ in range(256)} == {"peer_welcome"}
+            assert one.say(peer.Ping(**one.boots())).kind == told
+            one.close()
+            many.close()
+
+
+def test_nobody_listens_in_clear_for_everybody_by_mistake(tmp_path: Path) -> None:
+    everywhere = {"peer_host": "0.0.0.0", "advertise_host": "127.0.0.1"}
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in everywhere.items()]
+    refused = kvferry("serve", "--runtime-dir", tmp_path / "whole", *args)
+    assert (refused.returncode, refused.stdout) == (Exit.USAGE, "")
+    assert "would be in clear text" in refused.stderr
+    with (
+        without("clear_text_anywhere")(tmp_path / "weak", lost_s=60, **everywhere) as daemon,
+        RawWorker(daemon.directory) as prefill,
+    ):
+        prefill.snapshot(worker.Send(transfer_id="t", total_tokens=BLOCK))
+        prefill.wait_for(Role.SOURCE, lambda seen: seen.allocated_tokens > 0)
+        prefill.snapshot(worker.Ready(transfer_id="t", ready_tokens=BLOCK))
+        thief = RawPeer(daemon.address.replace("127.0.0.1", off_loopback()))
+        hello = peer.PeerHello(boot_id=BOOT_ID, daemon_id=BOOT_ID, life=1)
+        thief.source = thief.say(hello).boot_id
+        assert thief.pull().available_tokens == BLOCK
+        thief.close()
 
 
 @pytest.mark.parametrize("with_key", [True, False])
