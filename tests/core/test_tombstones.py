@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry_daemon.core.events import Done, Key
-from kvferry_daemon.core.tombstones import Tombstones
+from kvferry_daemon.core.tombstones import TOMBSTONES_MAX, UNKNOWN_MAX, Tombstones
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.states import Role, State
@@ -50,3 +50,21 @@ def test_states_are_counted_as_they_are(steps: list[tuple[str, int, State, int]]
             now_s += passed_s
             stones.expire(now_s)
         assert +stones.states == Counter(snapshot.state for snapshot in stones.snapshots())
+
+
+def test_ends_of_what_nobody_opened_drive_out_no_end_that_somebody_asks_for() -> None:
+    """A peer may say of any name that it is over; a worker asks how its own transfer ended."""
+    stones, done = Tombstones(KEEP_S), Done(state=State.FAILED, error=None)
+    ours = Key(Role.SOURCE, "ours", 0)
+    stones.add(ours, _snapshot(ours, State.SUCCESS), ("session",), 0.0)
+    for number in range(TOMBSTONES_MAX + 1):
+        stones.add_unknown(Key(Role.SOURCE, f"t{number}", 0), done, 1.0)
+    gone = stones.expire(2.0)
+    assert len(stones) == UNKNOWN_MAX + 1
+    assert stones.get(ours) is not None
+    assert gone == [
+        Key(Role.SOURCE, f"t{number}", 0) for number in range(TOMBSTONES_MAX + 1 - UNKNOWN_MAX)
+    ]
+    assert stones.get(Key(Role.SOURCE, f"t{TOMBSTONES_MAX}", 0)) is not None
+    assert len(stones.expire(100.0)) == UNKNOWN_MAX + 1
+    assert stones.expire(100.0) == []

@@ -10,6 +10,7 @@ from kvferry_proto.states import State
 from kvferry_proto.worker import Snapshot
 
 TOMBSTONES_MAX = 1 << 14  # about 1 KiB each; beyond it the oldest go early
+UNKNOWN_MAX = 1 << 12  # of them, of attempts that nobody here has opened: a peer may name any
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Tombstones:
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._stones: OrderedDict[Key, Tombstone] = OrderedDict()
+        self._unknown: OrderedDict[Key, None] = OrderedDict()
         self.states: Counter[State] = Counter()  # how many of each: operators ask often
 
     def __len__(self) -> int:
@@ -88,6 +90,8 @@ class Tombstones:
         self._drop(key)
         stone.snapshot = without_aux(stone.snapshot)
         self._stones[key] = stone
+        if not stone.sessions:
+            self._unknown[key] = None
         self.states[stone.snapshot.state] += 1
 
     def add_unknown(self, key: Key, done: Done, now_s: float) -> None:
@@ -121,6 +125,9 @@ class Tombstones:
     def expire(self, now_s: float) -> list[Key]:
         """Forget what is old enough or too much; return what was forgotten."""
         gone = []
+        while len(self._unknown) > UNKNOWN_MAX:  # before any that had a worker
+            gone.append(next(iter(self._unknown)))
+            self._drop(gone[-1])
         while self._stones:
             key, stone = next(iter(self._stones.items()))
             if stone.until_s > now_s and len(self._stones) <= TOMBSTONES_MAX:
@@ -131,5 +138,6 @@ class Tombstones:
 
     def _drop(self, key: Key) -> None:
         stone = self._stones.pop(key, None)
+        self._unknown.pop(key, None)
         if stone is not None:
             self.states[stone.snapshot.state] -= 1
