@@ -9,6 +9,7 @@ import pytest
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout
+from kvferry_proto.versions import OURS
 from vectors import make
 from wire_values import KINDS, codec_of
 
@@ -48,6 +49,40 @@ def test_a_golden_refused_frame_is_refused(vector: dict[str, Any]) -> None:
 def test_a_golden_layout_is_laid_out_so(vector: dict[str, Any]) -> None:
     layout = Layout.model_validate(vector["layout"])
     assert make.layout_entry(vector["name"], layout) == vector
+
+
+EARLIER = [
+    pytest.param(one, id=f"{path.parent.name} {path.stem}: {one['name']}")
+    for path in sorted(HERE.glob("wire-*/*.json"))
+    for one in json.loads(path.read_text())
+]
+
+
+@pytest.mark.parametrize("vector", EARLIER)
+def test_a_frame_of_an_earlier_release_is_still_the_message_that_it_was(
+    vector: dict[str, Any],
+) -> None:
+    """What came since has a default, and nothing has another meaning."""
+    cls = KINDS[vector["message"]["kind"]]
+    codec = codec_of(cls.model_validate(make.from_json(vector["message"])))
+    message = codec.decode(bytes.fromhex(vector["frame_hex"]))
+    assert holds(make.to_json(message), vector["message"])
+
+
+def holds(now: Any, then: Any) -> bool:
+    """Whether all that was there is there, as it was."""
+    if isinstance(then, dict):
+        return isinstance(now, dict) and all(
+            key in now and holds(now[key], one) for key, one in then.items()
+        )
+    if isinstance(then, list):
+        return len(now) == len(then) and all(map(holds, now, then))
+    return bool(now == then)
+
+
+def test_every_wire_version_that_is_spoken_has_its_frames() -> None:
+    spoken = range(OURS.low, OURS.high + 1)
+    assert {path.name for path in HERE.glob("wire-*")} == {f"wire-{one}" for one in spoken}
 
 
 def test_every_kind_has_a_golden_frame() -> None:
