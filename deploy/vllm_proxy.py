@@ -78,7 +78,8 @@ class Router:
     ) -> web.StreamResponse:
         """One attempt, with prefill and decode at once where prefill's source is known."""
         engine, named = next(self._prefill), {"transfer_id": transfer_id, "attempt": attempt}
-        source, goes_out = self._sources.get(engine), asyncio.Event()
+        source = None if attempt else self._sources.get(engine)  # a retry asks prefill first
+        goes_out = asyncio.Event()
         try:
             async with _running(self._ask_prefill(engine, request, body, named)) as prefill:
                 fetch = {"do_remote_prefill": True, "source": source, **named}

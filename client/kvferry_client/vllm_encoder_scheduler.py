@@ -203,9 +203,20 @@ class Consuming:
         """
         return (
             not _params(request)
-            or self.tensor(feature.identifier) is not None
             or self._has_media(feature)
+            or self._shares(request, feature.identifier)
         )
+
+    def _shares(self, request: Any, mm_hash: str) -> bool:
+        """Whether an item is here for another request; it stays for this one, too, then."""
+        found = [
+            one
+            for one in self._fetches.values()
+            if one.mm_hash == mm_hash and one.tensor is not None
+        ]
+        for one in found:
+            one.requests.add(request.request_id)
+        return bool(found)
 
     def _fail(self, request: Any, why: str) -> None:
         """Have vLLM fail a request. It asks for those after a step, and schedules others meanwhile."""

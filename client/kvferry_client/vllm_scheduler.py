@@ -170,7 +170,12 @@ class SchedulerSide:
         news = output.kv_connector_worker_meta
         if news is not None:
             self.peer_address = news.peer_address or self.peer_address
-            self._unsent |= news.unsent & self._outbound.keys()
+            self._unsent |= self._all_that_send(news.unsent)
+
+    def _all_that_send(self, requests: set[str]) -> set[str]:
+        """Those of the same transfers, too: several samples are one."""
+        found = {self._outbound[one].transfer[:2] for one in requests & self._outbound.keys()}
+        return {one for one, side in self._outbound.items() if side.transfer[:2] in found}
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are needed a while longer, and what the router is told."""
@@ -181,10 +186,8 @@ class SchedulerSide:
         if request_id in self._loading:  # the scheduler itself waits for the workers' word
             self._loading.discard(request_id)
             self._next.aborts[request_id] = _reason(request)
-            return False, None
-        if inbound is not None:
+        elif inbound is not None:
             self._next.declined.append(inbound)
-            return False, None
         if outbound is None:
             return False, None
         return outbound.is_known, self._answer(request, outbound)

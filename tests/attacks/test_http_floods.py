@@ -73,7 +73,7 @@ def test_requests_behind_the_first_one_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_a_host_that_asks_too_much_is_told_when_to_ask_again(tmp_path: Path) -> None:
-    for defence, is_bound in (("no_rates", False), (None, True)):
+    for defence, is_bound in (("no_rates", False), ("dear_requests", True)):
         with without(defence)(tmp_path / str(defence), http_port=0) as daemon:
             told = []
             for _ in range(400):

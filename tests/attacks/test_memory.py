@@ -23,7 +23,7 @@ MIB = 1 << 20
 POURED_MIB = 1500
 BOUND_MIB = 1000  # more than it had, at any time; busy cores let in 450, quiet ones 200
 POLLS = 3000
-UNREAD_MIB = 160
+UNREAD_MIB = 100  # the daemon looks from 64 on
 WAIT_S = 20.0
 SHUT_S = 3.0  # a window that stays shut so long is one of a connection that was cut
 

@@ -214,7 +214,7 @@ def test_another_boot_id_is_another_life(sign: wire.PeerMessage, state: str) -> 
 def test_a_restart_takes_everybody_down_first(sign: wire.PeerMessage) -> None:
     peer = stream_in("up")
     effects = peer.on_message(sign, 0.5)
-    assert effects[:2] == [PeerIsDown(SOURCE), Disconnect(StreamKey(SOURCE, 0, 0))]
+    assert effects[:2] == [PeerIsDown(SOURCE, restarted=True), Disconnect(StreamKey(SOURCE, 0, 0))]
 
 
 def test_streams_of_the_earlier_life_end_before_they_are_asked_for_again() -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cli.processes import kvferry
-from deploy.test_manifests import CUSTOM, DEPLOY, POD_IP, TOP, containers
+from deploy.test_manifests import CUSTOM, DEPLOY, POD_IP, TOP, containers, with_keys
 from kvferry_daemon.config import Config
 
 CHART = DEPLOY / "helm" / "kvferry"
@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mode": "sidecar",
         "keys": KEYS,
         "worker": {**WORKER, "command": ["vllm"], "args": ["serve"], "resources": {"limits": {}}},
-        "config": {"stall_s": 1.5, "copy_cpus": "0-3"},
+        "config": {"stall_s": 1.5, "copy_cpus": "0"},
         "imagePullSecrets": [{"name": "registry"}],
         "supplementalGroups": [20001, 1000660000],
     },
@@ -106,11 +106,11 @@ def test_what_it_makes_is_what_kubernetes_takes(name: str) -> None:
 
 @needs_helm
 @pytest.mark.parametrize("name", CASES)
-def test_a_daemon_gets_the_settings_that_were_given(name: str) -> None:
+def test_a_daemon_gets_the_settings_that_were_given(name: str, tmp_path: Path) -> None:
     (container,) = containers(made(CASES[name]))
     given = {one["name"]: one.get("value", POD_IP) for one in container["env"]}
     env = {name: value for name, value in given.items() if name.startswith("KVFERRY_")}
-    answer = kvferry("config", "check", "--json", env=env)
+    answer = kvferry("config", "check", "--json", env=with_keys(env, tmp_path))
     assert answer.returncode == 0, answer
     settings = json.loads(answer.stdout)["settings"]
     asked = {**CASES[name].get("config", {}), "budget_bytes": 64 << 30}

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cli.processes import kvferry
+from kvferry_daemon.keys import new_key
 
 TOP = Path(__file__).parent.parent.parent
 DEPLOY = TOP / "deploy"
@@ -39,6 +40,14 @@ def containers(found: Any) -> Iterator[dict[str, Any]]:
             yield from containers(one)
 
 
+def with_keys(env: dict[str, str], directory: Path) -> dict[str, str]:
+    """What a container is told, with keys of this machine where a Secret's would be."""
+    if "KVFERRY_KEYS_DIR" not in env:
+        return env
+    new_key(directory / "keys")
+    return {**env, "KVFERRY_KEYS_DIR": str(directory / "keys")}
+
+
 DAEMONS = {name: one for name, many in manifests().items() for one in containers(many)}
 
 
@@ -49,10 +58,12 @@ def test_a_manifest_is_what_kubernetes_takes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DAEMONS)
-def test_a_daemons_settings_are_good_and_its_ports_are_those_named(name: str) -> None:
+def test_a_daemons_settings_are_good_and_its_ports_are_those_named(
+    name: str, tmp_path: Path
+) -> None:
     container = DAEMONS[name]
     env = {one["name"]: one.get("value", POD_IP) for one in container["env"]}
-    done = kvferry("config", "check", env=env)
+    done = kvferry("config", "check", env=with_keys(env, tmp_path))
     assert done.returncode == 0, done
     ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
     settings = {"peer": "PEER_PORT", "data": "DATA_PORT", "metrics": "HTTP_PORT"}

@@ -166,6 +166,34 @@ def test_what_could_not_be_sent_is_not_told_to_decode() -> None:
     assert params["source"] == "tcp://127.0.0.1:2"
 
 
+def test_nor_are_the_other_samples_of_the_same_request() -> None:
+    """vLLM answers with the params of the sample that ends last."""
+    from kvferry_client.vllm_messages import News
+
+    told = side()
+    asked = [request(name, 600, sending("t")) for name in ("0_t", "1_t")]
+    for one in asked:
+        told.new_request(one)
+    told.step(Step(new={"0_t": 0, "1_t": 512}, tokens={"0_t": 600, "1_t": 88}).output)
+    news = News(None, {"0_t"})
+    told.worked(SimpleNamespace(finished_recving=None, kv_connector_worker_meta=news))
+    assert [finished(told, one)[1] for one in asked] == [None, None]
+
+
+def test_an_engine_in_the_middle_that_drops_a_request_tells_both_sides() -> None:
+    """It would have fetched from one and sent to another."""
+    from vllm.v1.request import RequestStatus
+
+    told = side()
+    params = {**sending("t"), "do_remote_prefill": True, "source": "tcp://127.0.0.1:9"}
+    told.new_request(asked := request("r", 600, params))
+    asked.status = RequestStatus.FINISHED_ABORTED
+    assert told.finished(asked) == (False, None)
+    meta = told.step(Step().output)
+    assert [transfer.transfer_id for transfer in meta.declined] == ["t"]
+    assert [transfer.transfer_id for transfer, _ in meta.withdrawn] == ["t"]
+
+
 def test_a_request_that_generates_on_is_sent_where_blocks_stay() -> None:
     told = side()
     asked = request("more", 600, sending("more"), 2)

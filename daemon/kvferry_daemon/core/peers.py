@@ -66,6 +66,7 @@ class PeerIsDown:
     """Tell the sinks of ``address``."""
 
     address: str
+    restarted: bool = False  # it answers, as another life
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +283,7 @@ class Peer:
             self._effects.append(NewsAreLost(self.address))  # or a hello was answered twice
             return
         if self.state == "up":
-            self._lose("restarted")
+            self._lose("restarted", restarted=True)
         self.state = "up"
         self.boot_id = message.boot_id
         self.detail = ""
@@ -296,17 +297,17 @@ class Peer:
             code = Code(message.error.code)
             self._effects.append(PeerFailed(self.address, code, message.error.message))
         elif self.state == "up" and message.boot_id != self.boot_id:
-            self._lose("restarted")
+            self._lose("restarted", restarted=True)
         elif self.state == "up" and message.error.code == Code.HELLO_FIRST:
             self._say(self.hello)
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str, *, restarted: bool = False) -> None:
         """Streams are closed: only that proves that nothing more is written through them."""
         self.state = "lost"
         self.detail = why
         self._say_at_s = self.now_s
         self._say_s = self.timing.resend_s
-        self._effects.append(PeerIsDown(self.address))
+        self._effects.append(PeerIsDown(self.address, restarted))
         self._close_streams()
 
     def _ask_for_streams(self) -> None:

@@ -323,7 +323,7 @@ class SinkDesk:
                 case pr.PeerIsUp():
                     self._tell_all(peer.address, ev.PeerUp())
                 case pr.PeerIsDown():
-                    node.counters["peers_lost"] += 1
+                    node.counters["peers_restarted" if effect.restarted else "peers_lost"] += 1
                     self._tell_all(peer.address, ev.PeerDown())
                 case pr.NewsAreLost():
                     node.counters["news_lost"] += 1

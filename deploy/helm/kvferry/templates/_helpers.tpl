@@ -49,7 +49,7 @@ ports:
   - {name: metrics, containerPort: {{ .Values.ports.metrics }}}
 # No readiness probe: a daemon is ready when its first worker has come, and workers wait for it.
 startupProbe: {httpGet: {path: /healthz, port: metrics}, periodSeconds: 1, failureThreshold: 30}
-livenessProbe: {httpGet: {path: /healthz, port: metrics}, periodSeconds: 10, timeoutSeconds: 5}
+livenessProbe: {httpGet: {path: /healthz, port: metrics}, periodSeconds: 10, timeoutSeconds: 5, failureThreshold: 6}
 lifecycle:
   preStop: {exec: {command: [/opt/kvferry/bin/kvferry, drain, --wait-s, {{ .Values.drainS | quote }}]}}
 resources:
