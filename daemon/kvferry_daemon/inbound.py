@@ -21,7 +21,7 @@ from kvferry_proto.fields import ErrorInfo
 TOLD_A_S = 10  # who sends too much is told so often, and is not read in between
 LONG_S = 0.02  # of the loop's time: more than all but the fullest frames of a daemon take
 LONG_COSTS = 3.0  # what a message takes beyond that, its sender pays for so many times
-OWED_MAX_S = 2.0  # but no more at once: a link that is silent for longer is lost
+OWED_MAX_S = 1.25  # and a second is had: peers may share a key, and a link that is silent is lost
 FLOOD_S = 2.0  # of a source that goes on, whatever we leave unread; then its link is dropped
 PAUSE_S = 0.5  # without a message too many: it has stopped
 log = logging.getLogger(__name__)
@@ -138,10 +138,6 @@ class Inbound:
         if self._sources.wait_s(address, self._now_s()):
             self._on_too_many(address)
             return
-        with self._paid_by(self._sources, address):
-            self._read_source(address, frames)
-
-    def _read_source(self, address: str, frames: list[bytes]) -> None:
         try:
             message = peer.MESSAGES.decode(single([b"", *frames]))
         except FerryError as error:

@@ -5,7 +5,7 @@ import pytest
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allowance import NAMES_MAX
-from kvferry_daemon.core.plans import NEW_MAX, NEW_S, Plans
+from kvferry_daemon.core.plans import KNOWN_MAX, NEW_MAX, NEW_S, Plans
 from kvferry_daemon.core.shape import Side, planned, shapes
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code, FerryError
@@ -39,7 +39,7 @@ def test_names_and_layouts_that_are_kept_are_bounded() -> None:
     for number in range(1, 50):
         plans.may_make("one", ours, side(number), 1000.0 * number)
     assert len(plans._known) <= NAMES_MAX
-    assert len(plans._known["one"]) <= NEW_MAX
+    assert len(plans._known["one"]) <= KNOWN_MAX
 
 
 def test_that_two_layouts_do_not_fit_is_found_out_once() -> None:

@@ -25,7 +25,7 @@ class AuxBooks:
     def check(self, opening: Opening, aux: Aux | None) -> None:
         """Raise FerryError(resource_exhausted) if these would be too many."""
         size = 0 if aux is None else bytes_of(aux)
-        if size <= SMALL_BYTES or opening.key in self._kept:
+        if size <= SMALL_BYTES or opening.key in self._kept:  # they do not change
             return
         for whose in _owners(opening):
             if self._of[whose] + size > OF_ONE_MAX:
@@ -38,9 +38,9 @@ class AuxBooks:
         if transfer.aux is None or transfer.key in self._kept:
             return
         size = bytes_of(transfer.aux)
-        if size > SMALL_BYTES:
-            self._kept[transfer.key] = size, _owners(transfer.opening)
-            self._count(transfer.key, 1)
+        small = size <= SMALL_BYTES  # noted, too: each event of a transfer comes by here
+        self._kept[transfer.key] = (0, ()) if small else (size, _owners(transfer.opening))
+        self._count(transfer.key, 1)
 
     def forget(self, key: Key) -> None:
         """The transfer is gone."""

@@ -10,6 +10,7 @@ from kvferry_daemon.core.shape import Side
 
 NEW_MAX = 8  # at once, and then one in NEW_S: a plan takes up to a second
 NEW_S = 4.0
+KNOWN_MAX = 64  # of one daemon: these are free
 
 Pair = tuple[bytes, int, bytes, int]
 
@@ -33,6 +34,6 @@ class Plans:
         if self._new.wait_s(whose, now_s / (NEW_S * NEW_MAX)):
             return False
         known[pair] = None
-        if len(known) > NEW_MAX:
+        if len(known) > KNOWN_MAX:
             known.popitem(last=False)
         return True

@@ -22,7 +22,7 @@ FRAME_WANTS_MAX = 4096  # bounds a frame well below its limit
 FRAME_PULLS_MAX = 16  # so that the other daemon is not held up by one frame for long
 IDLE_PEER_S = 60.0
 PEERS_MAX = 1000  # each costs a socket
-PEERS_OF_ONE_MAX = 250  # that workers of one process, or of one tenant, were the first to name
+PEERS_OF_ONE_MAX = 500  # that workers of one process, or of one tenant, were the first to name
 
 
 class SinkDesk:

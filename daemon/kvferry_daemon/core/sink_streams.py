@@ -13,7 +13,7 @@ from kvferry_proto.errors import exhausted
 from kvferry_proto.peer import STREAMS_MAX
 
 CONNECTIONS_MAX = 2048  # two descriptors each
-OF_ONE_MAX = 256  # as many as one host may have to the peer socket
+OF_ONE_MAX = 512  # daemons of one key together: they may share it
 TICKET_S = 10.0
 
 Slot = tuple[str, int]  # a stream: the boot id of its link, and its number
@@ -84,7 +84,8 @@ class SinkStreams:
         self._of.setdefault(slot, set()).add(key)
         self._held[whose] += 1
         newest = self._newest.get(slot, 0)
-        self._newest[slot] = max(newest, key.connection + 1)
+        if whose:  # else its link was forgotten, and with it what is newest
+            self._newest[slot] = max(newest, key.connection + 1)
         return key.connection >= newest
 
     def reads(self, key: StreamKey, transfer: Key) -> bool:

@@ -10,7 +10,7 @@ from kvferry_proto.states import State
 from kvferry_proto.worker import Snapshot
 
 TOMBSTONES_MAX = 1 << 14  # about 1 KiB each; beyond it the oldest go early
-UNKNOWN_MAX = 1 << 12  # of them, of attempts that nobody here has opened: a peer may name any
+UNKNOWN_MAX = 1 << 13  # of them, of attempts that nobody here has opened: a peer may name any
 
 
 @dataclass(frozen=True, slots=True)
