@@ -42,6 +42,17 @@ def test_names_and_layouts_that_are_kept_are_bounded() -> None:
     assert len(plans._known["one"]) <= KNOWN_MAX
 
 
+def test_what_was_worked_out_is_had_again_by_who_has_many() -> None:
+    """A fleet has more layouts and ranks than may be new at once."""
+    plans, ours = Plans(), side(1)
+    theirs = [side(2 + number) for number in range(3 * NEW_MAX)]
+    for number, one in enumerate(theirs):
+        assert plans.may_make("fleet", ours, one, number * NEW_S)
+    now_s = len(theirs) * NEW_S
+    for _ in range(3):
+        assert all(plans.may_make("fleet", ours, one, now_s) for one in theirs)
+
+
 def test_that_two_layouts_do_not_fit_is_found_out_once() -> None:
     plane = Plane(name="other", dtype=Dtype.UINT8, shape=(3,))
     other = Side.of(Layout(planes=(plane,), block_size_tokens=7), 1)
