@@ -128,6 +128,16 @@ def test_keys_can_be_read_by_the_daemon_alone() -> None:
 
 
 @needs_helm
+def test_an_operators_own_user_and_labels_are_written_as_they_are() -> None:
+    """A large number would be 1.00066e+09 otherwise; and an operator of Prometheus asks for labels."""
+    asked = {"enabled": True, "labels": {"release": "prometheus"}}
+    objects = made({"insecure": True, "uid": 1_000_660_000, "podMonitor": asked})
+    assert pod_of(objects)["securityContext"]["runAsUser"] == 1_000_660_000
+    assert objects["PodMonitor"]["metadata"]["labels"]["release"] == "prometheus"
+    assert objects["PodMonitor"]["metadata"]["labels"]["app.kubernetes.io/name"] == "kvferry"
+
+
+@needs_helm
 def test_a_worker_starts_after_its_daemon_and_sees_its_directory() -> None:
     pod = pod_of(made(CASES["sidecar, keys"]))
     (daemon,), (worker,) = pod["initContainers"], pod["containers"]

@@ -70,9 +70,9 @@ volumeMounts:
 terminationGracePeriodSeconds: {{ add .Values.drainS (.Values.config.stop_s | default 30 | float64 | ceil) 15 }}
 automountServiceAccountToken: false
 securityContext:
-  runAsUser: {{ .Values.uid }}
-  runAsGroup: {{ .Values.uid }}
-  fsGroup: {{ .Values.uid }}
+  runAsUser: {{ .Values.uid | int64 }}
+  runAsGroup: {{ .Values.uid | int64 }}
+  fsGroup: {{ .Values.uid | int64 }}
   {{- with .Values.supplementalGroups }}
   supplementalGroups:
     {{- range . }}
