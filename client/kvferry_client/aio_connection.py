@@ -11,11 +11,11 @@ from kvferry_client.session import (
     CALL_S,
     HELLO_S,
     JOINS_MAX,
-    REPEAT_S,
     Member,
     Session,
     check_same_pool,
     is_refused,
+    waits,
 )
 from kvferry_client.views import Pool
 from kvferry_proto import worker
@@ -84,16 +84,14 @@ class AsyncConnection:
     async def _exchange(self, call: Any, wait_s: float) -> Any:
         if self._closed:
             raise _closed()
-        loop = asyncio.get_running_loop()
         number = self._session.next_number()
         frame = worker.CALLS.encode(call, number)
         held_s = getattr(call, "wait_s", 0.0)  # the daemon itself lets a poll wait
-        until_s = loop.time() + wait_s + held_s
-        future = self._waiting[number] = loop.create_future()
+        future = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            while (left_s := until_s - loop.time()) > 0:
+            for patience_s in waits(wait_s, held_s):
                 await self._send(frame)
-                await asyncio.wait((future,), timeout=min(left_s, REPEAT_S + held_s))
+                await asyncio.wait((future,), timeout=patience_s)
                 if future.done():
                     return future.result()
         finally:

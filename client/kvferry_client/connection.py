@@ -16,6 +16,7 @@ from kvferry_client.session import (
     Session,
     check_same_pool,
     is_refused,
+    waits,
 )
 from kvferry_client.views import Pool
 from kvferry_proto import worker
@@ -111,11 +112,9 @@ class Connection:
         number = self._session.next_number()
         frame = worker.CALLS.encode(call, number)
         held_s = getattr(call, "wait_s", 0.0)  # the daemon itself lets a poll wait
-        until_s = time.monotonic() + wait_s + held_s
-        while time.monotonic() < until_s:
+        for patience_s in waits(wait_s, held_s):
             self._send(frame)
-            again_s = min(until_s, time.monotonic() + REPEAT_S + held_s)
-            reply = self._await(number, again_s)
+            reply = self._await(number, time.monotonic() + patience_s)
             if reply is not None:
                 return reply
         raise self._session.unreachable(wait_s)

@@ -5,6 +5,7 @@ import itertools
 import os
 import secrets
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -177,6 +178,19 @@ def check_same_pool(member: Member | None, pool: Pool | None) -> None:
     if pool is not None and member is not None and member.pool is not pool:
         code = Code.DAEMON_RESTARTED if pool.info.device is None else Code.POOL_LOST
         raise FerryError(code, "the daemon's earlier life, its pool and transfers ended")
+
+
+def waits(wait_s: float, held_s: float) -> Iterator[float]:
+    """How long to wait behind each repeat of a call, ``wait_s + held_s`` in all.
+
+    ``held_s``: what the daemon itself may let a poll wait. A thread that was not let run for long, by an
+    engine that holds the GIL or a busy machine, repeats as often as any: that nobody answered while it
+    slept says nothing of the daemon.
+    """
+    left_s = wait_s + held_s
+    while left_s > 0:
+        yield min(left_s, REPEAT_S + held_s)
+        left_s -= REPEAT_S + held_s
 
 
 def is_refused(

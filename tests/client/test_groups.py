@@ -253,7 +253,7 @@ def test_operators_see_which_ranks_hold_a_group_up(daemons: Daemons) -> None:
         sinks[0].resume(32)
         held_up(b, "waiting_for_resume", [1])
         out = kvferry("transfers", "t", "--runtime-dir", b.directory).stdout.splitlines()
-        assert out[1].split()[-3] == "1", out
+        assert out[1].split()[-5] == "1", out  # behind it: age, idle, peer, worker
         for one in (first, second, *sinks):
             one.abort()
 

@@ -45,6 +45,7 @@ def test_a_fault_of_ours_is_answered_and_the_daemon_lives(
     (broken / "METADATA").write_text("Name: kvferry\n")
     paths = [str(broken.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # or a checkout's own metadata comes before
     with LiveDaemon(tmp_path / "a") as daemon:
         failure = refusal(daemon, control.GetStatus(call=CALL))
         assert (failure.call, failure.error.code) == (CALL, Code.INTERNAL)
