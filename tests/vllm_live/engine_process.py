@@ -102,14 +102,21 @@ def metrics() -> dict[str, float]:
     }
 
 
+def is_coming(engine: AsyncLLM, tasks: dict[str, asyncio.Task[None]], name: str) -> bool:
+    """Whether a request was asked for that vLLM does not know yet: it would abort nothing."""
+    return name in tasks and name not in engine.output_processor.external_req_ids
+
+
 async def main(model: str, options: dict[str, Any]) -> None:
     """Serve until stdin ends."""
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, enforce_eager=True, **options))
     say(ready=True)
-    tasks: set[asyncio.Task[None]] = set()
+    tasks: dict[str, asyncio.Task[None]] = {}
     while line := await asyncio.to_thread(sys.stdin.readline):
         told = json.loads(line)
         if "abort" in told:
+            while is_coming(engine, tasks, told["abort"]):  # noqa: ASYNC110  it says so by no event
+                await asyncio.sleep(0.01)
             await engine.abort(told["abort"])
         elif "blocks" in told:
             say(id=told["id"], are_free=await engine.reset_prefix_cache())
@@ -123,8 +130,8 @@ async def main(model: str, options: dict[str, Any]) -> None:
             reset = await engine.reset_prefix_cache(reset_running_requests=True)
             say(id=told["id"], are_preempted=bool(running and reset))
         else:
-            tasks.add(task := asyncio.create_task(generate(engine, told)))
-            task.add_done_callback(tasks.discard)
+            tasks[told["id"]] = task = asyncio.create_task(generate(engine, told), name=told["id"])
+            task.add_done_callback(lambda one: tasks.pop(one.get_name()))
 
 
 if __name__ == "__main__":
