@@ -1,11 +1,7 @@
 """vLLM engines in process groups of their own, and what their connectors are told."""
 
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +121,6 @@ class Engine(EngineProcess):
         """Begin to generate, ``n`` samples; ``of_items``: ``sounds`` or ``names``, and ``items`` of an encoder."""
         return self._say(prompt=prompt, max_tokens=max_tokens, params=params, n=n, **of_items)
 
-    @contextmanager
-    def core_stopped(self) -> Iterator[None]:
-        """Its scheduler takes in nothing: what is said meanwhile comes at once afterwards."""
-        core = next(pid for pid in self._children() if _name(pid).startswith("VLLM::EngineCor"))
-        os.kill(core, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(core, signal.SIGCONT)
-
-    def _children(self) -> list[int]:
-        found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for path in found for pid in path.read_text().split()]
-
     def preempt(self) -> bool:
         """Take all blocks from all requests, which begin anew; whether there were any."""
         return bool(self._say(preempt=True).result()["are_preempted"])
@@ -150,7 +132,3 @@ class Engine(EngineProcess):
     def metrics(self) -> dict[str, float]:
         """What Prometheus is told of kvferry."""
         return dict(self._say(metrics=True).result()["metrics"])
-
-
-def _name(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text()

@@ -150,18 +150,17 @@ def test_decode_may_be_asked_before_prefill(scene: Scene) -> None:
     scene.check_nothing_is_left()
 
 
-def test_a_prefill_that_is_aborted_in_the_queue_fails_decode_at_once(scene: Scene) -> None:
-    """Long before the 8 s after which a decode gives up by itself."""
-    decode = scene.decode.generate(prompt(700), params=fetching("queued", scene.a))
-    scene.b.wait_for_transfer("queued", lambda seen: True)
-    with scene.prefill.core_stopped():
-        prefill = scene.prefill.generate(prompt(700), 1, sending("queued"))
-        scene.prefill.abort(prefill)
-        assert prefill.result()["reason"] == "abort"
+def test_a_prefill_that_is_aborted_at_once_fails_decode_at_once(scene: Scene) -> None:
+    """Long before the 8 s after which a decode gives up by itself; mostly before its first step."""
+    long = prompt(20_000, seed=8)
+    decode = scene.decode.generate(long, params=fetching("at-once-gone", scene.a))
+    scene.b.wait_for_transfer("at-once-gone", lambda seen: True)
+    prefill = scene.prefill.generate(long, 1, sending("at-once-gone"))
+    scene.prefill.abort(prefill)
+    assert prefill.result()["reason"] == "abort"
     assert failed(decode)
-    assert (
-        "transfer queued, attempt 0, was not received: source_failed: aborted" in scene.decode.log()
-    )
+    words = "transfer at-once-gone, attempt 0, was not received: source_failed: aborted"
+    assert words in scene.decode.log()
     scene.check_nothing_is_left()
 
 
