@@ -36,7 +36,7 @@ class About(TypedDict):
 
 def about() -> About:
     """Look at what is installed; loads none of it."""
-    can = {name: all(map(_is_there, modules)) for name, modules in NEEDS.items()}
+    can = {name: all(map(is_installed, modules)) for name, modules in NEEDS.items()}
     return About(
         version=our_version(),
         commit=_commit(),
@@ -45,7 +45,8 @@ def about() -> About:
     )
 
 
-def _is_there(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without doing so."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a package around it

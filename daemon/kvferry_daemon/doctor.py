@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import importlib.util
 import os
 import resource
 import socket
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from kvferry_daemon.about import is_installed
 from kvferry_daemon.config import Config
 from kvferry_daemon.core.records import HOST
 from kvferry_daemon.http.listen import NEEDED as HTTP_NEEDS
@@ -175,7 +175,7 @@ def _gpu(config: Config) -> Finding:
 
 
 def _nixl(config: Config) -> Finding:
-    there = importlib.util.find_spec("nixl") is not None
+    there = is_installed("nixl")
     if config.transport == "nixl" and not there:
         remedy = "pip install 'kvferry[nixl]', or use transport=auto"
         return Finding("NIXL", FAULT, "transport is nixl, and it is not installed", remedy)
@@ -190,19 +190,12 @@ def _extras(config: Config) -> Iterator[Finding]:
         ("otel", config.otlp_endpoint is not None, OTEL_NEEDS),
         ("tls", config.payload_encryption == "tls", ("cryptography",)),
     ):
-        absent = ", ".join(name for name in needs if not _is_installed(name))
+        absent = ", ".join(name for name in needs if not is_installed(name))
         if is_wanted and absent:
             remedy = f"pip install 'kvferry[{extra}]'"
             yield Finding(f"extra {extra}", FAULT, f"{absent} is not installed", remedy)
         elif is_wanted:
             yield Finding(f"extra {extra}", WELL, "installed")
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a package around it
-        return False
 
 
 def _keys(config: Config) -> Finding:

@@ -29,8 +29,8 @@ def ask(runtime_dir: Path, request: control.Request) -> Any:
     """Ask the daemon and return its answer.
 
     FerryError: daemon_unreachable if there is none or none answers within 3 s, control_denied if
-    its socket is another user's, directory_refused if its directory may be, no_common_version if it does not know what is asked, or what it
-    refuses with.
+    its socket is another user's, directory_refused if its directory may be, no_common_version if it
+    does not know what is asked, or what it refuses with.
     """
     check_runtime_dir(runtime_dir)
     path = runtime_dir / "control.sock"
