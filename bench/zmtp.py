@@ -44,3 +44,20 @@ def shake_hands(one: socket.socket, kind: bytes) -> None:
         if not part:
             raise ConnectionResetError("cut in the handshake")
         taken += part
+
+
+def read_frame(one: socket.socket) -> bytes:
+    """The body of the next frame; OSError if it was cut."""
+    flags = _read(one, 1)[0]
+    size = int.from_bytes(_read(one, 8 if flags & LONG else 1), "big")
+    return _read(one, size)
+
+
+def _read(one: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = one.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError("cut within a frame")
+        data += part
+    return data

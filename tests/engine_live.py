@@ -120,6 +120,14 @@ class EngineProcess:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
+    def pause(self) -> None:
+        """Let all its processes stand still."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
     def log(self) -> str:
         """What it wrote to stderr."""
         return self.log_path.read_text(errors="replace")

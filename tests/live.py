@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import msgpack
@@ -42,6 +43,7 @@ class LiveDaemon:
     """A `kvferry serve` process. Leaves no process behind, whatever happens."""
 
     program: tuple[str, ...] = ("-m", "kvferry_daemon")
+    environment: Mapping[str, str] = MappingProxyType({})  # beside ours
 
     def __init__(self, directory: Path, **flags: object) -> None:
         self.directory = directory
@@ -54,7 +56,14 @@ class LiveDaemon:
         args = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
         command = [sys.executable, *self.program, "serve", "--runtime-dir", str(directory)]
         with (directory.parent / f"{directory.name}.log").open("ab") as log:
-            self.process = subprocess.Popen([*command, *args], stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                [*command, *args],
+                env={**os.environ, **self.environment},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                # A session has its own share of the cores: else ours, who looks and looks, takes its.
+                start_new_session=True,
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.log()
@@ -131,8 +140,8 @@ class LiveDaemon:
             assert time.monotonic() < until, status
             time.sleep(0.02)
 
-    def transfers(self, transfer_id: str) -> list[control.TransferStatus]:
-        """What `kvferry transfers ID` shows."""
+    def transfers(self, transfer_id: str | None = None) -> list[control.TransferStatus]:
+        """What `kvferry transfers ID` shows; without an id, all."""
         answer = ask(self.directory, control.GetTransfers(transfer_id=transfer_id))
         assert isinstance(answer, control.Transfers)
         return answer.transfers

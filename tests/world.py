@@ -12,8 +12,9 @@ from typing import Any
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.events import Key, StreamKey, Timing
-from kvferry_daemon.core.node import Node, Settings
-from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
+from kvferry_daemon.core.node import Node
+from kvferry_daemon.core.peer_effects import Connect, Disconnect, Probe, Say
+from kvferry_daemon.core.settings import Settings
 from kvferry_proto import worker
 from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.peer import PARTS_MAX

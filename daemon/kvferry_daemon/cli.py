@@ -78,11 +78,11 @@ def serve(config_path: Path | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         write(config.model_dump_json(indent=2))
         return
-    from kvferry_daemon.daemon import run
     from kvferry_daemon.http.listen import HttpMissing
     from kvferry_daemon.keys import KeysRefused
     from kvferry_daemon.memory.placement import PlacementRefused
     from kvferry_daemon.runtime_dir import DirectoryTaken
+    from kvferry_daemon.serve import run
     from kvferry_daemon.traces import TracesRefused
     from kvferry_daemon.transports.nixl.agent import NixlFailed, NixlMissing
     from kvferry_daemon.transports.tcp.tls import EncryptionFailed

@@ -5,13 +5,14 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 
 from kvferry_daemon import logs
 from kvferry_daemon.audit import Audit
 from kvferry_daemon.copies import Copies
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core import peer_effects as pr
 from kvferry_daemon.core import told
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.node import Node
@@ -24,6 +25,7 @@ from kvferry_daemon.probe import probe
 from kvferry_daemon.streams import Streams
 from kvferry_daemon.transports.tcp.staging import Blocks, NewBuffer, Place, plain_buffer
 
+TURN_S = 0.002  # of the loop, for what waited for a commit; then others have theirs
 log = logging.getLogger(__name__)
 
 
@@ -59,6 +61,7 @@ class Effects:
         self._ledger: Ledger | None = None
         self._unwritten: deque[tuple[int, list[out.NodeEffect]]] = deque()
         self._events: deque[out.NodeEvent] = deque()
+        self._going_on = False  # in the next turn, with what is kept
         self._feeding = False
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
@@ -142,13 +145,30 @@ class Effects:
                 self._perform(effect)
 
     def on_written(self, number: int) -> None:
-        """The ledger holds all rows up to this number."""
+        """The ledger holds all rows up to this number: one commit's may be thousands."""
         if self._closed:
             return
-        while self._unwritten and self._unwritten[0][0] <= number:
+        begun_s = monotonic()
+        while self._is_kept(number):
+            if monotonic() - begun_s >= TURN_S:
+                self._go_on_soon()
+                break
             for effect in self._unwritten.popleft()[1]:
                 self._perform(effect)
         self._feed_waiting()
+
+    def _is_kept(self, number: int) -> bool:
+        return bool(self._unwritten) and self._unwritten[0][0] <= number
+
+    def _go_on_soon(self) -> None:
+        if not self._going_on:
+            self._going_on = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        assert self._ledger is not None
+        self._going_on = False
+        self.on_written(self._ledger.kept)
 
     def _perform(self, effect: out.NodeEffect) -> None:
         """One that fails must not take those behind it along: they are other transfers'."""
@@ -171,7 +191,9 @@ class Effects:
     def close(self) -> None:
         """Do what only waits for the ledger; stop timers and threads. The pools' files stay."""
         if self._ledger is not None:
-            self.on_written(self._ledger.close())
+            kept = self._ledger.close()
+            while self._is_kept(kept):
+                self.on_written(kept)
         self.note_deeds()
         self.audit.settle()
         self._closed = True
@@ -190,8 +212,8 @@ class Effects:
 
     def _arm(self) -> None:
         at_s = self._node.wake_at_s
-        if at_s == self._timer_at_s:
-            return
+        if at_s == self._timer_at_s or max(at_s, self._timer_at_s) <= self._node.now_s:
+            return  # it comes in the next turn, and anew it would come in the one after that
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at_s = at_s

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import thread_time
+from time import monotonic, thread_time
 from typing import Protocol
 
 from kvferry_daemon.core import outside as out
@@ -13,6 +13,7 @@ from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.node import Node
 from kvferry_daemon.keys import Keys
 from kvferry_daemon.links.liveness import Liveness
+from kvferry_daemon.links.zmq_link import is_large
 from kvferry_daemon.probe import key_of
 from kvferry_proto import peer, worker
 from kvferry_proto.errors import Code, FerryError, exhausted
@@ -20,7 +21,11 @@ from kvferry_proto.fields import ErrorInfo
 
 TOLD_A_S = 10  # who sends too much is told so often, and is not read in between
 LONG_S = 0.02  # of the loop's time: more than all but the fullest frames of a daemon take
-LONG_COSTS = 3.0  # what a message takes beyond that, its sender pays for so many times
+LONG_COSTS = 3.0  # what a peer's message takes beyond that, it pays for so many times
+WORK_A_S = 1000.0  # thousandths of a second: what a worker's large messages may cost others
+WORK_COSTS = 3.0  # so many times what the others waited: a process has a third of the loop
+WORK_LONG_S = 0.002  # and of what takes less, all: between two of them others have their turn
+ALONE_S = 1.0  # without a word of any other process; then nobody waits
 OWED_MAX_S = 1.25  # and a second is had: peers may share a key, and a link that is silent is lost
 FLOOD_S = 2.0  # of a source that goes on, whatever we leave unread; then its link is dropped
 PAUSE_S = 0.5  # without a message too many: it has stopped
@@ -56,6 +61,8 @@ class Inbound:
         self._now_s = asyncio.get_running_loop().time
         self._messages_a_s = messages_a_s
         self._workers = Allowances(messages_a_s)
+        self._work = Allowances(WORK_A_S)  # of workers, by their large messages
+        self._speaker, self._others_until_s = "", 0.0
         self._peers = Allowances(messages_a_s)
         self._sources = Allowances(messages_a_s)
         self._floods: dict[str, tuple[float, float]] = {}  # of sources: first and last seen
@@ -65,10 +72,36 @@ class Inbound:
 
     def on_worker(self, frames: list[bytes], user: str) -> None:
         """A call, from a process that the kernel says is ``user``."""
-        route = frames[0]
-        wait_s = self._workers.wait_s(user, self._now_s())
+        now_s = self._now_s()
+        if user != self._speaker:
+            self._others_until_s = now_s + ALONE_S if self._speaker else 0.0
+            self._speaker = user
+        wait_s = self._workers.wait_s(user, now_s)
         if wait_s and not self._is_to_be_told("worker", user):
             return
+        if not is_large(frames):  # most are not, and have no time to be measured
+            self._read_worker(frames, user, wait_s)
+            return
+        begun_s, worked_s = monotonic(), thread_time()
+        self._read_worker(frames, user, wait_s)
+        if thread_time() - worked_s > WORK_LONG_S and now_s < self._others_until_s:
+            took_s = monotonic() - begun_s  # so long others waited, whoever had the core
+            self._work.wait_s(user, self._now_s())  # so that it is known
+            self._work.owe(user, min(WORK_COSTS * took_s, OWED_MAX_S) * WORK_A_S)
+
+    def is_unwanted_of_worker(self, _route: bytes, user: str) -> bool:
+        """Whether a large message is dropped unread: its sender is over, and asks again.
+
+        Small ones are read on, heartbeats too: nobody is taken for lost who only asks for much.
+        """
+        now_s = self._now_s()
+        if not (self._work.is_over(user, now_s) or self._workers.is_over(user, now_s)):
+            return False
+        self._is_to_be_told("worker", user)
+        return True
+
+    def _read_worker(self, frames: list[bytes], user: str, wait_s: float) -> None:
+        route = frames[0]
         try:
             call = worker.CALLS.decode(single(frames))
         except FerryError as error:
@@ -111,6 +144,14 @@ class Inbound:
         with self._paid_by(self._peers, who):
             self._read_peer(frames, name, key)
 
+    def is_unwanted_of_peer(self, route: bytes, key: str) -> bool:
+        """The same of a peer."""
+        who = route if self._keys is None else self._keys.name_of(key)
+        if who is None or not self._peers.is_over(who, self._now_s()):
+            return False
+        self._is_to_be_told("peer", who)
+        return True
+
     def _read_peer(self, frames: list[bytes], name: str, key: str) -> None:
         try:
             message = peer.MESSAGES.decode(single(frames))
@@ -139,7 +180,8 @@ class Inbound:
             self._on_too_many(address)
             return
         try:
-            message = peer.MESSAGES.decode(single([b"", *frames]))
+            with self._paid_by(self._sources, address):  # its news go on to sinks of many others
+                message = peer.MESSAGES.decode(single([b"", *frames]))
         except FerryError as error:
             self._node.counters["bad_messages_peer"] += 1
             if not self._told.wait_s(("source", address), self._now_s()):
@@ -153,10 +195,12 @@ class Inbound:
     def _paid_by(self, rates: Allowances, who: str | bytes) -> Iterator[None]:
         """Who holds the loop up for long counts as having sent that many more messages."""
         begun_s = thread_time()
-        yield
-        over_s = thread_time() - begun_s - LONG_S
-        if over_s > 0:
-            rates.owe(who, min(LONG_COSTS * over_s, OWED_MAX_S) * self._messages_a_s)
+        try:
+            yield
+        finally:
+            over_s = thread_time() - begun_s - LONG_S
+            if over_s > 0:
+                rates.owe(who, min(LONG_COSTS * over_s, OWED_MAX_S) * self._messages_a_s)
 
     def _on_too_many(self, address: str) -> None:
         """A source is told nothing, since it asks nothing: the log is, and its link goes at last."""

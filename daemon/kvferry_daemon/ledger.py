@@ -182,9 +182,16 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Every row of a ledger that nobody has open; sqlite3.Error or ValueError if it is damaged."""
+    """Every row of a ledger that nobody has open; sqlite3.Error or ValueError if it is damaged.
+
+    One that can be read but not written is, too: its daemon would end with the first row to keep.
+    """
     db = sqlite3.connect(path)
     try:
+        (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()  # 60 ms for 60 MB
+        if found != "ok":
+            raise ValueError(f"SQLite says: {found}")
+        db.execute("DELETE FROM rows WHERE false")  # begins to write, and is taken back
         for name, body in db.execute("SELECT name, body FROM rows"):
             if not isinstance(name, str) or not isinstance(body, bytes):
                 raise ValueError(f"a row is no row: {name!r}")

@@ -11,9 +11,10 @@ from pathlib import Path
 from kvferry_daemon.config import Config
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Timing
-from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.records import HOST, DaemonRecord, PoolRecord
+from kvferry_daemon.core.settings import Settings
 from kvferry_daemon.core.tenants import ALL, pool_id_of, tenant_in, uid_in
 from kvferry_daemon.ledger import rows_of
 from kvferry_daemon.runtime_dir import POOLS, RuntimeDir

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key, StreamKey
-from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.core.peer_effects import Connect
 from kvferry_daemon.core.sink_streams import TICKET_S
 from kvferry_daemon.logs import about
 from kvferry_daemon.probe import split_address
@@ -155,6 +155,10 @@ class Streams:
         """Let one connection in that shows the ticket."""
         stream = effect.key.peer, effect.key.stream
         self.listener.admit(effect.ticket, (effect.key, effect.transport), TICKET_S, stream)
+
+    def catch_up(self) -> None:
+        """Hear of connections that are open: their sinks may know it already, and ask."""
+        self._source_bridge.catch_up()
 
     def transmit(self, effect: out.Transmit, place: Place, blocks: Blocks | None) -> bool:
         """Queue an extent; False if the connection is gone (its end is an event of its own)."""

@@ -29,6 +29,7 @@ _SLOT = struct.Struct("<QQQBBHI9q36I")
 _SEALED_BYTES = _SLOT.size
 _STALLS: tuple[StallReason | None, ...] = (None, *StallReason)
 _NUMBER_OF = {stall: number for number, stall in enumerate(_STALLS)}
+STATE_MAX = max(State)
 _NO_RUNS = (0,) * 2 * RUNS_MAX
 assert _SLOT.size + WORD_BYTES == SLOT_BYTES
 
@@ -136,12 +137,14 @@ def _sealed(*values: int) -> bytes:
 
 
 def unpack_slot(data: bytes) -> Slot | None:
-    """Read SLOT_BYTES; None if they are torn: another read may find them whole."""
+    """Read SLOT_BYTES; None if they are torn, which another read may find whole, or unknown to us."""
     if data[0] & 1 or crc32(data[:_SEALED_BYTES]) != int.from_bytes(data[_SEALED_BYTES:], "little"):
         return None
     values = _SLOT.unpack_from(data)
     sequence, key, number, state, stall, flags, count = values[:7]
     start, sent, partial, last, total, available, base, allocated, target = values[7:16]
+    if state > STATE_MAX or stall >= len(_STALLS) or count > RUNS_MAX:
+        return None  # a later daemon's word: by message it is refused in so many words
     return Slot(
         sequence,
         key,

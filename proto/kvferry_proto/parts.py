@@ -4,11 +4,15 @@ A *part* is one pair of ranks with slices of planes; each part's extents travel 
 own. Both daemons work the same plan out of the two layouts, so a part is named by its number.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Layout, Plane
+
+CELLS_MAX = 1 << 17  # 10 MiB: 1,024 planes of one rank to 64 are half of it, and 128 layers 1/8
+PIECES_MAX = 1 << 12  # 32 kinds of planes on 64 ranks each; models have a handful
 
 
 class SideSlice(NamedTuple):
@@ -29,21 +33,23 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one rank of the source brings to one rank of the sink, in the order of the planes."""
+    """What one rank of the source brings to one rank of the sink, in the order of the planes.
+
+    Parts whose slices stand alike share them: of many ranks few differ.
+    """
 
     sink_rank: int
     source_rank: int
-    slices: tuple[Slice, ...]
+    source_slices: tuple[SideSlice, ...]  # where they stand in the source's planes
+    sink_slices: tuple[SideSlice, ...]  # and in the sink's
 
     @property
-    def source_slices(self) -> tuple[SideSlice, ...]:
-        """Where the slices stand in the source's planes."""
-        return tuple(SideSlice(one.plane, one.source_first, one.heads) for one in self.slices)
-
-    @property
-    def sink_slices(self) -> tuple[SideSlice, ...]:
-        """Where the slices stand in the sink's planes."""
-        return tuple(SideSlice(one.plane, one.sink_first, one.heads) for one in self.slices)
+    def slices(self) -> tuple[Slice, ...]:
+        """Both sides' together."""
+        both = zip(self.source_slices, self.sink_slices, strict=True)
+        return tuple(
+            Slice(one.plane, one.first_head, two.first_head, one.heads) for one, two in both
+        )
 
 
 class _Piece(NamedTuple):
@@ -56,26 +62,31 @@ class _Piece(NamedTuple):
     heads: int | None
 
 
+_Kind = tuple[int, int | None]  # a plane's number, and its heads_total
+_KindCut = tuple[int | None, int, int | None]  # heads_total of planes, first head, heads
+_Cut = tuple[_KindCut, ...]  # a pair of ranks has one piece of a plane at most
+
+
 def plan(source: Layout, source_ranks: int, sink: Layout, sink_ranks: int) -> tuple[Part, ...]:
     """Every part, sorted by (sink_rank, source_rank): a part's number is its index.
 
     Each sink rank gets each head of each of its planes exactly once. Raises
-    FerryError(layout_mismatch) with both sides' values where the two do not fit.
+    FerryError(layout_mismatch) with both sides' values where the two do not fit, and where the plan
+    would be larger than any that a model needs.
     """
     check_ranks(source, source_ranks, "source")
     check_ranks(sink, sink_ranks, "sink")
     difference = _difference(source, sink)
     if difference is not None:
         raise FerryError(Code.LAYOUT_MISMATCH, difference)
-    pieces: dict[int | None, list[_Piece]] = {}
-    found: dict[tuple[int, int], list[Slice]] = {}
-    for index, (one, two) in enumerate(zip(source.planes, sink.planes, strict=True)):
-        if one.heads_total not in pieces:  # the ranks' shares follow from it
-            pieces[one.heads_total] = list(_pieces(one, source_ranks, two, sink_ranks))
-        for piece in pieces[one.heads_total]:
-            slices = found.setdefault((piece.sink_rank, piece.source_rank), [])
-            slices.append(Slice(index, piece.source_first, piece.sink_first, piece.heads))
-    return tuple(Part(*ranks, tuple(slices)) for ranks, slices in sorted(found.items()))
+    planes = [(index, plane.heads_total) for index, plane in enumerate(source.planes)]
+    found = _parts(source, source_ranks, sink, sink_ranks)
+    cuts = {cut for both in found.values() for cut in both}
+    _check_size(planes, cuts)
+    slices = {cut: _slices(planes, cut) for cut in cuts}
+    return tuple(
+        Part(*ranks, slices[one], slices[two]) for ranks, (one, two) in sorted(found.items())
+    )
 
 
 def is_plain(source: Layout, source_ranks: int, sink: Layout, sink_ranks: int) -> bool:
@@ -108,6 +119,49 @@ def check_ranks(layout: Layout, ranks: int, side: str) -> None:
                 f"planes[{index}] ({plane.name}) of the {side}: {total} heads over {ranks} ranks "
                 f"{wanted}, the layout has {plane.shape[0]}",
             )
+
+
+def _parts(
+    source: Layout, source_ranks: int, sink: Layout, sink_ranks: int
+) -> dict[tuple[int, int], tuple[_Cut, _Cut]]:
+    """By (sink_rank, source_rank): how both sides' planes are cut."""
+    first_of = {
+        one.heads_total: (one, two) for one, two in zip(source.planes, sink.planes, strict=True)
+    }
+    if len(first_of) * (source_ranks + sink_ranks) > PIECES_MAX:
+        raise FerryError(
+            Code.LAYOUT_MISMATCH,
+            f"planes of {len(first_of)} different heads_total on {source_ranks} ranks at the source "
+            f"and {sink_ranks} at the sink: over {PIECES_MAX} pieces",
+        )
+    found: dict[tuple[int, int], list[tuple[_KindCut, _KindCut]]] = {}
+    for kind, (one, two) in first_of.items():  # the ranks' shares follow from it
+        for piece in _pieces(one, source_ranks, two, sink_ranks):
+            at_source = (kind, piece.source_first, piece.heads)
+            at_sink = (kind, piece.sink_first, piece.heads)
+            found.setdefault(piece[:2], []).append((at_source, at_sink))
+    return {
+        ranks: (tuple(one for one, _ in both), tuple(two for _, two in both))
+        for ranks, both in found.items()
+    }
+
+
+def _check_size(planes: list[_Kind], cuts: set[_Cut]) -> None:
+    """Raise FerryError(layout_mismatch) if there is too much to be worked out and kept."""
+    of_kind = Counter(kind for _, kind in planes)
+    cells = sum(of_kind[kind] for cut in cuts for kind, _, _ in cut)
+    if cells > CELLS_MAX:
+        raise FerryError(
+            Code.LAYOUT_MISMATCH,
+            f"{len(planes)} planes are cut in {len(cuts)} ways between the ranks of the two sides: "
+            f"{cells} slices, over {CELLS_MAX}",
+        )
+
+
+def _slices(planes: list[_Kind], cut: _Cut) -> tuple[SideSlice, ...]:
+    """Of every plane that has heads in this cut."""
+    where = {kind: (first, heads) for kind, first, heads in cut}
+    return tuple(SideSlice(plane, *where[kind]) for plane, kind in planes if kind in where)
 
 
 def _pieces(source: Plane, source_ranks: int, sink: Plane, sink_ranks: int) -> Iterator[_Piece]:

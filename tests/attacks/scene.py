@@ -21,7 +21,13 @@ def without(defence: str | None) -> type[LiveDaemon]:
     if defence is None:
         return LiveDaemon
 
-    return type("Weak", (LiveDaemon,), {"program": (str(HERE / "weak.py"), defence)})
+    program = ("-m", "attacks.weak", defence)
+    return type("Weak", (LiveDaemon,), {"program": program, "environment": finds_tests()})
+
+
+def finds_tests() -> dict[str, str]:
+    """So that a child imports what we import, and what is here."""
+    return {"PYTHONPATH": os.pathsep.join((str(HERE.parent), *sys.path))}
 
 
 def ends(one: socket.socket) -> bool:
@@ -58,7 +64,7 @@ def started(user: str, act: str, directory: Path, *more: str) -> Iterator[subpro
     """Such a process; it is ended with the block."""
     with subprocess.Popen(
         [sys.executable, str(HERE / "stranger.py"), user, act, str(directory), *more],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), *sys.path))},
+        env={**os.environ, **finds_tests()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -41,6 +41,26 @@ def hello(directory: Path) -> str:
         )
 
 
+def crowd(directory: Path, count: str) -> str:
+    """Say hello again and again; tell how often that was one more session, and live until ended."""
+    locks = [Lock(directory) for _ in range(int(count))]
+    with RawWorker(directory, hello=False) as raw:
+        calls = [worker.CALLS.encode(worker.Hello(lock=one.name, layout=LAYOUT)) for one in locks]
+        answers = [told(raw.socket, call) for call in calls]
+        print(f"{answers.count('welcome')} welcome", flush=True)
+        signal.pause()
+    return NOTHING
+
+
+def beat(directory: Path) -> str:
+    """Be a worker that asks for nothing, and says so until it is ended."""
+    with RawWorker(directory) as raw:
+        print("joined", flush=True)
+        while told(raw.socket, worker.CALLS.encode(worker.Heartbeat())) == "snapshots":
+            pass
+    return NOTHING
+
+
 def hold(directory: Path) -> str:
     """Make a lock file as the client does, and hold it until we are ended."""
     print(Lock(directory).name, flush=True)
@@ -213,10 +233,11 @@ def asked(directory: Path, request: control.Request) -> str:
 if __name__ == "__main__":
     user, act, directory, *more = sys.argv[1:]
     uid, gid = user.split(":")
-    os.setgroups([])
-    os.setgid(int(gid))
-    os.setuid(int(uid))
-    workers = (hello, hold, map_all, take_up, squat, search, keep, receive, retry)
+    if os.getuid() == 0:  # nobody else can become another one
+        os.setgroups([])
+        os.setgid(int(gid))
+        os.setuid(int(uid))
+    workers = (hello, crowd, beat, hold, map_all, take_up, squat, search, keep, receive, retry)
     clients = (cut, pull, write, asks)
     can = (*workers, *clients, status, drain, abort, silence, files, read, reach)
     acts = {one.__name__: one for one in can}

@@ -6,6 +6,7 @@ import os
 import re
 import select
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.deeds import WHY_MAX, Deed, Deeds
 from kvferry_daemon.core.events import StreamKey
 from kvferry_daemon.core.node import Node
-from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.core.peer_effects import Connect
 from kvferry_daemon.effects import Effects
 from kvferry_daemon.life import settings_of
 from kvferry_daemon.logs import FIELDS, LINES_MAX
@@ -31,7 +32,7 @@ from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
 USER = f"{os.getuid()}:{os.getgid()}:{os.getpid()}"
 WAIT_S = 10.0
 QUIET_S = 1.0  # longer than a heartbeat, at which what was left out is told
-FLOODED = 2 * LINES_MAX  # and 64 KiB fit into a pipe
+FLOODED = 2 * LINES_MAX
 SECRET = b"a secret, or payload: 32 bytes ."
 DROPPED = r"\d+ (audit )?lines were dropped: nobody read them"
 
@@ -250,6 +251,7 @@ def test_where_nobody_reads_the_log_a_flood_takes_no_deeds_place(
                 without(defence)(tmp_path / str(defence), log_level="debug", lost_s=60) as daemon,
                 RawWorker(daemon.directory) as one,
             ):
+                fill(pipe)
                 for number in range(FLOODED // 256):
                     one.call(worker.Batch(calls=calls(flood, number)))
                 ask(daemon.directory, control.SetDraining(draining=True))
@@ -280,6 +282,14 @@ def calls(flood: str, number: int) -> list[worker.Verb]:
         made.append(worker.Send(transfer_id=name))
         made.append(worker.Abort(role=Role.SOURCE, transfer_id=name))
     return made
+
+
+def fill(pipe: int) -> None:
+    """To the last page: what the daemon's thread had not come to write yet would make room later."""
+    line = json.dumps({"event": "filled"}).ljust(select.PIPE_BUF - 1) + "\n"
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, line.encode())
 
 
 def read_all(pipe: int) -> str:

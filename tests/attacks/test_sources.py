@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from socket import create_server, socket
 from typing import Any
@@ -10,12 +11,18 @@ from typing import Any
 import zmq
 
 from attacks.scene import without
+from kvferry_daemon.core.plans import NEW_MAX
 from kvferry_proto import peer, worker
 from kvferry_proto.chunk import GREETING_BYTES, ChunkHeader, pack_accept, read_greeting
+from kvferry_proto.layout import Dtype, Layout, Plane
 from kvferry_proto.states import TERMINAL, Role, State
 from live import BLOCK, LAYOUT, LiveDaemon, RawWorker
 
 WAIT_S = 10.0
+SINKS = 4 * NEW_MAX
+ADDRESSES, LAYOUTS = 5, 10  # each may have 8 at once, and all of them together 16
+REFUSED = 24  # more than 2 of each; 34 if all are heard at once
+NOTHING_YET = {"state": State.BOOTSTRAPPING, "available_tokens": 0, "total_tokens": None}
 SIZE = LAYOUT.block_bytes
 GOOD, EVIL = b"good" * (SIZE // 4), b"evil" * (SIZE // 4)
 
@@ -33,6 +40,8 @@ class Source:
         self.server.settimeout(WAIT_S)
         self.data: socket | None = None
         self.pull: peer.Pull | None = None  # by which the block was asked for
+        self.heard: peer.Pull | None = None  # the newest one
+        self.news: dict[str, Any] = {}  # beside those of a block that is there
         self.told = 0
         self.route = b""
         self.boots: dict[str, Any] = {}
@@ -75,7 +84,8 @@ class Source:
                 case peer.Pulls():
                     for pull in said.pulls:
                         self.pull = pull if pull.want else self.pull
-                        self.tell(pull)
+                        self.heard = pull
+                        self.tell(pull, **self.news)
                 case peer.Done():
                     which, attempt = said.transfer_id, said.attempt
                     noted = peer.DoneNoted(transfer_id=which, attempt=attempt, **self.boots)
@@ -90,6 +100,15 @@ class Source:
         self.data.sendall(pack_accept(True))
 
 
+class Strange(Source):
+    """One whose layouts nobody has seen, nor fit any."""
+
+    def tell(self, pull: peer.Pull, **more: Any) -> None:
+        plane = Plane(name=f"p{self.told}", dtype=Dtype.UINT8)
+        kind = Layout(planes=(plane,), block_size_tokens=BLOCK)
+        super().tell(pull, layout=kind, state=State.BOOTSTRAPPING, **more)
+
+
 class Scene:
     """Two sources, each of them asked for the block of its transfer; neither has sent it."""
 
@@ -101,11 +120,7 @@ class Scene:
         self.until(lambda: all(one.pull is not None for one in sources))
 
     def until(self, condition: Callable[[], bool]) -> None:
-        until_s = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < until_s
-            for one in self.sources:
-                one.serve()
+        until(self.sources, condition)
 
     def seen(self) -> worker.Snapshot:
         return self.decode.poll(Role.SINK, "t")
@@ -162,3 +177,75 @@ def test_a_source_ends_no_transfer_of_another_one(tmp_path: Path) -> None:
             found.until(lambda: found.decode.poll(Role.SINK, "bait").state in TERMINAL)
             assert found.seen().state not in TERMINAL
             found.arrives()
+
+
+def test_a_source_has_so_many_new_layouts_worked_out_and_no_more(tmp_path: Path) -> None:
+    """Each may take a second: what more of them come is not looked at, and asked for again."""
+    for defence in ("every_layout_is_worked_out", None):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            RawWorker(daemon.directory) as decode,
+            zmq.Context() as context,
+            closing(Strange(context, 1)) as source,
+        ):
+            for number in range(SINKS):
+                decode.snapshot(worker.Receive(transfer_id=f"t{number}", source=source.address))
+            until_s = time.monotonic() + WAIT_S
+            failed = refused = 0
+            while failed + refused < SINKS:
+                assert time.monotonic() < until_s
+                source.serve()
+                counters = daemon.status().counters
+                failed, refused = (counters.get(one, 0) for one in ("sink_failed", "plans_refused"))
+            if defence is not None:
+                assert (failed, refused) == (SINKS, 0)
+            else:
+                assert NEW_MAX <= failed < SINKS / 2  # one more each four seconds
+            seen = [decode.poll(Role.SINK, f"t{number}") for number in range(SINKS)]
+            assert {one.error.code for one in seen if one.error} == {"layout_mismatch"}
+
+
+def test_a_worker_has_so_many_new_plans_of_all_the_sources_that_it_names(tmp_path: Path) -> None:
+    """He listens there himself, and each tells layouts that nobody has seen."""
+    for defence in ("each_name_has_plans", None):
+        with (
+            without(defence)(tmp_path / str(defence)) as daemon,
+            RawWorker(daemon.directory) as decode,
+            zmq.Context() as context,
+            ExitStack() as stack,
+        ):
+            sources = [Source(context, number) for number in range(ADDRESSES)]
+            for number, one in enumerate(sources):
+                stack.callback(one.close)
+                one.news = NOTHING_YET
+                decode.snapshot(worker.Receive(transfer_id=f"t{number}", source=one.address))
+            until(sources, partial(all_heard, sources))
+            for number, one in enumerate(sources):
+                assert one.heard is not None
+                for new in range(LAYOUTS):
+                    block = BLOCK * (2 + number * LAYOUTS + new)
+                    layout = Layout(planes=LAYOUT.planes, block_size_tokens=block)
+                    one.tell(one.heard, layout=layout, **NOTHING_YET)
+            until(sources, partial(has_refused, daemon, 1 if defence else REFUSED))
+            assert (plans_refused(daemon) >= REFUSED) is (defence is None)
+
+
+def all_heard(sources: list[Source]) -> bool:
+    return all(one.heard is not None for one in sources)
+
+
+def has_refused(daemon: LiveDaemon, plans: int) -> bool:
+    return plans_refused(daemon) >= plans
+
+
+def plans_refused(daemon: LiveDaemon) -> int:
+    return daemon.status().counters.get("plans_refused", 0)
+
+
+def until(sources: list[Source], condition: Callable[[], bool]) -> None:
+    """The sources serve meanwhile."""
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        for one in sources:
+            one.serve()

@@ -21,6 +21,7 @@ from live import BLOCK, BOOT_ID, LiveDaemon, RawPeer, RawWorker
 
 MANY = 60
 WAIT_S = 5.0
+OTHER_ID = "cd" * 16
 
 
 def link(raw: RawPeer, boot_id: str = BOOT_ID) -> dict[str, Any]:
@@ -131,6 +132,43 @@ def test_nobody_says_of_a_source_that_it_has_arrived_before_it_can_have(
             assert isinstance(raw.say(done), peer.DoneNoted)
             raw.close()
             assert (one.poll(Role.SOURCE).state is State.SUCCESS) is ends
+            assert daemon.status().counters.get("dones_dropped", 0) == (not ends)
+
+
+def says_success(daemon: LiveDaemon, daemon_id: str) -> None:
+    """Go by that daemon, and say of the transfer that it has arrived."""
+    raw = RawPeer(daemon.address)
+    hello = peer.PeerHello(boot_id=daemon_id, daemon_id=daemon_id, life=1)
+    boots = {"source_boot_id": raw.say(hello).boot_id, "sink_boot_id": daemon_id}
+    done = peer.Done(transfer_id="t", attempt=0, state=State.SUCCESS, **boots)
+    assert isinstance(raw.say(done), peer.DoneNoted)
+    raw.close()
+
+
+@pytest.mark.parametrize("in_its_next_life", [False, True])
+def test_nobody_but_its_sink_says_late_of_a_source_that_it_has_arrived(
+    tmp_path: Path, in_its_next_life: bool
+) -> None:
+    """That its lease ran out was only a guess: its own sink's word counts when it comes."""
+    for defence, ends in (("anybody_is_believed_late", True), (None, False)):
+        with ExitStack() as stack:
+            daemon = stack.enter_context(without(defence)(tmp_path / str(defence), lease_s=1))
+            with RawWorker(daemon.directory) as one:
+                one.snapshot(worker.Send(transfer_id="t", total_tokens=BLOCK))
+                raw = RawPeer(daemon.address)
+                raw.say(peer.Pulls(pulls=[raw.a_pull()], **link(raw)))
+                raw.close()
+                error = one.wait_end(Role.SOURCE).error
+                assert error is not None
+                assert error.code == "lease_expired"
+                one.snapshot(worker.Release(transfer_id="t", role=Role.SOURCE))
+            if in_its_next_life:
+                daemon.process.kill()
+                daemon = stack.enter_context(daemon.again())
+            for who, counts in ((OTHER_ID, ends), (BOOT_ID, True)):
+                says_success(daemon, who)
+                [seen] = [row.snapshot.state for row in daemon.transfers("t")]
+                assert (seen is State.SUCCESS) is counts
             assert daemon.status().counters.get("dones_dropped", 0) == (not ends)
 
 

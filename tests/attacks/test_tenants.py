@@ -246,6 +246,22 @@ def test_a_pool_of_a_tenant_that_there_cannot_be_does_not_keep_the_daemon_down(
             assert thief(again, "map_all") == "16 blocks"
 
 
+@pytest.mark.parametrize(
+    ("defence", "sessions", "told"),
+    [("tenants_have_any_sessions", 8, "resource_exhausted"), (None, 2, "welcome")],
+)
+def test_a_tenant_has_so_many_sessions_and_others_still_join(
+    place: Path, defence: str | None, sessions: int, told: str
+) -> None:
+    with (
+        without(defence)(place / "a", workers_max=4 * 2, **APART) as daemon,
+        started(f"{VICTIM}:{WORKERS}", "crowd", daemon.directory, "12") as hog,
+    ):
+        assert hog.stdout is not None
+        assert hog.stdout.readline() == f"{sessions} welcome\n"
+        assert thief(daemon, "hello") == told
+
+
 def test_a_tenant_is_served_in_its_own_pool_as_ever(place: Path) -> None:
     with LiveDaemon(place / "a", **APART) as daemon:
         assert thief(daemon, "map_all") == "16 blocks"

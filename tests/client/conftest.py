@@ -1,4 +1,4 @@
-"""A source's and a sink's daemon for the tests of this folder."""
+"""Daemons for the tests of this folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,3 +17,11 @@ def daemons(tmp_path: Path) -> Iterator[Daemons]:
         for daemon in (a, b):
             daemon.wait_until_free()
             assert "Traceback" not in daemon.log()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[LiveDaemon]:
+    """One that is not taken for stale while it stands still for a moment."""
+    with LiveDaemon(tmp_path / "a", lost_s=30) as daemon:
+        yield daemon
+        assert "Traceback" not in daemon.log()

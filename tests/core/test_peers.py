@@ -25,10 +25,9 @@ from core.test_peers_table import (
 )
 from core.test_sink_table import SINK, SOURCE, TIMING
 from kvferry_daemon.core.events import StreamKey
-from kvferry_daemon.core.peers import (
+from kvferry_daemon.core.peer_effects import (
     Disconnect,
     NewsAreLost,
-    Peer,
     PeerEffect,
     PeerFailed,
     PeerIsDown,
@@ -36,6 +35,7 @@ from kvferry_daemon.core.peers import (
     Probe,
     Say,
 )
+from kvferry_daemon.core.peers import Peer
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code
 
@@ -75,6 +75,29 @@ def test_news_that_were_cut_in_two_for_their_size_are_not_lost_by_half(lost: int
     for message in [*map(wire.MESSAGES.decode, came), pong(news=5)]:
         effects += peer.on_message(message, peer.now_s)
     assert effects == ([] if lost is None else [NewsAreLost(peer.address)])
+
+
+def test_of_news_that_are_lost_in_a_burst_its_sinks_hear_at_once_and_once_more_behind_it() -> None:
+    peer = link_in("up")
+    told = []
+    for number in range(1, 100):
+        at_s = number / 1000
+        told += [(at_s, one) for one in of(peer.on_message(pong(news=number), at_s), NewsAreLost)]
+    assert told == [(0.001, NewsAreLost(SOURCE))]
+    assert peer.wake_at_s == 0.001 + TIMING.resend_s
+    assert of(peer.tick(peer.wake_at_s), NewsAreLost) == [NewsAreLost(SOURCE)]
+    assert peer.wake_at_s == TIMING.heartbeat_s
+    assert of(peer.tick(peer.wake_at_s), NewsAreLost) == []
+
+
+def test_news_that_are_lost_with_the_link_are_asked_for_when_it_is_up_again() -> None:
+    peer = link_in("up")
+    for number in (1, 2):
+        peer.on_message(pong(news=number), 0.1)
+    peer.on_message(refused(Code.DAEMON_RESTARTED, REBORN), 0.1)
+    effects = peer.on_message(welcome(REBORN), 0.1) + peer.tick(0.9)
+    assert len(of(effects, PeerIsUp)) == 1
+    assert of(effects, NewsAreLost) == []
 
 
 # --- hello ---
@@ -215,6 +238,37 @@ def test_a_restart_takes_everybody_down_first(sign: wire.PeerMessage) -> None:
     peer = stream_in("up")
     effects = peer.on_message(sign, 0.5)
     assert effects[:2] == [PeerIsDown(SOURCE, restarted=True), Disconnect(StreamKey(SOURCE, 0, 0))]
+
+
+def lives(peer: Peer, until_s: float, *, of_s: float) -> list[float]:
+    """When its sinks heard of another life of it, which says so as often."""
+    heard, at_s, boot_id = [], 0.0, BOOT
+    while at_s < until_s:
+        at_s += of_s
+        boot_id = REBORN if boot_id == BOOT else BOOT
+        for message in (refused(Code.DAEMON_RESTARTED, boot_id), welcome(boot_id)):
+            heard += [at_s] * len(of(peer.on_message(message, at_s), PeerIsDown))
+    return heard
+
+
+def test_who_restarts_again_and_again_is_believed_ever_later() -> None:
+    heard = lives(stream_in("up"), 60.0, of_s=0.001)
+    assert heard[0] == 0.001
+    assert len(heard) <= 60.0 / TIMING.lost_s + 10
+
+
+def test_who_restarts_twice_in_a_second_is_believed_at_once() -> None:
+    assert lives(stream_in("up"), 1.0, of_s=0.5) == [0.5, 1.0]
+
+
+def test_who_fails_its_sinks_a_thousand_times_a_second_does_so_five_times() -> None:
+    peer = link_in("up")
+    failed = [
+        one
+        for number in range(1000)
+        for one in of(peer.on_message(refused(Code.NOT_TRUSTED), number / 1000), PeerFailed)
+    ]
+    assert len(failed) == 1 / TIMING.resend_s
 
 
 def test_streams_of_the_earlier_life_end_before_they_are_asked_for_again() -> None:

@@ -19,7 +19,8 @@ from core.test_peers_table import (
 )
 from core.test_sink_table import SOURCE
 from kvferry_daemon.core.events import StreamKey
-from kvferry_daemon.core.peers import Connect, Disconnect, Peer, PeerFailed
+from kvferry_daemon.core.peer_effects import Connect, Disconnect, PeerFailed
+from kvferry_daemon.core.peers import Peer
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code
 

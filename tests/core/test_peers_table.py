@@ -7,7 +7,8 @@ import pytest
 
 from core.test_sink_table import SINK, SOURCE, TIMING, frozen
 from kvferry_daemon.core.events import StreamKey
-from kvferry_daemon.core.peers import Peer, PeerEffect, Say, _Stream
+from kvferry_daemon.core.peer_effects import PeerEffect, Say
+from kvferry_daemon.core.peers import Peer, _Stream
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code
 from kvferry_proto.fields import ErrorInfo

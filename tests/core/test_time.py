@@ -9,7 +9,7 @@ from core.stories import SINK, SOURCE, Story
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.node import Node
-from kvferry_daemon.core.peers import Say
+from kvferry_daemon.core.peer_effects import Say
 from kvferry_daemon.core.sink_daemons import SINKS_MAX
 from kvferry_daemon.core.sink_desk import (
     FRAME_PULLS_MAX,
@@ -152,7 +152,7 @@ def test_timers_of_polls_that_were_answered_do_not_pile_up() -> None:
         story.ready(tokens)
         assert len(node.polls) == 0
         story.world.machines["a"].inbox[SOURCE].clear()
-    assert len(node._timers) < 1000
+    assert len(node.timers) < 1000
 
 
 def test_a_lock_that_belongs_to_a_session_is_nobody_elses() -> None:
@@ -175,7 +175,7 @@ def test_many_transfers_that_are_due_at_once_are_worked_off_in_turns() -> None:
     world.hello("b", SINK)
     for number in range(90):
         world.call("b", SINK, worker.Receive(transfer_id=f"t{number}", source="tcp://a:1"))
-    world.machines["a"].node.sources.unmet_max = 0  # it promises nothing, so all ask again
+    world.machines["a"].node.sources.unmet.most = 0  # it promises nothing, so all ask again
     world.wait(0.1)
     node = world.machines["b"].node
     world.now_s += 1.5
@@ -297,22 +297,22 @@ def test_who_asks_early_is_kept_for_as_long_as_he_asks() -> None:
     beat(world, 1)
     world.call("b", SINK, worker.Abort(transfer_id="ends", role=Role.SINK))
     world.wait(0.1)
-    assert node.sources.unmet == 2
+    assert len(node.sources.unmet) == 2
     sinks, gone = world.machines["b"].node, Key(Role.SINK, "vanishes", 0)
     del sinks.transfers[gone]
     sinks.census.gone(gone)
     beat(world, 64)
-    assert node.sources.unmet == 1
+    assert len(node.sources.unmet) == 1
 
 
 def test_those_for_whom_a_source_has_no_room_ask_again_soon() -> None:
     world = World(blocks=400)
-    world.machines["a"].node.sources.unmet_max = 5
+    world.machines["a"].node.sources.unmet.most = 5
     before = waiting_sinks(world, 20)
     beat(world, 8)
     asked = world.machines["a"].node.counters["pulls_received"] - before
     assert 15 * 4 <= asked <= 15 * 8  # after 0.2, 0.4, ... and then every 2 s
-    assert world.machines["a"].node.sources.unmet == 5
+    assert len(world.machines["a"].node.sources.unmet) == 5
 
 
 def test_news_that_were_lost_are_asked_for_after_the_next_beat() -> None:

@@ -13,6 +13,7 @@ from kvferry_proto.states import Role, State
 from kvferry_proto.worker import Snapshot
 
 KEEP_S = 10.0
+ALL = 1 << 20
 ENDS = st.sampled_from([State.SUCCESS, State.FAILED])
 LATE = Done(state=State.SUCCESS, error=None)
 STEPS = st.tuples(
@@ -48,7 +49,7 @@ def test_states_are_counted_as_they_are(steps: list[tuple[str, int, State, int]]
             stones.on_done(key, LATE)
         elif what == "time":
             now_s += passed_s
-            stones.expire(now_s)
+            stones.expire(now_s, ALL)
         assert +stones.states == Counter(snapshot.state for snapshot in stones.snapshots())
 
 
@@ -59,12 +60,12 @@ def test_ends_of_what_nobody_opened_drive_out_no_end_that_somebody_asks_for() ->
     stones.add(ours, _snapshot(ours, State.SUCCESS), ("session",), 0.0)
     for number in range(TOMBSTONES_MAX + 1):
         stones.add_unknown(Key(Role.SOURCE, f"t{number}", 0), done, 1.0)
-    gone = stones.expire(2.0)
+    gone = stones.expire(2.0, ALL)
     assert len(stones) == UNKNOWN_MAX + 1
     assert stones.get(ours) is not None
     assert gone == [
         Key(Role.SOURCE, f"t{number}", 0) for number in range(TOMBSTONES_MAX + 1 - UNKNOWN_MAX)
     ]
     assert stones.get(Key(Role.SOURCE, f"t{TOMBSTONES_MAX}", 0)) is not None
-    assert len(stones.expire(100.0)) == UNKNOWN_MAX + 1
-    assert stones.expire(100.0) == []
+    assert len(stones.expire(100.0, ALL)) == UNKNOWN_MAX + 1
+    assert stones.expire(100.0, ALL) == []

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from faults.points import set_trap
-from kvferry_daemon import daemon, ledger
+from kvferry_daemon import ledger, serve
 from kvferry_daemon.config import Config
 
 EXECUTORS = ("kvferry-memory", "kvferry-connect", "asyncio")  # their idle threads stay
@@ -59,13 +59,13 @@ def main() -> None:
     into = Path(os.environ.pop("FAULTS_CENSUS"))
     ledger.GIVE_UP_S = float(os.environ.pop("FAULTS_GIVE_UP_S", ledger.GIVE_UP_S))
     set_trap()
-    serve = daemon.serve
+    plain = serve.serve
 
     async def noted(config: Config) -> int:
         loops.append(asyncio.get_running_loop())
-        return await serve(config)
+        return await plain(config)
 
-    daemon.serve = noted
+    serve.serve = noted
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # threads to come inherit it
     threading.Thread(target=answer, args=(into,), name="census", daemon=True).start()
     sys.argv[0] = "kvferry"

@@ -41,7 +41,7 @@ def _around(name: str, where: str, only: str = "", hits: int = 1, arm: Any = "wa
 
 FEED, LEDGER = f"{DAEMON}.effects:Effects.feed", f"{DAEMON}.ledger:Ledger._commit"
 TO_WORKER, TO_SOURCE, TO_SINK = (
-    f"{DAEMON}.daemon:Daemon.{name}" for name in ("to_worker", "to_source", "to_sink")
+    f"{DAEMON}.outbound:Outbound.{name}" for name in ("to_worker", "to_source", "to_sink")
 )
 EXCHANGE, SEND = (f"{CLIENT}.connection:Connection.{name}" for name in ("_exchange", "_send"))
 EVENT = f"{DAEMON}.streams:Streams._on"
@@ -85,7 +85,7 @@ POINTS: dict[str, Point] = {
     "sink.connected": Point(f"{EVENT}_connected", "before", arm="fresh"),
     # a daemon's next life
     "sink.ledger-read": Point(f"{DAEMON}.daemon:begin", "after", arm="restart"),
-    "sink.pools-attached": Point(f"{DAEMON}.effects:Effects.attach_pools", "after", arm="restart"),
+    "sink.pools-attached": Point(f"{DAEMON}.pools:Pools.attach", "after", arm="restart"),
     **_around("sink.restore", FEED, "Restored", arm="restart"),
     **_around("source.restore", FEED, "Restored", arm="restart"),
     # workers

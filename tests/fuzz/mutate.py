@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 
 BYTES_MAX = 1 << 16  # of a mutated frame; larger ones have tests of their own
+FILE_BYTES_MAX = 1 << 20
 OPENING = (0x80, 0x8F, 0x90, 0x9F, 0xC0, 0xC4, 0xC7, 0xCA, 0xCB, 0xCF, 0xD4, 0xD9, 0xDC, 0xDD, 0xDE, 0xDF)  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 255, 1 << 31, (1 << 31) + 1, (1 << 40) + 1, (1 << 63) - 1,
@@ -21,6 +22,13 @@ def mutated(frame: bytes, dice: Random, others: Sequence[bytes]) -> bytes:
     for _ in range(dice.choice((1, 1, 1, 1, 2, 3, 6))):
         frame = dice.choice(WAYS)(frame, dice, others)
     return frame[:BYTES_MAX]
+
+
+def changed_bytes(data: bytes, dice: Random) -> bytes:
+    """A file with one change, or a few, which know nothing of what it means."""
+    for _ in range(dice.choice((1, 1, 1, 2, 3, 9))):
+        data = dice.choice(BLIND_WAYS)(data, dice, (data,))[:FILE_BYTES_MAX]
+    return data
 
 
 def _flip(frame: bytes, dice: Random, _others: Sequence[bytes]) -> bytes:
@@ -111,6 +119,6 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-WAYS: tuple[Callable[[bytes, Random, Sequence[bytes]], bytes], ...] = (
-    _flip, _set, _cut, _double, _splice, *(_reshape,) * 15
-)  # fmt: skip
+Way = Callable[[bytes, Random, Sequence[bytes]], bytes]
+BLIND_WAYS: tuple[Way, ...] = (_flip, _set, _cut, _double, _splice)
+WAYS: tuple[Way, ...] = (*BLIND_WAYS, *(_reshape,) * 15)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from core.stories import SINK, SOURCE, Story
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.peers import Say
+from kvferry_daemon.core.peer_effects import Say
 from kvferry_proto import peer, worker
 from vectors import make
 from world import BLOCK, Machine, World

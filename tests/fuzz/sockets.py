@@ -20,7 +20,7 @@ import zmq
 from fuzz.kept import kept
 from fuzz.mutate import mutated
 from fuzz.seeds import told
-from kvferry_proto import peer, worker
+from kvferry_proto import control, peer, worker
 from kvferry_proto.chunk import pack_greeting
 from kvferry_proto.codec import Codec
 from kvferry_proto.states import Role, State
@@ -30,9 +30,22 @@ from tcp.door import client_hello
 FRAMES_A_LOOK = 100  # as many may wait in a socket without one being dropped
 CONNECTIONS_A_LOOK = 2
 WAIT_MS = 20_000
-REPLIES = ("welcome", "snapshots", "failure", "batch_reply")
+REPLIES = (
+    "welcome", "snapshots", "failure", "batch_reply",
+    "status", "control_failure",
+)  # fmt: skip
 GROWTH_MIB = 100  # of the daemon: pools that frames ask for are in its budget, and not in this
 DAEMON = {"budget_bytes": "64MiB", "log_level": "error", "lost_s": 600, "stall_s": 600}
+# What an operator's question changes is right: none of these is of the honest transfer.
+QUESTIONS: tuple[control.Request, ...] = (
+    control.GetStatus(),
+    control.GetTransfers(transfer_id="theirs", limit=2, state=State.FAILED, sort="age"),
+    control.GetTransfers(role=Role.SINK, peer="x", age_s=0.5, idle_s=0.5, limit=3),
+    control.Explain(transfer_id="theirs"),
+    control.Explain(transfer_id="nobody"),
+    control.AbortTransfer(transfer_id="theirs", attempt=1, reason="fuzz"),
+    control.SetLogLevel(level="error"),
+)
 # The last attempt that there is: a higher one of any worker would take over, as a retry does.
 HONEST: dict[str, Any] = {"transfer_id": "honest", "attempt": 1 << 31}
 
@@ -74,6 +87,10 @@ class Sockets:
         self._before = [self._wait_for(role, arrived) for role in Role]
         self._false = RawWorker(self._daemon.directory)
         self._calls = (*told().calls, *kept("worker"), *others_calls())
+        self._asks = [control.REQUESTS.encode(one) for one in QUESTIONS]
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._operator = self._context.socket(zmq.DEALER)
+        self._operator.connect(f"ipc://{self._daemon.directory / 'control.sock'}")
         self._peer = RawPeer(self._daemon.address)
         self._greet()
         answer = self._peer.say(
@@ -83,10 +100,14 @@ class Sockets:
         self._memory_mib = self._rss_mib()
 
     def __call__(self) -> bytes:
-        near = self._dice.random() < 0.5
-        seeds = self._calls if near else self._said
+        (door,) = self._dice.choices(("worker", "peer", "control"), (4, 4, 1))
+        seeds, sock = {
+            "worker": (self._calls, self._false.socket),
+            "peer": (self._said, self._peer.socket),
+            "control": (self._asks, self._operator),
+        }[door]
         frame = mutated(self._dice.choice(seeds), self._dice, seeds)
-        (self._false if near else self._peer).socket.send(frame)
+        sock.send(frame)
         self._frames += 1
         if self._frames % FRAMES_A_LOOK == 0:
             self._look()
@@ -104,6 +125,7 @@ class Sockets:
             self._look()
         finally:
             self._peer.close()
+            self._context.destroy(linger=0)
             for one in (self._false, self._honest):
                 one.close()
             self._daemon.stop()
@@ -139,6 +161,8 @@ class Sockets:
         mark = secrets.randbits(62)
         self._false.socket.send(worker.CALLS.encode(worker.Heartbeat(call=mark)))
         self._read(self._false.socket, worker.REPLIES, lambda reply: reply.call == mark)
+        self._operator.send(control.REQUESTS.encode(control.GetStatus(call=mark)))
+        self._read(self._operator, control.ANSWERS, lambda answer: answer.call == mark)
         assert self._daemon.process.poll() is None, self._daemon.log()
         assert "Traceback" not in self._daemon.log(), self._daemon.log()[-4000:]
         now = [self._honest.poll(role, **HONEST) for role in Role]

@@ -5,20 +5,26 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from random import Random
 from typing import Any, Protocol
+from zlib import crc32
 
 from core.stories import SINK, SOURCE, Story
+from fuzz.files import Files
 from fuzz.kept import kept
 from fuzz.mutate import mutated
 from fuzz.seeds import golden, golden_board, half_told, told
 from fuzz.sockets import Sockets
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import Timing
-from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.past import LedgerWrong, Past
+from kvferry_daemon.core.settings import Settings
 from kvferry_proto import control, peer, worker
-from kvferry_proto.board import SLOT_BYTES, unpack_slot
+from kvferry_proto.board import SLOT_BYTES, WORD_BYTES, unpack_slot
 from kvferry_proto.chunk import (
     ACCEPT_BYTES,
+    PAYLOAD_BYTES_MAX,
+    TICKET_BYTES,
+    TOKENS_MAX,
     BadChunk,
     ChunkHeader,
     pack_accept,
@@ -26,13 +32,28 @@ from kvferry_proto.chunk import (
     read_accept,
     read_greeting,
     read_header,
+    sealed,
 )
 from kvferry_proto.codec import Codec
 from kvferry_proto.errors import Code, FerryError
+from kvferry_proto.offer import (
+    METADATA_BYTES_MAX,
+    ByeFrame,
+    OfferFrame,
+    PoolFrame,
+    ReadFrame,
+    StoodFrame,
+    read_frame,
+    read_runs,
+)
 from world import BLOCK
 
 CODECS: tuple[Codec[Any], ...] = (
     worker.CALLS, worker.REPLIES, peer.MESSAGES, control.REQUESTS, control.ANSWERS
+)  # fmt: skip
+NIXL_FRAMES = (
+    PoolFrame(1, 0, 1 << 40, 1 << 16, 64, b"metadata"), OfferFrame(3, 8192, 128, 1, ((0, 2), (9, 1))),
+    ReadFrame(3, 8192), StoodFrame(3, 8192), ByeFrame(),
 )  # fmt: skip
 LIFE_FRAMES = 100  # then a daemon begins anew: most have lost their link or their transfer by then
 
@@ -84,20 +105,32 @@ def decoded(codec: Codec[Any], frame: bytes) -> Any:
 
 
 class Bytes(Inside):
-    """Chunk headers, greetings, and slots of a status board: whole as they were, or nothing."""
+    """Frames of data connections, and slots of a status board: whole as they were, or nothing.
+
+    Half of them are sealed anew: who means harm knows how to, and what a seal does not stop has to
+    be a frame within our limits.
+    """
 
     def __init__(self, dice: Random) -> None:
         self._dice = dice
         self._slots = [one for one in golden_board() if len(one) == SLOT_BYTES]
         header = ChunkHeader(3 * peer.PARTS_MAX, 8192, 128, 1 << 20, True).pack()
         accept = pack_accept(True).ljust(64, b"\0")
-        self.heads = [header, pack_greeting(b"t" * 32), accept, *kept("head")]
+        nixl = [one.pack()[:64] for one in NIXL_FRAMES]
+        self.heads = [header, pack_greeting(b"t" * 32), accept, *nixl, *kept("head")]
 
     def __call__(self) -> bytes:
         slot = mutated(self._dice.choice(self._slots), self._dice, self._slots)
-        self.check_slot(slot[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0"))
-        head = mutated(self._dice.choice(self.heads), self._dice, self.heads)
-        self.check_head(head[:64].ljust(64, b"\0"))
+        slot = slot[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0")
+        head = mutated(self._dice.choice(self.heads), self._dice, self.heads)[:64].ljust(64, b"\0")
+        if self._dice.random() < 0.5:
+            self.check_slot(slot)
+            self.check_head(head)
+        else:
+            unpack_slot(resealed_slot(slot))
+            self.check_frame(sealed(head[:60]))
+            with suppress(BadChunk):
+                read_runs(slot[: len(slot) // 16 * 16], self._dice.choice((1, 64, 1 << 22)))
         return head
 
     def check_slot(self, data: bytes) -> None:
@@ -110,6 +143,23 @@ class Bytes(Inside):
             assert pack_greeting(read_greeting(data)) == data
         with suppress(BadChunk):
             read_accept(data[:ACCEPT_BYTES])
+
+    def check_frame(self, data: bytes) -> None:
+        with suppress(BadChunk):
+            header = read_header(data)
+            assert 0 < header.payload_bytes <= PAYLOAD_BYTES_MAX
+            assert 0 < header.tokens <= TOKENS_MAX
+        with suppress(BadChunk):
+            assert len(read_greeting(data)) == TICKET_BYTES
+        with suppress(BadChunk):
+            found = read_frame(data)
+            assert found is None or found[1] <= METADATA_BYTES_MAX
+
+
+def resealed_slot(data: bytes) -> bytes:
+    """A slot whose checksum is right, whatever it says."""
+    body = data[:-WORD_BYTES]
+    return body + crc32(body).to_bytes(WORD_BYTES, "little")
 
 
 class Lives(Inside):
@@ -234,5 +284,6 @@ def _settings() -> Settings:
 
 
 TARGETS: dict[str, Callable[[Random], Target]] = {
-    "decoding": Decoding, "bytes": Bytes, "lives": Lives, "ledgers": Ledgers, "sockets": Sockets
+    "decoding": Decoding, "bytes": Bytes, "lives": Lives, "ledgers": Ledgers, "files": Files,
+    "sockets": Sockets,
 }  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Any
 import msgpack
 import pytest
 
+from fuzz.files import Files
+from fuzz.run import SHARES
 from fuzz.seeds import told
 from fuzz.targets import CODECS, TARGETS, Decoding, decoded, restored
 from kvferry_daemon.core.past import LedgerWrong
@@ -30,6 +32,24 @@ def test_some_frames_are_still_messages() -> None:
         for frame in (decoding() for _ in range(1_000))
     )
     assert 100 < taken < 800
+
+
+def test_the_long_form_plays_all_of_them() -> None:
+    assert set(SHARES) == set(TARGETS)
+
+
+def test_a_good_file_of_a_ledger_is_gone_on_from() -> None:
+    """Were all set aside, no changed one would be read."""
+    with closing(Files(Random(1))) as files:
+        past = files.good_ledger().past
+    assert past is not None
+    assert past.transfers
+
+
+def test_changed_files_are_still_read_now_and_then() -> None:
+    with closing(Files(Random(1))) as files:
+        lives = [files.changed_ledger().past for _ in range(200)]
+    assert 20 < sum(past is not None for past in lives) < 180
 
 
 def rows_with(kind: str, change: Any) -> dict[str, bytes]:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +32,16 @@ class House:
         self.gate = Gate(self.socket, "test", self.crowd)
         self.socket.bind(endpoint)
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.where: str | tuple[str, int] = self.endpoint.partition("://")[2]
+        self.family = socket.AF_UNIX
+        if self.endpoint.startswith("tcp"):
+            host, _, port = self.where.rpartition(":")
+            self.where, self.family = (host, int(port)), socket.AF_INET
 
     def close(self) -> None:
-        self.gate.close()
         self.socket.close(linger=0)
+        self.gate.close()
+        assert not self.gate._thread.is_alive()
 
 
 @pytest.fixture(params=["ipc", "tcp"])
@@ -47,13 +55,8 @@ def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
 
 def plain(house: House) -> socket.socket:
     """A connection that says nothing."""
-    where = house.endpoint.partition("://")[2]
-    if house.endpoint.startswith("ipc"):
-        one = socket.socket(socket.AF_UNIX)
-        one.connect(where)
-    else:
-        host, _, port = where.rpartition(":")
-        one = socket.create_connection((host, int(port)))
+    one = socket.socket(house.family)
+    one.connect(house.where)
     one.settimeout(WAIT_S)
     return one
 
@@ -100,6 +103,117 @@ def test_who_is_over_the_bound_is_cut_and_may_come_when_another_has_gone(house: 
     for one in (*inside, over, last):
         one.close()
     wait_until(house, 0)
+
+
+class Noted(set[int]):
+    """Remembers what was in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ever: list[int] = []
+
+    def add(self, one: int) -> None:
+        self.ever.append(one)
+        super().add(one)
+
+
+def test_what_was_cut_is_known_until_it_has_ended(house: House) -> None:
+    """But not who is only too many: what he says as he comes again would be lost now and then."""
+    house.gate.cut_off = cut_off = Noted()
+    inside = [plain(house) for _ in range(4)]
+    wait_until(house, 4)
+    over = plain(house)
+    assert is_cut(over)
+    assert cut_off.ever == []
+    (first, source), (second, _), *_ = house.gate.connections.items()
+    house.gate.cut(first, source)
+    wait_until(house, 3)
+    assert cut_off.ever == [first]
+    house.gate.throw_out(second, source)
+    wait_until(house, 2)
+    with plain(house) as barred:
+        assert is_cut(barred)
+    assert len(cut_off.ever) == 3
+    until_s = time.monotonic() + WAIT_S
+    while cut_off:
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+    for one in (*inside, over):
+        one.close()
+
+
+class Late(set[int]):
+    """Just before it notes a connection, that one ends, and another one gets its number."""
+
+    def __init__(self, house: House, first: socket.socket) -> None:
+        super().__init__()
+        self.house, self.first = house, first
+        self.other = socket.socket(first.family)
+        self.fillers = [os.dup(0)]
+        while self.fillers[-1] < max(house.gate.connections):
+            self.fillers.append(os.dup(0))
+
+    def add(self, one: int) -> None:
+        self.first.shutdown(socket.SHUT_RDWR)
+        wait_until(self.house, 0)
+        self.other.connect(self.house.where)
+        wait_until(self.house, 1)
+        assert list(self.house.gate.connections) == [one]
+        super().add(one)
+
+
+def test_a_connection_that_ends_as_it_is_cut_is_not_noted_for_who_has_its_number(
+    house: House,
+) -> None:
+    first = plain(house)
+    wait_until(house, 1)
+    [(number, source)] = house.gate.connections.items()
+    house.gate.cut_off = cut_off = Late(house, first)
+    house.gate.cut(number, source)
+    assert not cut_off
+    assert list(house.gate.connections) == [number]
+    for one in (first, cut_off.other):
+        one.close()
+    for filler in cut_off.fillers:
+        os.close(filler)
+
+
+FULL = """
+import socket, sys, threading, time
+import zmq
+from kvferry_daemon.core.crowd import Bounds, Crowd
+from kvferry_daemon.links.gate import Gate
+
+class Late(Crowd):
+    def arrived(self, *args):
+        go_on.wait()
+        return super().arrived(*args)
+
+go_on = threading.Event()
+with zmq.Context() as context, context.socket(zmq.ROUTER) as listening:
+    gate = Gate(listening, "test", Late(Bounds(at_once=8, of_one=4, a_s=1000, of_one_a_s=1000)))
+    listening.bind(f"ipc://{sys.argv[1]}")
+    refused_s = 0.0
+    while not refused_s or time.monotonic() - refused_s < 0.2:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.setblocking(False)
+            try:
+                one.connect(sys.argv[1])
+                refused_s = 0.0
+            except BlockingIOError:  # libzmq's thread waits, since nobody hears what it tells
+                refused_s = refused_s or time.monotonic()
+    go_on.set()
+    listening.close(linger=0)
+    gate.close()
+    print("ended" if not gate._thread.is_alive() else "left")
+"""
+
+
+def test_a_flood_does_not_keep_the_daemon_from_its_end(tmp_path: Path) -> None:
+    """In a process of its own: who waits for the GIL in there, waits for ever."""
+    program = [sys.executable, "-c", FULL, str(tmp_path / "s")]
+    told = subprocess.run(program, capture_output=True, timeout=60, check=True, text=True)
+    assert told.stdout == "ended\n", told.stderr
 
 
 def test_a_flood_leaves_nothing_behind(house: House) -> None:

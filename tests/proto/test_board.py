@@ -103,6 +103,17 @@ def test_an_odd_sequence_is_one_that_is_being_written() -> None:
     assert unpack_slot(packed) is None
 
 
+@pytest.mark.parametrize(("at", "value"), [(24, 5), (25, 7), (28, RUNS_MAX + 1)])
+def test_a_whole_slot_that_says_what_we_do_not_know_is_one_to_ask_about(
+    at: int, value: int
+) -> None:
+    """A later daemon may have another reason to stall: a poll raised ValueError or IndexError."""
+    packed = bytearray(pack_slot(2, 1, a_snapshot(runs=[(1, 2)])))
+    packed[at] = value
+    body = bytes(packed[:-8])
+    assert unpack_slot(body + zlib.crc32(body).to_bytes(8, "little")) is None
+
+
 def test_an_empty_slot_is_nobodys() -> None:
     slot = unpack_slot(pack_empty(8))
     assert slot is not None

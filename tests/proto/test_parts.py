@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Layout, Order, Plane
-from kvferry_proto.parts import Part, Slice, check_ranks, is_plain, plan, wire_block_tokens
+from kvferry_proto.parts import (
+    CELLS_MAX,
+    Part,
+    Slice,
+    check_ranks,
+    is_plain,
+    plan,
+    wire_block_tokens,
+)
 
 HEADS = (1, 2, 4, 6, 8, 12)
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -141,21 +149,24 @@ def test_copies_of_a_head_share_the_work() -> None:
     assert [part.source_rank for part in parts] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def read(parts: tuple[Part, ...]) -> list[tuple[int, int, tuple[Slice, ...]]]:
+    """Each part's ranks, and its slices with both sides' places."""
+    return [(part.sink_rank, part.source_rank, part.slices) for part in parts]
+
+
 def test_a_plan_by_hand() -> None:
     """4 ranks to 2, 8 heads; a latent plane between two of heads."""
     parts = plan(layout([8, None, 4], 4), 4, layout([8, None, 4], 2), 2)
-    assert parts == (
-        Part(0, 0, (Slice(0, 0, 0, 2), Slice(1, 0, 0, None), Slice(2, 0, 0, 1))),
-        Part(0, 1, (Slice(0, 0, 2, 2), Slice(2, 0, 1, 1))),
-        Part(1, 2, (Slice(0, 0, 0, 2), Slice(1, 0, 0, None), Slice(2, 0, 0, 1))),
-        Part(1, 3, (Slice(0, 0, 2, 2), Slice(2, 0, 1, 1))),
-    )
+    assert read(parts) == [
+        (0, 0, (Slice(0, 0, 0, 2), Slice(1, 0, 0, None), Slice(2, 0, 0, 1))),
+        (0, 1, (Slice(0, 0, 2, 2), Slice(2, 0, 1, 1))),
+        (1, 2, (Slice(0, 0, 0, 2), Slice(1, 0, 0, None), Slice(2, 0, 0, 1))),
+        (1, 3, (Slice(0, 0, 2, 2), Slice(2, 0, 1, 1))),
+    ]
     assert parts[3].source_slices == ((0, 0, 2), (2, 0, 1))
     assert parts[3].sink_slices == ((0, 2, 2), (2, 1, 1))
     back = plan(layout([8], 2), 2, layout([8], 4), 4)
-    assert back == tuple(
-        Part(rank, rank // 2, (Slice(0, 2 * (rank % 2), 0, 2),)) for rank in range(4)
-    )
+    assert read(back) == [(rank, rank // 2, (Slice(0, 2 * (rank % 2), 0, 2),)) for rank in range(4)]
 
 
 def test_a_plain_pair_of_groups_has_one_whole_part_a_rank() -> None:
@@ -264,3 +275,47 @@ def test_a_plan_of_160_planes_is_cheap() -> None:
         parts = plan(source, 8, sink, 4)
     assert time.perf_counter() - began_s < 2.0  # about 10 ms in truth
     assert len(parts) == 8
+
+
+def slices_of(parts: tuple[Part, ...]) -> int:
+    """How many are kept: those that stand alike are the same ones."""
+    of_parts = {id(one): one for part in parts for one in (part.source_slices, part.sink_slices)}
+    return sum(map(len, of_parts.values()))
+
+
+def test_parts_whose_slices_stand_alike_share_them() -> None:
+    """It was a slice for each plane and pair of ranks, twice: 131,072 in 10 MiB for these."""
+    parts = plan(layout([64] * 1024, 64), 64, layout([64] * 1024, 32), 32)
+    assert len(parts) == 64
+    assert slices_of(parts) == 2 * 1024  # the first head of two, which is a source's only one, too
+
+
+LARGE = [  # heads, planes, ranks of both sides
+    (64, 1024, 1, 64),
+    (64, 1024, 64, 1),
+    (128, 512, 64, 1),
+    (192, 256, 64, 48),
+    (4032, 256, 64, 63),
+]
+
+
+@pytest.mark.parametrize(("heads", "planes", "source_ranks", "sink_ranks"), LARGE)
+def test_what_models_need_is_no_plan_too_large(
+    heads: int, planes: int, source_ranks: int, sink_ranks: int
+) -> None:
+    """128 layers are 256 planes, and 512 where each has scales; a group has 64 ranks at most."""
+    one, two = layout([heads] * planes, source_ranks), layout([heads] * planes, sink_ranks)
+    assert slices_of(plan(one, source_ranks, two, sink_ranks)) <= CELLS_MAX
+
+
+TOO_LARGE = [
+    ([4032] * 1024, "1024 planes are cut in .* slices, over 131072"),
+    ([4032 * (1 + number) for number in range(33)], "33 different heads_total .* over 4096 pieces"),
+]
+
+
+@pytest.mark.parametrize(("planes", "words"), TOO_LARGE)
+def test_a_plan_that_no_model_needs_is_refused(planes: list[int | None], words: str) -> None:
+    with pytest.raises(FerryError, match=words) as refused:
+        plan(layout(planes, 64), 64, layout(planes, 63), 63)
+    assert refused.value.code is Code.LAYOUT_MISMATCH

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core import peer_effects as pr
 from kvferry_daemon.core import told
 from kvferry_daemon.core.events import Key, StreamKey
-from kvferry_daemon.core.node import Node, Settings
+from kvferry_daemon.core.node import Node
 from kvferry_daemon.core.records import Row
+from kvferry_daemon.core.settings import Settings
 from kvferry_proto import worker
 from sim import streams
 from sim.boards import ModelBoard
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sim.sides import Side
 
 POOL_S = 0.01
+TURN_S = 0.02  # between transfers that are told of the same death: what comes then meets those that are not
 EARLY_S = 1e-6  # clocks differ by an offset, and a float must not wake a daemon too early
 
 
@@ -45,6 +47,7 @@ class Life:
             "traced": True,
         }
         self.node = Node(Settings(**fields), self.world.new_secret, 1, machine.local_s)
+        self.node.owed_a_turn = 1
         self.dead = False
         self.pools = machine.memories
         self._writes_at_s = 0.0
@@ -204,6 +207,8 @@ class Life:
     def arm(self, *, again: bool = False) -> None:
         """Be woken when the node wants it."""
         at_s = self.node.wake_at_s - self.machine.offset_s + EARLY_S
+        if self.node.owed:
+            at_s += TURN_S
         if at_s < self._armed_s or again:
             self._armed_s = at_s
             self.world.clock.at(at_s, self._wake, at_s)

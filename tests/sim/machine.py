@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.node import Settings
 from kvferry_daemon.core.past import Past
+from kvferry_daemon.core.settings import Settings
 from sim.life import Life
 from sim.memory import Memory
 

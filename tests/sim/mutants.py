@@ -105,7 +105,7 @@ def old_chunk(patch: pytest.MonkeyPatch) -> None:
 
     def forget(self: SinkDesk, key: ev.Key) -> None:
         transfer = self._node.transfers[key]
-        self._sinks_of.get(transfer.opening.source or "", set()).discard(key)
+        self._sinks_of.get(transfer.opening.source or "", {}).pop(key, None)
 
     patch.setattr(SinkDesk, "handle_of", wrong)
     patch.setattr(SinkDesk, "forget", forget)

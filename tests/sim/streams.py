@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.events import StreamKey
-from kvferry_daemon.core.peers import Connect
+from kvferry_daemon.core.peer_effects import Connect
 from kvferry_proto.peer import PARTS_MAX
 from sim.memory import GARBAGE, Broken, Memory
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core import peers as pr
+from kvferry_daemon.core import peer_effects as pr
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_proto import peer, worker
 from kvferry_proto.fields import ErrorInfo

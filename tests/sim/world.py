@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from kvferry_daemon.core.events import Key, Timing
-from kvferry_daemon.core.node import Settings
+from kvferry_daemon.core.settings import Settings
 from sim import tell
 from sim.clock import Clock
 from sim.faults import SILENCE_S, Fault, excuse

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from kvferry_proto import worker
-from kvferry_proto.states import Role
+from kvferry_proto.control import TransferStatus
+from kvferry_proto.states import Role, State
 from live import BLOCK, LAYOUT, WAIT_S, WINDOW, LiveDaemon, RawWorker
 
 
@@ -66,10 +67,12 @@ def test_a_silent_worker_loses_its_transfer_but_its_blocks_wait_for_proof(tmp_pa
         with RawWorker(daemon.directory) as one, RawWorker(daemon.directory) as two:
             one.snapshot(worker.Send(transfer_id="t"))
             one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW)
-            until = time.monotonic() + 10
-            while daemon.status().transfers.get("failed", 0) == 0:
+
+            def failed(row: TransferStatus) -> bool:
                 two.call(worker.Heartbeat())
-                assert time.monotonic() < until
+                return row.snapshot.state is State.FAILED
+
+            daemon.wait_for_transfer("t", failed)  # and not 200 times a second: that is a flood
             status = daemon.status()
             assert status.pools[0].blocks_quarantined == WINDOW // BLOCK
             assert status.blocks_free == status.blocks_total - WINDOW // BLOCK

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from kvferry_daemon.config import Config
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.node import Node
-from kvferry_daemon.effects import Effects
+from kvferry_daemon.effects import TURN_S, Effects
 from kvferry_daemon.ledger import Ledger, rows_of
 from kvferry_daemon.life import settings_of
 from kvferry_proto import worker
 from kvferry_proto.states import Role
 from live import LAYOUT
+
+SLOW_S = 0.001
+CALLS = 64
 
 
 class Recorder:
@@ -80,6 +84,46 @@ def test_what_threads_tell_behind_the_end_is_not_heard(tmp_path: Path) -> None:
         return links.replies, len(effects._unwritten)
 
     assert asyncio.run(run()) == ([], 0)
+
+
+class SlowLinks(Recorder):
+    """Whatever is said takes a while."""
+
+    def to_worker(self, route: bytes, reply: out.WorkerReply) -> None:
+        time.sleep(SLOW_S)
+        super().to_worker(route, reply)
+
+
+def test_what_waited_for_one_commit_leaves_others_their_turns(tmp_path: Path) -> None:
+    async def run() -> tuple[list[Any], int, list[Any]]:
+        config = Config(runtime_dir=tmp_path, pool_tokens=1024, window_tokens=64)
+        settings = settings_of(config, "tcp://here:1", "d" * 32, 1)
+        node, links = Node(settings, lambda: os.urandom(32), 1, 0.0), SlowLinks()
+        loop = asyncio.get_running_loop()
+        effects = Effects(node, links, tmp_path)
+        ledger = Ledger(tmp_path / "l.db", loop, effects.on_written, print)
+        effects.use_ledger(ledger)
+        hello = worker.Hello(call=1, lock="lock", layout=LAYOUT)
+        effects.feed(out.WorkerCalled(b"route", hello, lock_held=True))
+        await links.answered.wait()
+        with ledger._writing:  # so that there is one commit for all
+            for call in range(2, CALLS + 1):
+                send = worker.Send(call=call, transfer_id=f"t{call}")
+                effects.feed(out.WorkerCalled(b"route", send))
+        turns = 0
+        links.answered.clear()
+        await links.answered.wait()
+        while len(links.replies) < CALLS // 2:  # a turn each
+            turns += 1
+            await asyncio.sleep(0)
+        late = list(links.replies)
+        effects.close()  # with what still waits
+        return late, turns, links.replies
+
+    late, turns, replies = asyncio.run(run())
+    assert [reply.call for reply in replies] == list(range(1, CALLS + 1))
+    assert len(late) < CALLS
+    assert turns >= (CALLS // 2 - 1) // (TURN_S / SLOW_S) - 1
 
 
 class LateQueue(deque[Any]):

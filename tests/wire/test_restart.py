@@ -197,6 +197,12 @@ def damage(directory: Path, how: str) -> None:
         case "that is no database":
             ledger.write_bytes(b"what is this" * 1000)
             return
+        case "with free pages that are none" | "for reading only":
+            at, wrong = {"w": (32, [0, 0, 9, 9, 0, 0, 0, 5]), "f": (18, [3])}[how[0]]
+            data = bytearray(ledger.read_bytes())
+            data[at : at + len(wrong)] = bytes(wrong)
+            ledger.write_bytes(data)
+            return
     db = sqlite3.connect(ledger)
     with db:
         db.execute("DELETE FROM rows")
@@ -215,6 +221,8 @@ def damage(directory: Path, how: str) -> None:
         "whose pool is of another layout",
         "of another daemon",
         "that is no database",
+        "with free pages that are none",  # each life ended at its first full page
+        "for reading only",  # and here at its first row
     ],
 )
 def test_a_ledger_that_cannot_be_trusted_is_set_aside(tmp_path: Path, how: str) -> None:

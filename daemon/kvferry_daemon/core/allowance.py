@@ -28,6 +28,11 @@ class Allowances:
         known[0] = left
         return (1.0 - left) / self.a_s
 
+    def is_over(self, name: Hashable, now_s: float) -> bool:
+        """Whether there is none just now; takes none."""
+        known = self._left.get(name)
+        return known is not None and known[0] + (now_s - known[1]) * self.a_s < 1.0
+
     def owe(self, name: Hashable, more: float) -> None:
         """What was taken turned out to be worth so many more; there may be fewer than none left."""
         self._left[name][0] -= more

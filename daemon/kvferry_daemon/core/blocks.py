@@ -1,6 +1,7 @@
 """One pool's books: its blocks, who waits for some, and what is being zeroed."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,13 @@ from kvferry_proto.worker import DeviceMemory
 Kind = Literal["whole", "urgent", "more"]  # all or none; holds none yet; could go on with more
 KINDS: tuple[Kind, ...] = ("whole", "urgent", "more")
 OVERTAKEN_MAX = 32
+PASSED_MAX = 64  # heads of a queue, whenever blocks are handed out
 SHARES = 16  # of a role's blocks; one is worth a round trip, and nobody has to wait for more
+
+
+def nobody(_key: Key) -> bool:
+    """Of no transfer is anything known."""
+    return False
 
 
 class Zeroing(NamedTuple):
@@ -37,8 +44,8 @@ class PoolBook:
     memory: DeviceMemory | None = None  # how workers open it, if it is no file
     lost: str = ""  # why nothing in it is to be relied on any more
     holds_back: bool = False  # blocks lie about, and somebody waits for a share of them
-    _queues: dict[tuple[Role, Kind], dict[Key, WantBlocks]] = field(
-        default_factory=lambda: {(role, kind): {} for role in Role for kind in KINDS}
+    _queues: dict[tuple[Role, Kind], OrderedDict[Key, WantBlocks]] = field(
+        default_factory=lambda: {(role, kind): OrderedDict() for role in Role for kind in KINDS}
     )
     _arrived: dict[Key, int] = field(default_factory=dict)  # of those that wait, in order
     _arrivals: int = 0
@@ -107,7 +114,9 @@ class PoolBook:
         self._arrivals += 1
         self._arrived[key] = self._arrivals
 
-    def grants(self, *, crumbs: bool = False) -> Iterator[tuple[Key, Grant]]:
+    def grants(
+        self, is_lost: Callable[[Key], bool] = nobody, *, crumbs: bool = False
+    ) -> Iterator[tuple[Key, Grant]]:
         """Hand out what can be handed out now, first come, first served.
 
         Where many wait, a block for each as soon as one is free would keep all windows at a block,
@@ -116,12 +125,15 @@ class PoolBook:
 
         One that needs all of its blocks at once may be overtaken by those that can go on with
         fewer, but only OVERTAKEN_MAX times; then everybody waits until there is room for it.
+
+        ``is_lost``: who is next may be about to hear of its worker's death. It gets none, which would
+        be wiped for nobody, goes behind the others, and leaves the queue when it hears.
         """
         self.holds_back = False
         if not self._arrived:
             return  # nobody waits, as mostly
         for role in Role:
-            while self.pool.room(role) and (found := self._next(role, crumbs)) is not None:
+            while self.pool.room(role) and (found := self._next(role, crumbs, is_lost)):
                 key, level = found
                 blocks = min(self._room(key), level.blocks) // level.ranks
                 if level.urgent and not level.whole and self._queues[role, "more"]:
@@ -150,10 +162,16 @@ class PoolBook:
         """Blocks that are worth a round trip: no more than it wants, and one a rank at least."""
         return max(level.ranks, min(level.blocks, self.quota(role) // SHARES))
 
-    def _next(self, role: Role, crumbs: bool) -> tuple[Key, WantBlocks] | None:
+    def _next(
+        self, role: Role, crumbs: bool, is_lost: Callable[[Key], bool]
+    ) -> tuple[Key, WantBlocks] | None:
         """Who is served next. Looks at heads of queues only: waiting costs nothing."""
+        for kind in KINDS:
+            self._pass_over_lost(self._queues[role, kind], is_lost)
         whole = _head(self._queues[role, "whole"])
         some = _head(self._queues[role, "urgent"]) or _head(self._queues[role, "more"])
+        if any(head is not None and is_lost(head[0]) for head in (whole, some)):
+            return None
         fits = whole is not None and self._room(whole[0]) >= whole[1].blocks
         if some is not None:
             least = some[1].ranks if crumbs else self._share(role, some[1])
@@ -172,6 +190,17 @@ class PoolBook:
             return None
         self._overtaken[role] += 1
         return some
+
+    def _pass_over_lost(
+        self, queue: OrderedDict[Key, WantBlocks], is_lost: Callable[[Key], bool]
+    ) -> None:
+        for _ in range(min(PASSED_MAX, len(queue))):
+            key = next(iter(queue))
+            if not is_lost(key):
+                return
+            queue.move_to_end(key)
+            self._arrivals += 1
+            self._arrived[key] = self._arrivals
 
     def _served(self, key: Key, kind: Kind) -> None:
         queue = self._queues[key.role, kind]
@@ -212,9 +241,9 @@ class PoolBook:
         if key in self._reserved:
             self._set_aside(key, max(0, self._reserved[key] - blocks))
 
-    def ready_to_try(self) -> list[Key]:
+    def ready_to_try(self, is_lost: Callable[[Key], bool] = nobody) -> list[Key]:
         """Transfers that waited for room to take over, once there is some."""
-        keys = [key for key in self._waiting_for_room if self._room(key)]
+        keys = [key for key in self._waiting_for_room if self._room(key) and not is_lost(key)]
         for key in keys:
             del self._waiting_for_room[key]
         return keys
@@ -233,5 +262,5 @@ def _kind(level: WantBlocks) -> Kind:
     return "whole" if level.whole else "urgent" if level.urgent else "more"
 
 
-def _head(queue: dict[Key, WantBlocks]) -> tuple[Key, WantBlocks] | None:
+def _head(queue: OrderedDict[Key, WantBlocks]) -> tuple[Key, WantBlocks] | None:
     return next(iter(queue.items()), None)

@@ -54,7 +54,9 @@ class Crowd:
         bounds, is_known = self.bounds, source != ANYBODY
         at_once, a_s = bounds.of(source)
         rates = self._many if source.startswith(MANY) else self._each
-        if self._barred and self._is_barred(source, now_s):
+        if self._barred:
+            self._barred = {one: at_s for one, at_s in self._barred.items() if now_s < at_s}
+        if self.is_barred(source):
             return f"{source}: has to stay away for {BAR_S:g} s"
         if is_known and rates.wait_s(source, now_s):
             return f"{source}: over {a_s:g} connections a second"
@@ -73,8 +75,8 @@ class Crowd:
         if source != ANYBODY:
             self._barred[source] = now_s + BAR_S
 
-    def _is_barred(self, source: str, now_s: float) -> bool:
-        self._barred = {one: until_s for one, until_s in self._barred.items() if now_s < until_s}
+    def is_barred(self, source: str) -> bool:
+        """Whether it had to stay away when somebody arrived last."""
         return source in self._barred
 
     def left(self, number: int) -> None:

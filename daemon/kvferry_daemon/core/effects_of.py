@@ -51,7 +51,7 @@ class EffectDesk:
         """An event for a transfer that is gone: only a local sink waits for an answer."""
         node = self._node
         if isinstance(event, ev.Pulled) and event.sink == node.settings.boot_id:
-            progress = node.sources.answer_to_unmet(key, event)
+            progress = node.sources.unmet.answer(key, event)
             node.post(key._replace(role=Role.SINK), ev.Heard(progress))
         elif isinstance(event, ev.Done):
             node.sources.done_without_transfer(key, event)
@@ -97,7 +97,7 @@ class EffectDesk:
 
     def _hand_out(self, book: PoolBook, *, crumbs: bool = False) -> None:
         node, granted = self._node, False
-        for key, grant in book.grants(crumbs=crumbs):
+        for key, grant in book.grants(node.owed.is_lost, crumbs=crumbs):
             granted = True
             blocks = sum(lease.run.blocks for lease in grant.leases)
             book.on_the_way(key, blocks)
@@ -112,7 +112,7 @@ class EffectDesk:
             node.crumbs_due.pop(book.pool_id, None)
         elif granted or book.pool_id not in node.crumbs_due:
             node.crumbs_due[book.pool_id] = node.now_s + CRUMBS_S
-        for key in book.ready_to_try():
+        for key in book.ready_to_try(node.owed.is_lost):
             node.post(key, ev.RoomAgain())
 
     def on_zeroed(self, event: out.Zeroed) -> None:
@@ -186,6 +186,7 @@ class EffectDesk:
         """Hand-over within one pool: accounts change, no byte does."""
         node, book = self._node, self._book(transfer)
         source_key = transfer.key._replace(role=Role.SOURCE)
+        node.pay(source_key)  # it may free blocks, which changes what room there is
         source = node.transfers.get(source_key)
         if source is None or not can_take_over(source, transfer):
             return  # its pull says so

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
-from kvferry_daemon.core.shape import Side, shapes
+from kvferry_daemon.core.shape import Side
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.tenants import not_yours
 from kvferry_proto.errors import FerryError
@@ -47,7 +47,7 @@ class Here:
             node.post(key, event)
             return
         try:
-            ours, theirs = shapes(self._side(source), self._side(sink))
+            ours, theirs = node.plans.kept.shapes(self._side(source), self._side(sink))
         except FerryError as error:
             node.post(sink_key, ev.Fail(error.code, error.message))
             return

@@ -1,20 +1,14 @@
 """What a sink must not believe of what its source's daemon says."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from kvferry_daemon.core.transfer import Transfer
 from kvferry_proto.errors import Code
 from kvferry_proto.peer import Progress
 from kvferry_proto.states import State
 
-if TYPE_CHECKING:
-    from kvferry_daemon.core.sink import SinkTransfer
-
 OURS_TOO = (Code.STALE_ATTEMPT, Code.START_MISMATCH, Code.LAYOUT_MISMATCH, Code.SINK_TAKEN)
 
 
-def what_is_wrong(sink: SinkTransfer, news: Progress) -> tuple[Code, str] | None:
+def what_is_wrong(sink: Transfer, news: Progress) -> tuple[Code, str] | None:
     """Why the transfer has to end with this news; None if it may go on."""
     if news.error is not None and news.error.code in OURS_TOO:
         return Code(news.error.code), news.error.message

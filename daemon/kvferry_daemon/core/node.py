@@ -4,10 +4,8 @@
 causes in another (a hand-over, blocks that came free) is an event like any other.
 """
 
-import heapq
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry_daemon.core import events as ev
@@ -23,84 +21,31 @@ from kvferry_daemon.core.here import Here
 from kvferry_daemon.core.meters import Meters
 from kvferry_daemon.core.notes import Notes
 from kvferry_daemon.core.opening import Opened
+from kvferry_daemon.core.owed import Loss, Owed
+from kvferry_daemon.core.plans import Plans
 from kvferry_daemon.core.polls import Polls
-from kvferry_daemon.core.records import HOST, SessionRecord
 from kvferry_daemon.core.restore import restore
+from kvferry_daemon.core.session import Session
+from kvferry_daemon.core.settings import Settings
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.sink_desk import SinkDesk
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.source_desk import SourceDesk
-from kvferry_daemon.core.tenants import Tenancy
+from kvferry_daemon.core.timers import Timers
 from kvferry_daemon.core.tombstones import Left, Tombstones
-from kvferry_daemon.core.transfer import NEVER_S, Aux
+from kvferry_daemon.core.transfer import Aux
 from kvferry_daemon.core.worker_desk import WorkerDesk
 from kvferry_proto import worker
 from kvferry_proto.errors import Code
 from kvferry_proto.peer import Ways
 from kvferry_proto.states import Role
 
-TIMERS_A_TURN = 32  # then what else waits gets its turn: a pull costs some 30 us
-TIMERS_SPARE = 256  # wake-ups that are over, before they are swept out
+OWED_A_TURN = 8  # an end costs 60 us here, and as much again where it is performed
+EXPIRED_A_TURN = 128  # of what is only to be forgotten
 STALE_CLOCK_S = 0.005  # a transfer's clock may lag so much before an event brings it a Tick
+OF_CLOCKS = (ev.Tick, ev.Slept)  # which comes first: time that we slept is not its
 ANSWERS_A_TURN_BYTES = 1 << 25  # to polls that waited; to those left: nothing yet, so they ask anew
 SWEEP_S = 1.0  # at most; see Node.sweep_s
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the operator decides, as far as the node has to know it."""
-
-    boot_id: str
-    daemon_id: str
-    life: int
-    pools_dir: str
-    peer_address: str
-    timing: ev.Timing
-    window_tokens: int
-    budget_bytes: int
-    pool_tokens: int | None
-    source_share: float
-    streams: int
-    chunk_bytes: int
-    transfers_max: int
-    workers_max: int
-    worker_transfers_max: int = 1 << 30
-    deadline_max_s: float = 3600.0
-    device: str = HOST  # where new pools lie
-    tenancy: Tenancy = "off"
-    tenant_budget_bytes: int | None = None  # of one; None: no less than the whole budget
-    traced: bool = False  # the shell makes traces
-
-    def pool_path(self, pool_id: str) -> str:
-        """Where a pool's file lies."""
-        return f"{self.pools_dir}/{pool_id}"
-
-
-@dataclass(slots=True)
-class Session:
-    """One worker: the secret is its identity, across connections."""
-
-    secret: str
-    name: str
-    pid: int
-    lock: str
-    pool_id: str
-    heard_s: float
-    user: str = ""  # uid:gid:pid of who opened it
-    lost: bool = False
-    routes: dict[bytes, None] = field(default_factory=dict)
-    keys: set[ev.Key] = field(default_factory=set)
-
-    @property
-    def kernel_pid(self) -> str:
-        """The process that opened it; ``pid`` is its own word, and of another namespace maybe."""
-        return self.user.rpartition(":")[2] or "?"
-
-    def belongs_to(self, user: str) -> bool:
-        """Whether this user may take it up: a worker's children and its next life are its own."""
-        return user.partition(":")[0] == self.user.partition(":")[0]
-
-
 AnyTransfer = SinkTransfer | SourceTransfer
 
 
@@ -129,13 +74,14 @@ class Node:
         self.polls = Polls()
         self.boards = Boards()
         self.aux_books = AuxBooks()
+        self.plans = Plans()
         self.effects: list[out.NodeEffect] = []
         self.deeds = Deeds()  # for whoever keeps an audit log
         self._changed: dict[ev.Key, int] = {}
         self._queue: deque[tuple[ev.Key, object]] = deque()
-        self._timers: list[tuple[float, int, object]] = []
-        self._timer_count = 0
-        self._due: dict[object, float] = {}
+        self.owed = Owed()
+        self.owed_a_turn = OWED_A_TURN
+        self.timers = Timers()
         # We are woken for every sweep; who comes a whole one too late has not run. Of a sleep two of
         # them are not noticed: with a worker's beat, that must stay below what it is lost after.
         self.sweep_s = min(SWEEP_S, settings.timing.lost_s / 4)
@@ -147,7 +93,11 @@ class Node:
         self.here = Here(self)
         self._effects_of = EffectDesk(self)
         self.notes = Notes(self)
-        self._moves: dict[type, Callable[[Any], None]] = {
+        self._moves = self._table()
+
+    def _table(self) -> dict[type, Callable[[Any], None]]:
+        """What is done with each event."""
+        return {
             out.WorkerCalled: self.workers.on_call,
             out.LockDropped: self.workers.on_lock_dropped,
             out.PoolMade: self.workers.on_pool_made,
@@ -177,10 +127,14 @@ class Node:
 
     def handle(self, event: out.NodeEvent, now_s: float) -> list[out.NodeEffect]:
         """Apply one event at ``now_s`` (monotonic seconds); return what is to be done, in order."""
+        owed = len(self.owed)
         self._notice_sleep(now_s)
         self.now_s = max(self.now_s, now_s)
         self._run_timers()
         self._moves[type(event)](event)
+        if self.owed and (not owed or type(event) is out.TimePassed):
+            for key in self.owed.first(self.owed_a_turn):
+                self.pay(key)
         self._run_queue()
         self._answer_polls()
         self.sinks.flush()
@@ -197,13 +151,15 @@ class Node:
         room_bytes = ANSWERS_A_TURN_BYTES
         for key, version in changed.items():
             for number, poll in self.polls.take_changed(key, version):
-                self.unschedule(number)
+                self.timers.unschedule(number)
                 room_bytes -= self.workers.answer_poll(poll, is_full=room_bytes <= 0)
 
     @property
     def wake_at_s(self) -> float:
         """When ``handle(TimePassed)`` is due at the latest."""
-        due_s = self._timers[0][0] if self._timers else NEVER_S
+        if self.owed:
+            return self.now_s
+        due_s = self.timers.wake_at_s
         if self.crumbs_due:
             due_s = min(due_s, *self.crumbs_due.values())
         return min(due_s, self._sweep_at_s)
@@ -225,6 +181,18 @@ class Node:
         """Let an event reach a transfer, after those that wait already."""
         self._queue.append((key, event))
 
+    def tell(self, keys: dict[ev.Key, None], event: object) -> None:
+        """Let an event reach many transfers: some of them in this turn, see ``owed``."""
+        self.owed.add(keys, event)
+
+    def pay(self, key: ev.Key) -> None:
+        """Tell a transfer what it is owed."""
+        for event in self.owed.take(key):
+            if isinstance(event, Loss):
+                self.workers.tell_loss(key, event)
+            else:
+                self.apply(key, event)
+
     def run_now(self, key: ev.Key, event: object) -> None:
         """Apply an event to a transfer at once, so that a refusal reaches the caller."""
         self._run_queue()
@@ -237,7 +205,7 @@ class Node:
         self.notes.opened(transfer, opened)
         self.transfers[key] = transfer
         self.current[key.role, key.transfer_id] = key.attempt
-        self.sessions[transfer.opening.session].keys.add(key)
+        self.sessions[transfer.opening.session].keys[key] = None
         self.counters[f"{key.role.value}_opened"] += 1
         self.note("opened", self.sessions[transfer.opening.session], key)
         self.chronicle.opened(transfer)
@@ -256,42 +224,12 @@ class Node:
         )
         self.deeds.append(deed)
 
-    def make_session(self, secret: str, hello: worker.Hello, pool_id: str, user: str) -> Session:
-        """A new worker."""
-        return Session(secret, hello.worker, hello.pid, hello.lock, pool_id, self.now_s, user)
-
-    def take_up_session(self, record: SessionRecord) -> Session:
-        """A worker that an earlier life of ours knew; it has a while to say so itself."""
-        return Session(
-            record.secret,
-            record.name,
-            record.pid,
-            record.lock,
-            record.pool_id,
-            self.now_s,
-            record.user,
-        )
-
     def _book(self, transfer: AnyTransfer) -> PoolBook:
         return self.books[transfer.opening.pool_id]
 
     def _arrived(self, transfer: AnyTransfer, event: ev.Granted | ev.TookOver) -> None:
         blocks = sum([lease.run.blocks for lease in event.leases])
         self._book(transfer).on_the_way(transfer.key, -blocks)
-
-    def schedule(self, thing: object, at_s: float) -> None:
-        """Wake a transfer (Key), a peer (address) or a waiting poll (number) at ``at_s``."""
-        if at_s < self._due.get(thing, NEVER_S):
-            self._due[thing] = at_s
-            self._timer_count += 1
-            heapq.heappush(self._timers, (at_s, self._timer_count, thing))
-            if len(self._timers) > TIMERS_SPARE + 2 * len(self._due):
-                self._timers = [one for one in self._timers if self._due.get(one[2]) == one[0]]
-                heapq.heapify(self._timers)
-
-    def unschedule(self, thing: object) -> None:
-        """A wake-up is needed no more."""
-        self._due.pop(thing, None)
 
     def _run_queue(self) -> None:
         while self._queue:
@@ -305,11 +243,13 @@ class Node:
 
     def apply(self, key: ev.Key, event: object) -> None:
         """Let an event reach a transfer at once."""
+        if self.owed:
+            self.pay(key)
         transfer = self.transfers.get(key)
         if transfer is None:
             self._effects_of.on_missing(key, event)
             return
-        if self.now_s - transfer.now_s > STALE_CLOCK_S and type(event) is not ev.Tick:
+        if self.now_s - transfer.now_s > STALE_CLOCK_S and type(event) not in OF_CLOCKS:
             self.apply(key, self._tick(transfer))
             if key not in self.transfers:
                 self._effects_of.on_missing(key, event)
@@ -338,14 +278,15 @@ class Node:
         if transfer.forgettable and not self._book(transfer).expects(key):
             self._forget(transfer)
         else:
-            self.schedule(key, transfer.wake_at_s)
+            self.timers.schedule(key, transfer.wake_at_s)
 
     def _forget(self, transfer: AnyTransfer) -> None:
         key = transfer.key
         sessions = transfer.ranks.sessions
         self.boards.forget(transfer)  # first: a tombstone has no slot
         left = Left(*transfer.history.kept(), transfer.opened_s, transfer.opening.block_size_tokens)
-        self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s, left)
+        sink = getattr(transfer, "sink_daemon", None)
+        self.tombstones.add(key, transfer.snapshot(), sessions, self.now_s, left, sink)
         self.notes.forgotten(key)
         self.aux_books.forget(key)
         self.notes.stone(key)
@@ -357,7 +298,7 @@ class Node:
         self.census.gone(key)
         for secret in sessions:
             if secret in self.sessions:
-                self.sessions[secret].keys.discard(key)
+                self.sessions[secret].keys.pop(key, None)
 
     # --- time ---
 
@@ -369,19 +310,10 @@ class Node:
         self.counters["slept"] += 1
         self.workers.on_slept(slept_s)
         self.sinks.on_slept(slept_s)
-        for key in self.transfers:
-            self.post(key, ev.Slept(slept_s))
-        self._run_queue()  # before any timer
+        self.tell(dict.fromkeys(self.transfers), ev.Slept(slept_s))  # before any timer of theirs
 
     def _run_timers(self) -> None:
-        due: list[object] = []
-        while (
-            self._timers and self._timers[0][0] <= self.now_s and len(due) < TIMERS_A_TURN
-        ):  # those left are due at once, in the next turn
-            at_s, _, thing = heapq.heappop(self._timers)
-            if self._due.get(thing) == at_s:  # else an earlier wake-up took its place
-                del self._due[thing]
-                due.append(thing)
+        due = self.timers.take_due(self.now_s)
         for thing in due:  # what is due again at once waits for the next event
             if isinstance(thing, ev.Key):
                 self._wake_transfer(thing)
@@ -402,7 +334,7 @@ class Node:
         if transfer is None:
             return
         if transfer.wake_at_s > self.now_s:
-            self.schedule(key, transfer.wake_at_s)
+            self.timers.schedule(key, transfer.wake_at_s)
         else:
             self.post(key, self._tick(transfer))
 
@@ -413,13 +345,16 @@ class Node:
 
     def _sweep(self) -> None:
         self.workers.notice_silence()
-        for key in self.tombstones.expire(self.now_s):
+        gone = self.tombstones.expire(self.now_s, EXPIRED_A_TURN)
+        for key in gone:
             name = (key.role, key.transfer_id)
             if self.current.get(name) == key.attempt and key not in self.transfers:
                 del self.current[name]
             self.workers.openings.forget(key)
             self.notes.stone_gone(key)
-        self.sources.expire()
+        taken_back = self.sources.unmet.expire(EXPIRED_A_TURN)
+        if EXPIRED_A_TURN in (len(gone), taken_back):
+            self._sweep_at_s = self.now_s  # those left go in the next turns
 
     def _on_drain_begun(self, _event: out.DrainBegun) -> None:
         self.draining = True

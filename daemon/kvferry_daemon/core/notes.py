@@ -15,10 +15,11 @@ from kvferry_daemon.core.records import (
     SessionRecord,
     StoneRecord,
 )
+from kvferry_daemon.core.session import Session
 
 if TYPE_CHECKING:
     from kvferry_daemon.core.blocks import PoolBook
-    from kvferry_daemon.core.node import AnyTransfer, Node, Session
+    from kvferry_daemon.core.node import AnyTransfer, Node
     from kvferry_daemon.core.opening import Opened
 
 
@@ -93,6 +94,7 @@ class Notes:
             snapshot=stone.snapshot,
             sessions=list(stone.sessions),
             until_s=max(0.0, stone.until_s),
+            sink_daemon=stone.sink_daemon,
         )
         self._put(_name("stone", key), record)
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from kvferry_daemon.core.aux_values import digest_of
 from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.events import Key, Timing
 from kvferry_daemon.core.records import OpeningRecord
+from kvferry_daemon.core.session import Session
+from kvferry_daemon.core.settings import Settings
 from kvferry_daemon.core.shape import Side, check_side
 from kvferry_daemon.core.transfer import Opening
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Mode
-
-if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Session, Settings
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9\-]{0,61}[A-Za-z0-9])?"
 _SCOPE = r"(%[A-Za-z0-9]+)?"

@@ -8,6 +8,7 @@ from kvferry_daemon.core import events as ev
 from kvferry_daemon.core.aux_values import difference, digest_of
 from kvferry_daemon.core.opening import Opened, opening_of, timing_of
 from kvferry_daemon.core.readiness import check_ready
+from kvferry_daemon.core.session import Session
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.tenants import are_one, not_yours, tenant_in
@@ -17,7 +18,7 @@ from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node, Session
+    from kvferry_daemon.core.node import Node
 
 OF_A_RANK = {"call", "rank", "traceparent"}  # what each worker says for itself, each time
 OF_A_GROUPS_RANK = OF_A_RANK | {"total_tokens", "aux"}
@@ -75,7 +76,7 @@ class Openings:
         self.know(key, opened)
         node.open(source, opened)
         node.run_now(key, told)
-        node.sources.replay_unmet(key)
+        node.sources.unmet.replay(key)
 
     def know(self, key: ev.Key, opened: Opened) -> None:
         """A transfer was opened, now or in an earlier life, for a pool of its tenant."""
@@ -165,7 +166,7 @@ class Openings:
         if told is not None:
             node.run_now(key, told)
         if key in node.transfers:  # else its time was up, and it is forgotten by now
-            session.keys.add(key)
+            session.keys[key] = None
 
     def forget(self, key: ev.Key) -> None:
         """The tombstone of a transfer is gone."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from kvferry_daemon.core.allocator import Run
 from kvferry_daemon.core.events import Key, StreamKey
 from kvferry_daemon.core.past import Past
-from kvferry_daemon.core.peers import Connect, Disconnect, Probe, Say
+from kvferry_daemon.core.peer_effects import Connect, Disconnect, Probe, Say
 from kvferry_daemon.core.records import Row
 from kvferry_daemon.core.told import Told
 from kvferry_daemon.core.window import Place

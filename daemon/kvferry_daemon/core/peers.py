@@ -4,6 +4,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvferry_daemon.core.events import StreamKey, Timing
+from kvferry_daemon.core.peer_effects import (
+    Connect,
+    Disconnect,
+    NewsAreLost,
+    PeerEffect,
+    PeerFailed,
+    PeerIsDown,
+    PeerIsUp,
+    Probe,
+    Say,
+)
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.versions import Versions, agree
@@ -16,78 +27,6 @@ FATAL = (
     Code.ENCRYPTION_DIFFERS,
     Code.NOT_TRUSTED,
 )  # asking again does not help
-
-
-# --- effects ---
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """Send a message to the daemon at ``address``."""
-
-    address: str
-    message: wire.PeerMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Open a data connection with a ticket; answer StreamUp or StreamDown."""
-
-    key: StreamKey
-    port: int
-    ticket: bytes
-    transport: wire.Transport = "tcp"
-    certificate_sha256: bytes | None = None  # of who has to answer; None: in clear
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnect:
-    """Close a data connection; StreamDown follows once no thread uses it."""
-
-    key: StreamKey
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Find out why nobody answers at ``address``; answer with words for people."""
-
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeerIsUp:
-    """Tell the sinks of ``address``."""
-
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeerIsDown:
-    """Tell the sinks of ``address``."""
-
-    address: str
-    restarted: bool = False  # it answers, as another life
-
-
-@dataclass(frozen=True, slots=True)
-class NewsAreLost:
-    """Tell the sinks of ``address``: they must ask."""
-
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeerFailed:
-    """Nobody fit to talk to answers: fail the sinks of ``address``."""
-
-    address: str
-    code: Code
-    message: str
-
-
-PeerEffect = (
-    Say | Connect | Disconnect | Probe | PeerIsUp | PeerIsDown | NewsAreLost | PeerFailed
-)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -116,6 +55,9 @@ class Peer:
     detail: str = ""
     used_s: float = 0.0  # when a live transfer needed it last
     _news: int = 0  # that have come or are known to be lost
+    _ask_at_s: float = NEVER_S  # sinks are to hear that more news were lost
+    _tell_at_s: dict[type, float] = field(default_factory=dict)  # not before; see _may_tell
+    _restart_s: float = 0.0  # how long after the last restart the next one was not believed
     _silent_since_s: float = 0.0
     _say_at_s: float = 0.0
     _say_s: float = 0.0
@@ -156,7 +98,8 @@ class Peer:
         if self.state == "lost":
             return self._say_at_s  # whether anybody answers there was found out once
         waiting = [s.retry_at_s for s in self._streams.values() if s.state in ("closed", "asking")]
-        return min([self._say_at_s, self._silent_since_s + self.timing.lost_s, *waiting])
+        lost_at_s = self._silent_since_s + self.timing.lost_s
+        return min([self._say_at_s, lost_at_s, self._ask_at_s, *waiting])
 
     def tick(self, now_s: float) -> list[PeerEffect]:
         """Time has come to ``now_s``: repeat what is unanswered, notice silence."""
@@ -171,6 +114,8 @@ class Peer:
                 self._say(
                     wire.Ping(source_boot_id=self.boot_id or "", sink_boot_id=self.our_boot_id)
                 )
+            if now_s >= self._ask_at_s:
+                self._lose_news()
             self._ask_for_streams()
         return self._taken()
 
@@ -199,8 +144,23 @@ class Peer:
     def _count(self, before: int, news: int) -> None:
         """Of those ``before`` this message some may not have come; ``news`` now have."""
         if before > self._news:
-            self._effects.append(NewsAreLost(self.address))
+            self._lose_news()
         self._news = max(self._news, news)
+
+    def _lose_news(self) -> None:
+        """All sinks ask at once, so for what is lost in the moments after that they ask once more."""
+        if self._may_tell(NewsAreLost, self.timing.resend_s):
+            self._ask_at_s = NEVER_S
+            self._effects.append(NewsAreLost(self.address))
+        else:
+            self._ask_at_s = self._tell_at_s[NewsAreLost]
+
+    def _may_tell(self, what: type[PeerEffect], pause_s: float) -> bool:
+        """What thousands of sinks hear, a source could say thousands of times a second."""
+        if self.now_s < self._tell_at_s.get(what, 0.0):
+            return False
+        self._tell_at_s[what] = self.now_s + pause_s
+        return True
 
     def is_current(self, message: wire.PeerMessage) -> bool:
         """Whether a message comes from the life of the peer that we talk to, to this life."""
@@ -275,18 +235,19 @@ class Peer:
         try:
             agree(Versions(low=message.version, high=message.version))
         except FerryError as error:
-            self._effects.append(PeerFailed(self.address, error.code, error.message))
+            self._fail(error.code, error.message)
             return
         self._silent_since_s = self.now_s
         self._news = 0  # it may have forgotten us, and counts anew
         if self.state == "up" and message.boot_id == self.boot_id:
-            self._effects.append(NewsAreLost(self.address))  # or a hello was answered twice
+            self._lose_news()  # or a hello was answered twice
             return
-        if self.state == "up":
-            self._lose("restarted", restarted=True)
+        if self.state == "up" and not self._has_restarted():
+            return
         self.state = "up"
         self.boot_id = message.boot_id
         self.detail = ""
+        self._ask_at_s = NEVER_S
         self._say_at_s = self.now_s + self.timing.heartbeat_s
         self._effects.append(PeerIsUp(self.address))
         self._ask_for_streams()
@@ -294,12 +255,28 @@ class Peer:
     def _refused(self, message: wire.PeerRefused) -> None:
         self.detail = f"{message.error.code}: {message.error.message}"
         if message.error.code in FATAL:
-            code = Code(message.error.code)
-            self._effects.append(PeerFailed(self.address, code, message.error.message))
+            self._fail(Code(message.error.code), message.error.message)
         elif self.state == "up" and message.boot_id != self.boot_id:
-            self._lose("restarted", restarted=True)
+            self._has_restarted()
         elif self.state == "up" and message.error.code == Code.HELLO_FIRST:
             self._say(self.hello)
+
+    def _fail(self, code: Code, message: str) -> None:
+        if self._may_tell(PeerFailed, self.timing.resend_s):  # who opens one hears it at the next
+            self._effects.append(PeerFailed(self.address, code, message))
+
+    def _has_restarted(self) -> bool:
+        """Another life answers. Who says so again and again is believed ever later, and else lost."""
+        timing = self.timing
+        quiet_s = self.now_s - self._tell_at_s.get(PeerIsDown, -NEVER_S)
+        pause_s = timing.resend_s
+        if quiet_s < timing.lost_s:
+            pause_s = min(2 * self._restart_s, timing.lost_s)
+        if not self._may_tell(PeerIsDown, pause_s):
+            return False
+        self._restart_s = pause_s
+        self._lose("restarted", restarted=True)
+        return True
 
     def _lose(self, why: str, *, restarted: bool = False) -> None:
         """Streams are closed: only that proves that nothing more is written through them."""
@@ -331,13 +308,13 @@ class Peer:
             return
         if message.transport == "nixl" and not self.ways.nixl:
             words = f"the source wants nixl, which is not here: {self.ways.why}"
-            self._effects.append(PeerFailed(self.address, Code.TRANSPORT_UNAVAILABLE, words))
+            self._fail(Code.TRANSPORT_UNAVAILABLE, words)
             return
         offered = "off" if message.certificate_sha256 is None else "tls"
         if offered != self.ways.payload_encryption:  # it is one that never heard of the setting
             words = f"payload_encryption: the sink has {self.ways.payload_encryption}"
             words += f", the source offers {offered}"
-            self._effects.append(PeerFailed(self.address, Code.ENCRYPTION_DIFFERS, words))
+            self._fail(Code.ENCRYPTION_DIFFERS, words)
             return
         stream.state = "connecting"
         self.transport, self.why = message.transport, message.why

@@ -138,6 +138,7 @@ class StoneRecord(Message):
     snapshot: Snapshot
     sessions: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=RANKS_MAX)]
     until_s: Seconds
+    sink_daemon: BootId | None = None
 
 
 class DaemonRecord(Message):

@@ -9,6 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from kvferry_daemon.core.session import Session
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_proto import control
@@ -19,7 +20,7 @@ from kvferry_proto.worker import Snapshot
 
 if TYPE_CHECKING:
     from kvferry_daemon.core.blocks import PoolBook
-    from kvferry_daemon.core.node import AnyTransfer, Node, Session
+    from kvferry_daemon.core.node import AnyTransfer, Node
 
 SINK_SHOWN_S = 600.0
 
@@ -134,6 +135,8 @@ def transfers(node: Node, request: control.GetTransfers, now_s: float) -> contro
     """
     stones = [s for s in node.tombstones.snapshots() if _fits_ended(s, request)]
     live = [t for t in node.transfers.values() if _fits(node, t, request, now_s)]
+    if request.sort in ("age", "idle"):
+        live.reverse()  # of those that came in one turn the later ones are the younger
     if request.sort != "opened":
         stones.sort(key=lambda snapshot: snapshot.sent_tokens if request.sort == "sent" else 0)
         live.sort(key=ORDERS[request.sort])

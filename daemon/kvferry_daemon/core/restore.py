@@ -12,6 +12,8 @@ from kvferry_daemon.core.opening import Opened, timing_of
 from kvferry_daemon.core.past import LedgerWrong, Past
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool, Lease, PoolError
 from kvferry_daemon.core.records import HOST, PoolRecord, SessionRecord, StoneRecord, TransferRecord
+from kvferry_daemon.core.session import Session
+from kvferry_daemon.core.settings import Settings
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.source import SourceTransfer
 from kvferry_daemon.core.tombstones import Tombstone
@@ -21,7 +23,7 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import AnyTransfer, Node, Settings
+    from kvferry_daemon.core.node import AnyTransfer, Node
 
 
 def restore(node: Node, past: Past) -> None:
@@ -99,7 +101,15 @@ def _leases(book: PoolBook, key: ev.Key, record: TransferRecord) -> tuple[Lease,
 
 
 def _restore_session(node: Node, record: SessionRecord) -> None:
-    session = node.take_up_session(record)
+    session = Session(
+        record.secret,
+        record.name,
+        record.pid,
+        record.lock,
+        record.pool_id,
+        node.now_s,  # it has a while to say that it lives
+        record.user,
+    )
     node.sessions[record.secret] = session
     node.effects.append(out.WatchWorker(record.secret, record.lock))
 
@@ -143,7 +153,7 @@ def _restore_transfer(node: Node, past: Past, key: ev.Key, record: TransferRecor
     node.aux_books.note(transfer)
     for session in transfer.ranks.sessions:
         if session in node.sessions:
-            node.sessions[session].keys.add(key)
+            node.sessions[session].keys[key] = None
     if not transfer.ended:
         node.chronicle.opened(transfer, again=True)
 
@@ -157,7 +167,9 @@ def _timing(call: worker.Send | worker.Receive, settings: Settings) -> ev.Timing
 
 def _restore_stone(node: Node, past: Past, key: ev.Key, record: StoneRecord) -> None:
     until_s = min(record.until_s, node.now_s + node.settings.timing.tombstone_s)
-    node.tombstones.put(key, Tombstone(record.snapshot, tuple(record.sessions), until_s))
+    sessions = tuple(record.sessions)
+    stone = Tombstone(record.snapshot, sessions, until_s, sink_daemon=record.sink_daemon)
+    node.tombstones.put(key, stone)
     opening = past.openings.get(key)
     if opening is not None:
         node.workers.openings.know(key, Opened.noted(opening))

@@ -1,27 +1,22 @@
-"""The sink side of one attempt: it asks, receives, and gives blocks back as they are taken over.
+"""The sink side of one attempt: a window that is filled, and given back as it is taken over.
 
-Progress is ``sent_tokens``: the gapless prefix of extents that were claimed, verified and
-committed. Asking is level-triggered: every pull says what is wanted now, and a timer repeats it.
+How it asks its source, and what it has of it, is in ``pulling``. Here is what its workers see: the
+window, what they are shown, resumes, and the end.
 """
 
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from kvferry_daemon.core import events as ev
-from kvferry_daemon.core.claims import Claims
-from kvferry_daemon.core.extents import ExtentSet
-from kvferry_daemon.core.news import what_is_wrong
 from kvferry_daemon.core.pool import Lease
+from kvferry_daemon.core.pulling import PullingTransfer
 from kvferry_daemon.core.records import Shown, TransferRecord
-from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening, Transfer
+from kvferry_daemon.core.transfer import NEVER_S, Aux, Opening
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.peer import Want
 from kvferry_proto.states import StallReason, State
 
-ACK_PARTS = 8  # an ack travels at least every window/8 tokens, so that the source can slide too
 
-
-class SinkTransfer(Transfer):
+class SinkTransfer(PullingTransfer):
     """See the module's first lines."""
 
     LIVE: ClassVar[dict[type, Callable[[Any, Any], None]]]
@@ -29,30 +24,10 @@ class SinkTransfer(Transfer):
 
     def __init__(self, opening: Opening, timing: ev.Timing, now_s: float) -> None:
         super().__init__(opening, timing, now_s)
-        self.peer_up = self.peer_met = opening.source is None
-        self.takes_over = opening.source is None  # blocks of its source, unless it hears otherwise
-        self.known_at: int | None = None  # the pull number current at the first real answer
-        self._heard = False  # a real answer in this life: the shape is what the source has, too
         self.done_noted = False
-        self._number = 0
-        self._acked = -1
-        self._take_parts()
-        self._shows_layout = False
         self._asked_at = 0  # the snapshot number under which `_shown_ask` was shown first
         self._shown_ask = super()._ask
-        self._resend_at_s = now_s  # a pull is due at once
-        self._resend_s = timing.resend_s
-        self._pulled_at_s = now_s
         self._drain_at_s = NEVER_S
-
-    def _take_parts(self) -> None:
-        """The payload comes in the parts of ``shape``; all have what is counted as sent."""
-        parts = len(self.shape.ranks)
-        self._committed = [ExtentSet() for _ in range(parts)]
-        self._claims = Claims(self.opening.chunk_tokens, parts)
-        if self.sent_tokens > self.opening.start_tokens:
-            for part in self._committed:
-                part.add(self.opening.start_tokens, self.sent_tokens)
 
     # --- what others may ask ---
 
@@ -104,11 +79,6 @@ class SinkTransfer(Transfer):
     @property
     def _has_aux_to_read(self) -> bool:
         return self.state is State.SUCCESS and self.aux is not None
-
-    @property
-    def chunks_under_way(self) -> int:
-        """Claimed, and not in place yet: somebody may write into its blocks."""
-        return len(self._claims)
 
     # --- what must last ---
 
@@ -182,13 +152,8 @@ class SinkTransfer(Transfer):
         else:
             self._ask_for_blocks()
             pulled = self._claim()
-        if not pulled and (self.now_s >= self._resend_at_s or self._ack_is_due()):
-            again = self.now_s >= self._resend_at_s
-            self._pull(self._claims.wants if again else ())
-            if again:
-                self._repeat_later()
-            else:  # an ack tells nothing of the claims: their repeat is not put off
-                self._resend_at_s = min(self._resend_at_s, self.now_s + self._resend_s)
+        if not pulled:
+            self._pull_if_due()
         self.stall = self._why_waiting()
 
     def _is_whole(self) -> bool:
@@ -200,16 +165,6 @@ class SinkTransfer(Transfer):
             self.state = State.WAITING_FOR_INPUT
         if self.state is State.WAITING_FOR_INPUT and self._edge_to_fetch() > self.sent_tokens:
             self.state = State.TRANSFERRING
-
-    def _edge_to_fetch(self) -> int:
-        """What the source has, in whole blocks of the wire.
-
-        One of ours may be larger than all that the source has room for, so it is filled bit by bit.
-        """
-        available = self.available_tokens
-        if available != self.total_tokens:
-            available -= available % self.shape.wire_block_tokens
-        return min(available, self.target_tokens)
 
     def _blocks_up_to(self, edge_tokens: int) -> int:
         size = self.opening.block_size_tokens
@@ -234,38 +189,6 @@ class SinkTransfer(Transfer):
         if blocks and self.ranks.complete:
             self._emit(ev.TakeOver(self.window.edge_tokens, blocks))
 
-    def _claim(self) -> bool:
-        """Claim what the window has room for and the source has; say whether it was pulled."""
-        if not self.peer_up or not self._claims.has_stream or not self._heard:
-            return False
-        limit = min(self.window.edge_tokens, self._edge_to_fetch())
-        fresh = []
-        for part, rank in enumerate(self.shape.ranks):
-            for key, want in self._claims.make(self.sent_tokens, limit, part):
-                place = self.window.cover(want.first_token, want.tokens, rank)
-                self._emit(ev.Claim(key, want.first_token, want.tokens, place, part))
-                fresh.append(want)
-        if fresh:
-            self._resend_s = self.timing.resend_s
-            self._pull(tuple(fresh))
-            self._repeat_later()
-        return bool(fresh)
-
-    def _ack_is_due(self) -> bool:
-        news = self.sent_tokens - max(self._acked, self.opening.start_tokens)
-        step = max(1, self.opening.window_tokens // ACK_PARTS)
-        return self.known_at is not None and (news >= step or (news > 0 and not self._claims))
-
-    def _pull(self, want: tuple[Want, ...]) -> None:
-        self._number += 1
-        self._acked = self.sent_tokens
-        self._pulled_at_s = self.now_s
-        self._emit(ev.SendPull(self._number, self.sent_tokens, want, self._shows_layout))
-
-    def _repeat_later(self) -> None:
-        self._resend_at_s = self.now_s + self._resend_s
-        self._resend_s = min(self._resend_s * 2, self.timing.resend_max_s)
-
     def _why_waiting(self) -> StallReason | None:
         if not self.peer_up or not self.ranks.complete:
             return StallReason.WAITING_FOR_PEER
@@ -286,55 +209,6 @@ class SinkTransfer(Transfer):
     def _on_granted_ended(self, event: ev.Granted) -> None:
         self._emit(ev.Free(event.leases))  # crossed our end; nobody was shown them
 
-    def _on_peer_up(self, _event: ev.PeerUp) -> None:
-        self.peer_up = self.peer_met = True
-        self._resend_soon()
-
-    def _on_news_lost(self, _event: ev.NewsLost) -> None:
-        self._resend_soon()
-
-    def _on_peer_down(self, _event: ev.PeerDown) -> None:
-        self.peer_up = False
-
-    def _on_stream_up(self, event: ev.StreamUp) -> None:
-        self._claims.stream_up(event.key)
-
-    def _on_stream_down(self, event: ev.StreamDown) -> None:
-        """A claim is bound to its connection, so it ends here and may be made anew elsewhere."""
-        self._claims.stream_down(event.key)
-
-    def _on_shaped(self, event: ev.Shaped) -> None:
-        """It may come again: a source that was started anew does not know our layout any more."""
-        if event.shape != self.shape:
-            if self._claims:
-                self._fail(Code.LAYOUT_MISMATCH, "the source's layout or ranks have changed")
-                return
-            streams = self._claims.streams
-            self.shape = event.shape
-            self._take_parts()
-            for key in streams:
-                self._claims.stream_up(key)
-        self._shows_layout = True
-        self._resend_at_s = self.now_s
-
-    def _on_copied(self, event: ev.Copied) -> None:
-        """The two have met; said again it changes nothing."""
-        if not self.takes_over:
-            return
-        self.takes_over = False
-        self.shape = event.shape
-        self._take_parts()
-        self._claims.stream_up(event.key)
-
-    def _on_missed(self, event: ev.Missed) -> None:
-        self._claims.drop(event.key, event.first_token, event.part)
-
-    def _on_received(self, event: ev.Received) -> None:
-        tokens = self._claims.fulfil(event.key, event.first_token, event.part)
-        assert tokens is not None, event  # I4: the transport posts only what it found claimed
-        self._committed[event.part].add(event.first_token, event.first_token + tokens)
-        self._committed_more()
-
     def _on_took_over(self, event: ev.TookOver) -> None:
         first = self.window.edge_tokens
         self.window.add(event.leases)
@@ -345,57 +219,8 @@ class SinkTransfer(Transfer):
     def _on_late_took_over(self, event: ev.TookOver) -> None:
         self._emit(ev.Free(event.leases))
 
-    def _committed_more(self) -> None:
-        """Progress is what every part has without a gap."""
-        ends = [part.prefix_end(self.sent_tokens) for part in self._committed]
-        self.sent_tokens = min(ends)
-        self._progressed()
-
     def _on_room_again(self, _event: ev.RoomAgain) -> None:
         """Settling tries again."""
-
-    def _on_heard(self, event: ev.Heard) -> None:
-        news = event.progress
-        if news.number > self._number:
-            return  # an answer to a pull that was never sent
-        if not news.known:
-            if self.known_at is not None and news.number > self.known_at:
-                self._fail(Code.SOURCE_LOST, "the source daemon no longer knows this attempt")
-            elif news.number == self._number:
-                if news.will_tell:
-                    self._rest()
-                else:  # not, or no longer
-                    soon_s = self.now_s + self.timing.resend_max_s
-                    self._resend_at_s = min(self._resend_at_s, soon_s)
-            return
-        self._shows_layout = False
-        self._heard = True
-        if self.known_at is None:
-            self.known_at = self._number
-            self._progressed()
-        wrong = what_is_wrong(self, news)
-        if wrong is not None:
-            self._fail(*wrong)
-            return
-        told = self.total_tokens is None and news.total_tokens is not None
-        if told or news.available_tokens > self.available_tokens:
-            self._progressed()
-        if news.number == self._number and not self._claims:
-            self._rest()
-        self.available_tokens = max(self.available_tokens, news.available_tokens)
-        self.total_tokens = news.total_tokens if self.total_tokens is None else self.total_tokens
-        self.aux = news.aux if self.aux is None else self.aux
-
-    def _rest(self) -> None:
-        """Nothing is under way, and the source tells what is new by itself."""
-        self._resend_s = self.timing.resend_s
-        self._resend_at_s = self._pulled_at_s + self.timing.lease_s
-
-    def _resend_soon(self) -> None:
-        self._resend_s = self.timing.resend_s
-        self._resend_at_s = min(self._resend_at_s, self.now_s + self._resend_s)
-        if not self._heard:
-            self._resend_at_s = self.now_s
 
     def _on_resume(self, event: ev.ResumeAt) -> None:
         """Design section 3: a resume is a level; only a higher one moves anything."""

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core import peers as pr
-from kvferry_daemon.core.plans import Plans
-from kvferry_daemon.core.shape import Side, shapes
+from kvferry_daemon.core import peer_effects as pr
+from kvferry_daemon.core.peers import Peer
+from kvferry_daemon.core.session import Session
+from kvferry_daemon.core.shape import Side
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.tenants import sharer_of
 from kvferry_proto import peer as wire
@@ -16,7 +17,7 @@ from kvferry_proto.errors import Code, FerryError, exhausted
 from kvferry_proto.states import Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node, Session
+    from kvferry_daemon.core.node import Node
 
 FRAME_WANTS_MAX = 4096  # bounds a frame well below its limit
 FRAME_PULLS_MAX = 16  # so that the other daemon is not held up by one frame for long
@@ -30,14 +31,13 @@ class SinkDesk:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self.peers: dict[str, pr.Peer] = {}
+        self.peers: dict[str, Peer] = {}
         self.linked_for: dict[str, str] = {}  # by address: who named it first
-        self._sinks_of: dict[str, set[ev.Key]] = {}
+        self._sinks_of: dict[str, dict[ev.Key, None]] = {}
         self._handles: dict[ev.Key, int] = {}
         self._keys: dict[int, ev.Key] = {}
         self._next_handle = 0
         self._pulls: dict[str, list[wire.Pull]] = {}
-        self._plans = Plans()
 
     # --- transfers ---
 
@@ -57,7 +57,7 @@ class SinkDesk:
         address = transfer.opening.source if transfer else None
         if address is None:
             return  # local, or over already: a payload of 0 tokens
-        self._sinks_of.setdefault(address, set()).add(key)
+        self._sinks_of.setdefault(address, {})[key] = None
         peer = self.peers.get(address)
         if peer is None:
             peer = self._open(address)
@@ -94,11 +94,10 @@ class SinkDesk:
         transfer = self._node.transfers[key]
         sinks = self._sinks_of.get(transfer.opening.source or "")
         if sinks is not None:
-            sinks.discard(key)
+            sinks.pop(key, None)
 
     def _tell_all(self, address: str, event: object) -> None:
-        for key in sorted(self._sinks_of.get(address, ())):
-            self._node.post(key, event)
+        self._node.tell(self._sinks_of.get(address, {}), event)
 
     # --- what the link brings ---
 
@@ -133,11 +132,13 @@ class SinkDesk:
         """The source's layout or ranks are not ours."""
         node, opening = self._node, self._node.transfers[key].opening
         ours = Side.of(node.books[opening.pool_id].layout, opening.world_size)
-        if not self._plans.may_make(address, theirs, ours, node.now_s):
+        shared = self.linked_for.get(address, "")  # whoever may name one address may name hundreds
+        names = ("source", address), ("worker", shared)
+        if not node.plans.may_make(*names, theirs, ours, node.now_s):
             node.counters["plans_refused"] += 1  # the next pull is answered the same
             return
         try:
-            _, shape = shapes(theirs, ours)
+            _, shape = node.plans.make(theirs, ours)
         except FerryError as error:
             node.post(key, ev.Fail(error.code, error.message))
         else:
@@ -269,7 +270,7 @@ class SinkDesk:
                 wants += len(pull.want)
             self._say_pulls(peer, frame)
 
-    def _say_pulls(self, peer: pr.Peer, pulls: list[wire.Pull]) -> None:
+    def _say_pulls(self, peer: Peer, pulls: list[wire.Pull]) -> None:
         assert peer.boot_id is not None
         message = wire.Pulls.model_construct(
             kind="pulls",
@@ -281,7 +282,7 @@ class SinkDesk:
 
     # --- links ---
 
-    def _open(self, address: str) -> pr.Peer:
+    def _open(self, address: str) -> Peer:
         node = self._node
         settings = node.settings
         # A link's id: one source may be reached by two addresses, or again later. Nobody but that
@@ -292,7 +293,7 @@ class SinkDesk:
             life=settings.life,
             address=settings.peer_address[: wire.ADDRESS_CHARS_MAX],
         )
-        peer = pr.Peer(address, hello, settings.timing, settings.streams, node.now_s, node.ways)
+        peer = Peer(address, hello, settings.timing, settings.streams, node.now_s, node.ways)
         self.peers[address] = peer
         node.effects.append(out.OpenPeer(address))
         self._do(peer, peer.tick(node.now_s))
@@ -316,7 +317,7 @@ class SinkDesk:
             self._do(peer, peer.shut())
         self._do(peer, peer.tick(now_s))
 
-    def _do(self, peer: pr.Peer, effects: list[pr.PeerEffect]) -> None:
+    def _do(self, peer: Peer, effects: list[pr.PeerEffect]) -> None:
         node = self._node
         for effect in effects:
             match effect:
@@ -332,4 +333,4 @@ class SinkDesk:
                     self._tell_all(peer.address, ev.Fail(effect.code, effect.message))
                 case pr.Say() | pr.Connect() | pr.Disconnect() | pr.Probe():
                     node.effects.append(effect)
-        node.schedule(peer.address, max(peer.wake_at_s, node.now_s))
+        node.timers.schedule(peer.address, max(peer.wake_at_s, node.now_s))

@@ -31,7 +31,7 @@ class SinkStreams:
     def __init__(self) -> None:
         self.connections_max = CONNECTIONS_MAX
         self._open: dict[StreamKey, str] = {}  # and whose
-        self._read_for: dict[StreamKey, set[Key]] = {}  # transfers that something went out of on it
+        self._read_for: dict[StreamKey, dict[Key, None]] = {}  # transfers that something left on it
         self._of: dict[Slot, set[StreamKey]] = {}
         self._newest: dict[Slot, int] = {}  # lowest connection that may still come
         self._tickets: OrderedDict[Slot, _Ticket] = OrderedDict()  # the first to expire comes first
@@ -92,26 +92,26 @@ class SinkStreams:
         """Note that blocks of a transfer are read for it; False if it is not open."""
         if key not in self._open:
             return False
-        self._read_for.setdefault(key, set()).add(transfer)
+        self._read_for.setdefault(key, {})[transfer] = None
         return True
 
-    def ended(self, key: StreamKey) -> list[Key]:
+    def ended(self, key: StreamKey) -> dict[Key, None]:
         """No thread of it is left; return the transfers that may wait for that."""
         whose = self._open.pop(key, None)
         if whose is None:
-            return []
+            return {}
         self._let_go(whose)
         slot = (key.peer, key.stream)
         self._of[slot].discard(key)
         if not self._of[slot]:
             del self._of[slot]
-        return sorted(self._read_for.pop(key, ()))
+        return self._read_for.pop(key, {})
 
     def forget_transfer(self, transfer: Key, keys: Iterable[StreamKey]) -> None:
         """It is gone, and was served on these connections."""
         for key in keys:
             if key in self._read_for:
-                self._read_for[key].discard(transfer)
+                self._read_for[key].pop(transfer, None)
 
     def forget(self, boot_id: str) -> list[StreamKey]:
         """A link is over; return its connections, which still have to end. Tickets still count."""

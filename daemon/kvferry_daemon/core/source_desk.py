@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvferry_daemon.core import events as ev
 from kvferry_daemon.core import outside as out
+from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.core.deeds import Deed
-from kvferry_daemon.core.plans import Plans
-from kvferry_daemon.core.shape import Side, shapes
+from kvferry_daemon.core.shape import Side
 from kvferry_daemon.core.sink_daemons import SinkDaemon, SinkDaemons
 from kvferry_daemon.core.sink_streams import SinkStreams
 from kvferry_daemon.core.source import SourceTransfer
+from kvferry_daemon.core.tombstones import Tombstone
 from kvferry_daemon.core.transfer import NEVER_S
+from kvferry_daemon.core.unmet import Unmet, answer_without_transfer
 from kvferry_daemon.core.ways import choose
 from kvferry_proto import peer as wire
 from kvferry_proto.errors import Code, FerryError
@@ -26,9 +28,8 @@ from kvferry_proto.versions import agree
 if TYPE_CHECKING:
     from kvferry_daemon.core.node import AnyTransfer, Node
 
-UNMET_MAX = 1 << 13  # 2 KiB each; those beyond are not promised anything, and ask again
-KEPT_LEASES = 2
 FRAME_WANTS_MAX = 4096  # a daemon sends no more: see sink_desk
+UNKNOWN_ENDS_A_S = 1000  # of one peer, or of all in clear: each is a row of the ledger
 FRAME_PROGRESSES_MAX = 16  # so that the other daemon is not held up by one frame for long
 
 
@@ -39,10 +40,9 @@ class SourceDesk:
         self._node = node
         self.daemons = SinkDaemons()
         self.streams = SinkStreams()
-        self._plans = Plans()
         self.transports: dict[str, wire.Transport] = {}  # by sink, of its newest connection
-        self._unmet: OrderedDict[ev.Key, tuple[ev.Pulled, float]] = OrderedDict()
-        self.unmet_max = UNMET_MAX
+        self.unmet = Unmet(node)
+        self._unknown_ends = Allowances(UNKNOWN_ENDS_A_S)
         self._progresses: dict[str, dict[tuple[str, int], wire.Progress]] = {}
 
     # --- messages ---
@@ -68,7 +68,7 @@ class SourceDesk:
                     self._on_open_stream(daemon, message)
                 case wire.Pulls():
                     for pull in self._servable(sink, message.pulls):
-                        self._on_pull(ev.Pulled(sink, daemon.daemon_id, pull))
+                        self.on_pull(ev.Pulled(sink, daemon.daemon_id, pull))
                 case wire.Done():
                     self._on_done(daemon, message)
                 case _:
@@ -160,13 +160,15 @@ class SourceDesk:
                 pull = pull.model_copy(update={"want": want})
             yield pull
 
-    def _on_pull(self, event: ev.Pulled) -> None:
+    def on_pull(self, event: ev.Pulled) -> None:
+        """A sink elsewhere asks: its transfer answers, or we do while there is none."""
         node, sink, pull = self._node, event.sink, event.pull
         key = ev.Key(Role.SOURCE, pull.transfer_id, pull.attempt)
         node.counters["pulls_received"] += 1
+        node.pay(key)  # it may be over by that: there is an answer to that, too
         transfer = node.transfers.get(key)
         if transfer is None:
-            self.say_progress(sink, self.answer_to_unmet(key, event))
+            self.say_progress(sink, self.unmet.answer(key, event))
             return
         layout, ranks = node.books[transfer.opening.pool_id].layout, transfer.ranks.size
         asked_as = (pull.layout_digest, pull.world_size)
@@ -177,7 +179,7 @@ class SourceDesk:
         elif pull.layout is not None:
             self._on_pull_of_another_shape(key, event, Side.of(layout, ranks))
         else:
-            progress = self.answer_without_transfer(key, pull.number)
+            progress = answer_without_transfer(node, key, pull.number)
             ours = {"layout": layout, "world_size": ranks, "known": True}
             self.say_progress(sink, progress.model_copy(update=ours))
 
@@ -191,92 +193,29 @@ class SourceDesk:
             node.post(key, event)  # which says so, without any work
             return
         theirs = Side.of(pull.layout, pull.world_size)
-        whose = "" if daemon is None else daemon.whose
-        if not self._plans.may_make(whose, ours, theirs, node.now_s):
+        whose, peer = ("", "") if daemon is None else (daemon.whose, daemon.peer)
+        names = ("peer", whose), ("peers", peer)  # in clear, they can be as many as they say
+        if not node.plans.may_make(*names, ours, theirs, node.now_s):
             node.counters["plans_refused"] += 1  # it asks again
             return
         try:
-            shape, _ = shapes(ours, theirs)
+            shape, _ = node.plans.make(ours, theirs)
         except FerryError as error:
-            refusal = self.answer_without_transfer(key, pull.number)
+            refusal = answer_without_transfer(node, key, pull.number)
             info = ErrorInfo.of_error(error)
             failed = {"state": State.FAILED, "known": True, "error": info}
             self.say_progress(event.sink, refusal.model_copy(update=failed))
             return
         node.run_now(key, replace(event, shape=shape))  # no other one in the same frame
 
-    def answer_without_transfer(self, key: ev.Key, number: int) -> wire.Progress:
-        """What a pull gets when no such attempt is open here."""
-        node = self._node
-        stone = node.tombstones.get(key)
-        newest = node.current.get((Role.SOURCE, key.transfer_id), -1)
-        state, error = State.BOOTSTRAPPING, None
-        if stone is not None:
-            state, error = stone.snapshot.state, stone.snapshot.error
-        elif newest > key.attempt:
-            state = State.FAILED
-            error = ErrorInfo.of(Code.STALE_ATTEMPT, f"the source is at attempt {newest}")
-        return wire.Progress(
-            transfer_id=key.transfer_id,
-            attempt=key.attempt,
-            number=number,
-            known=state is not State.BOOTSTRAPPING,
-            state=state,
-            error=error,
-        )
-
-    @property
-    def unmet(self) -> int:
-        """Sinks that are promised to be told when their source comes."""
-        return len(self._unmet)
-
-    def answer_to_unmet(self, key: ev.Key, event: ev.Pulled) -> wire.Progress:
-        """A pull came before its source: keep who asked, not what for, and say whether we do."""
-        progress = self.answer_without_transfer(key, event.pull.number)
-        kept = not progress.known and (key in self._unmet or len(self._unmet) < self.unmet_max)
-        if kept and key in self._unmet and self._unmet[key][0].daemon != event.daemon:
-            self._take_back(key)  # only one of them can have it; the other must not rest on it
-        if kept:
-            pull = event.pull.model_copy(update={"want": [], "layout": None})
-            self._unmet[key] = (ev.Pulled(event.sink, event.daemon, pull), self._node.now_s)
-            self._unmet.move_to_end(key)
-        return progress.model_copy(update={"will_tell": kept})
-
-    def replay_unmet(self, key: ev.Key) -> None:
-        """A pull came before the source was opened: answer it now, not at its next repeat."""
-        if key.attempt:
-            self._take_back_older(key)
-        event, _ = self._unmet.pop(key, (None, 0.0))
-        if event is None:
-            return
-        if event.sink == self._node.settings.boot_id:
-            self._node.here.pull(event)
-        elif event.sink in self.daemons:  # one that was forgotten says hello first, and asks anew
-            self._on_pull(event)
-
-    def _take_back_older(self, key: ev.Key) -> None:
-        """Earlier attempts will not come any more."""
-        for old in [old for old in self._unmet if old.transfer_id == key.transfer_id]:
-            if old.attempt < key.attempt:
-                self._take_back(old)
-
-    def _take_back(self, key: ev.Key) -> None:
-        """A promise is kept no longer: tell its sink how things are, so that it asks again."""
-        event, _ = self._unmet.pop(key)
-        progress = self.answer_without_transfer(key, event.pull.number)
-        if event.sink == self._node.settings.boot_id:
-            self._node.post(key._replace(role=Role.SINK), ev.Heard(progress))
-        else:
-            self.say_progress(event.sink, progress)
-
     def _on_done(self, sink: SinkDaemon, message: wire.Done) -> None:
         key = ev.Key(Role.SOURCE, message.transfer_id, message.attempt)
-        transfer = self._node.transfers.get(key)
-        done = ev.Done(message.state, message.error)
-        if transfer is None:
-            self.done_without_transfer(key, done)
-        elif self._may_end(transfer, sink, message.state):
-            self._node.run_now(key, done)
+        known = self._node.transfers.get(key) or self._node.tombstones.get(key)
+        if known is None and self._unknown_ends.wait_s(sink.peer, self._node.now_s):
+            self._node.counters["dones_over_rate"] += 1
+            return  # not noted, so it says it again
+        if known is None or self._may_end(known, sink, message.state):
+            self._node.run_now(key, ev.Done(message.state, message.error))
         else:
             self._node.counters["dones_dropped"] += 1
         noted = wire.DoneNoted(
@@ -287,20 +226,20 @@ class SourceDesk:
         )
         self._say(sink, noted)
 
-    def _may_end(self, transfer: AnyTransfer, sink: SinkDaemon, state: State) -> bool:
-        """One that nobody has pulled yet may have failed there, but not have arrived."""
-        by = getattr(transfer, "sink_daemon", None)
+    def _may_end(self, known: AnyTransfer | Tombstone, sink: SinkDaemon, state: State) -> bool:
+        """One that nobody has pulled yet may have failed there, but not have arrived, nor late."""
+        by = getattr(known, "sink_daemon", None)
         if state is State.SUCCESS:
-            return by == sink.daemon_id and transfer.total_tokens is not None
+            return by == sink.daemon_id and known.total_tokens is not None
         return by in (None, sink.daemon_id)
 
     def done_without_transfer(self, key: ev.Key, done: ev.Done) -> None:
         """A late done, or one for an attempt that is still to be opened here."""
         node = self._node
-        self._unmet.pop(key, None)
+        self.unmet.drop(key)
         if node.tombstones.get(key) is not None:
-            node.tombstones.on_done(key, done)
-            node.notes.stone(key)
+            if node.tombstones.on_done(key, done):
+                node.notes.stone(key)
         elif node.current.get((Role.SOURCE, key.transfer_id), -1) < key.attempt:
             node.tombstones.add_unknown(key, done, node.now_s)
             node.notes.stone(key)
@@ -318,8 +257,7 @@ class SourceDesk:
     def on_stream_down(self, event: out.SourceStreamDown) -> None:
         """No thread reads a block for it any more."""
         self._node.chronicle.stream_down(event.key)
-        for key in self.streams.ended(event.key):
-            self._node.post(key, ev.StreamDown(event.key))
+        self._node.tell(self.streams.ended(event.key), ev.StreamDown(event.key))
 
     def forget(self, transfer: SourceTransfer) -> None:
         """The transfer is gone."""
@@ -378,14 +316,3 @@ class SourceDesk:
     def streams_of(self) -> Counter[str]:
         """How many data connections each sink has."""
         return self.streams.counted()
-
-    # --- housekeeping ---
-
-    def expire(self) -> None:
-        """Forget pulls that no source has come for: those who still wait ask once a lease."""
-        keep_s = KEPT_LEASES * self._node.settings.timing.lease_s
-        while self._unmet:
-            key, (_, at_s) = next(iter(self._unmet.items()))
-            if self._node.now_s - at_s < keep_s:
-                break
-            self._take_back(key)

@@ -31,6 +31,12 @@ class Tombstone:
     sessions: tuple[str, ...]
     until_s: float
     left: Left | None = None  # of a transfer that ended in this life
+    sink_daemon: str | None = None  # who pulled it, and may still say that it has arrived
+
+    @property
+    def total_tokens(self) -> int | None:
+        """How long it was, if anybody has said so."""
+        return self.snapshot.total_tokens
 
     def owner(self, rank: int) -> str | None:
         """The session that a rank belongs to; empty if nobody ever came, None if there was none."""
@@ -81,9 +87,10 @@ class Tombstones:
         sessions: tuple[str, ...],
         now_s: float,
         left: Left | None = None,
+        sink_daemon: str | None = None,
     ) -> None:
         """Remember how a transfer ended."""
-        self.put(key, Tombstone(snapshot, sessions, now_s + self._keep_s, left))
+        self.put(key, Tombstone(snapshot, sessions, now_s + self._keep_s, left, sink_daemon))
 
     def put(self, key: Key, stone: Tombstone) -> None:
         """Take one up, in the order of their expiry; it replaces what was remembered before."""
@@ -107,28 +114,28 @@ class Tombstones:
         )
         self.add(key, snapshot, (), now_s)
 
-    def on_done(self, key: Key, done: Done) -> None:
-        """A late success corrects a failure that was only a guess (its lease had run out)."""
+    def on_done(self, key: Key, done: Done) -> bool:
+        """A late success corrects a failure that was only a guess (its lease had run out).
+
+        Whether it did.
+        """
         stone = self._stones[key]
         error = stone.snapshot.error
-        if done.state is State.SUCCESS and error and error.code == Code.LEASE_EXPIRED:
-            self.states[State.FAILED] -= 1
-            self.states[State.SUCCESS] += 1
-            stone.snapshot = stone.snapshot.model_copy(
-                update={
-                    "state": State.SUCCESS,
-                    "error": None,
-                    "snapshot": stone.snapshot.snapshot + 1,
-                }
-            )
+        if done.state is not State.SUCCESS or error is None or error.code != Code.LEASE_EXPIRED:
+            return False
+        self.states[State.FAILED] -= 1
+        self.states[State.SUCCESS] += 1
+        corrected = {"state": State.SUCCESS, "error": None, "snapshot": stone.snapshot.snapshot + 1}
+        stone.snapshot = stone.snapshot.model_copy(update=corrected)
+        return True
 
-    def expire(self, now_s: float) -> list[Key]:
-        """Forget what is old enough or too much; return what was forgotten."""
-        gone = []
-        while len(self._unknown) > UNKNOWN_MAX:  # before any that had a worker
+    def expire(self, now_s: float, at_most: int) -> list[Key]:
+        """Forget what is old enough or too much, so many of it; return what was forgotten."""
+        gone: list[Key] = []
+        while len(self._unknown) > UNKNOWN_MAX and len(gone) < at_most:  # before any of a worker
             gone.append(next(iter(self._unknown)))
             self._drop(gone[-1])
-        while self._stones:
+        while self._stones and len(gone) < at_most:
             key, stone = next(iter(self._stones.items()))
             if stone.until_s > now_s and len(self._stones) <= TOMBSTONES_MAX:
                 break

@@ -10,6 +10,7 @@ from kvferry_daemon.core.blocks import PoolBook
 from kvferry_daemon.core.boards import board_path
 from kvferry_daemon.core.lost_pools import LostPools
 from kvferry_daemon.core.pool import LEASES_OF_A_LIFE, BlockPool
+from kvferry_daemon.core.session import Session
 from kvferry_daemon.core.tenants import are_one, pool_id_of, process_of, tenant_of
 from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError, exhausted
@@ -17,7 +18,7 @@ from kvferry_proto.layout import Layout
 from kvferry_proto.versions import agree
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import Node, Session
+    from kvferry_daemon.core.node import Node
 
 
 SESSIONS_OF_ONE_MAX = 128  # of one process: as many as it may have connections
@@ -60,7 +61,12 @@ class Welcomer:
 
     def _check_lock(self, hello: worker.Hello) -> None:
         """One lock, one worker: if it came back under the old name, nobody could see it was dead."""
-        if any(s.lock == hello.lock for s in self._node.sessions.values()):
+        node = self._node
+        if any(
+            one.lock == hello.lock
+            for sessions in (node.sessions, node.workers.dying)
+            for one in sessions.values()
+        ):
             raise FerryError(
                 Code.WORKER_NOT_LOCKED, f"{hello.lock!r} belongs to another session; take a new one"
             )
@@ -219,7 +225,9 @@ class Welcomer:
     def _new_session(self, event: out.WorkerCalled, hello: worker.Hello, book: PoolBook) -> Session:
         node = self._node
         secret = node.new_secret().hex()
-        session = node.make_session(secret, hello, book.pool_id, event.user)
+        session = Session(
+            secret, hello.worker, hello.pid, hello.lock, book.pool_id, node.now_s, event.user
+        )
         node.sessions[secret] = session
         node.notes.session(session)
         node.effects.append(out.WatchWorker(secret, hello.lock))

@@ -10,7 +10,9 @@ from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.answers import check_fits, least_bytes, once_each
 from kvferry_daemon.core.deeds import Deed
 from kvferry_daemon.core.openings import Openings
+from kvferry_daemon.core.owed import Loss
 from kvferry_daemon.core.polls import WaitingPoll
+from kvferry_daemon.core.session import Session
 from kvferry_daemon.core.sink import SinkTransfer
 from kvferry_daemon.core.welcome import Welcomer
 from kvferry_proto import worker
@@ -20,7 +22,7 @@ from kvferry_proto.fields import ErrorInfo
 from kvferry_proto.states import TERMINAL, Role
 
 if TYPE_CHECKING:
-    from kvferry_daemon.core.node import AnyTransfer, Node, Session
+    from kvferry_daemon.core.node import AnyTransfer, Node
 
 Named = worker.Send | worker.Ready | worker.Receive | worker.Resume | worker.Release | worker.Abort
 AnyCall = worker.Hello | worker.Batch | worker.Poll | worker.Heartbeat | Named
@@ -37,6 +39,7 @@ class WorkerDesk:
         self._welcomer = Welcomer(node)
         self._routes: dict[bytes, tuple[str, str]] = {}  # route -> session's secret, user
         self.openings = Openings(node)
+        self.dying: dict[str, Session] = {}  # dead, and not all of their transfers are told
         self.on_pool_made = self._welcomer.on_pool_made
         self.on_pool_not_made = self._welcomer.on_pool_not_made
         self.on_pool_broken = self._welcomer.lost_pools.on_broken
@@ -225,7 +228,7 @@ class WorkerDesk:
             return worker.Snapshots(call=call.call, transfers=snapshots, refused=refused)
         until_s = self._node.now_s + call.wait_s
         number = self._node.polls.add(WaitingPoll(session.secret, route, call.call, after, until_s))
-        self._node.schedule(number, until_s)
+        self._node.timers.schedule(number, until_s)
         return None
 
     def _shown(
@@ -302,19 +305,36 @@ class WorkerDesk:
             session.heard_s += for_s
 
     def on_lock_dropped(self, event: out.LockDropped) -> None:
-        """The process is gone: nobody maps its blocks any more."""
+        """The process is gone: nobody maps its blocks any more.
+
+        Its session is gone at once, but in the ledger only with the last of its transfers: a later
+        life of ours finds it dead anew, and tells the others.
+        """
         node = self._node
         session = node.sessions.pop(event.session, None)
         if session is None:
             return
         for route in session.routes:
             self._routes.pop(route, None)
-        node.notes.session_gone(event.session)
+        self.dying[event.session] = session
         self._lose(session, dead=True, why="its process has ended")
-        node.effects.append(out.ForgetWorker(event.session))
 
     def _lose(self, session: Session, *, dead: bool, why: str) -> None:
-        name = session.name or f"pid {session.pid}"
-        for key in sorted(session.keys):
-            for rank in self._node.transfers[key].ranks.of(session.secret):
-                self._node.post(key, ev.WorkerLost(dead, f"worker {name}: {why}", rank))
+        name, keys = session.name or f"pid {session.pid}", session.keys
+        loss = Loss(session.secret, dead, f"worker {name}: {why}", len(keys))
+        self._node.tell(keys, loss)
+        self._forget_once_told(loss)
+
+    def tell_loss(self, key: ev.Key, loss: Loss) -> None:
+        """One of its transfers hears of it."""
+        transfer = self._node.transfers.get(key)
+        for rank in transfer.ranks.of(loss.session) if transfer else ():
+            self._node.apply(key, ev.WorkerLost(loss.dead, loss.message, rank))
+        loss.untold -= 1
+        self._forget_once_told(loss)
+
+    def _forget_once_told(self, loss: Loss) -> None:
+        if loss.dead and not loss.untold:
+            del self.dying[loss.session]
+            self._node.notes.session_gone(loss.session)
+            self._node.effects.append(out.ForgetWorker(loss.session))

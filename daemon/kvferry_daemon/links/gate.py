@@ -28,6 +28,7 @@ from kvferry_daemon.links.zap import CONTROL, LOCAL, PEER, WORKER
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 EVENT = struct.Struct("=Hi")  # which, and the descriptor
 CREDENTIALS = struct.Struct("3i")
+ONE = "pid "
 OTHER_DESCRIPTORS = 8192  # data connections, pools, locks, links to sources
 JOIN_S = 5.0
 TELL_S = 1.0
@@ -64,7 +65,7 @@ class Gate:
 
     def __init__(self, listening: zmq.Socket[bytes], name: str, crowd: Crowd) -> None:
         self.refused = 0
-        self._listening = listening
+        self.cut_off: set[int] = set()  # by us; what is left of their messages nobody waits for
         self._name = name
         self._crowd = crowd
         self._lock = threading.Lock()  # of the crowd: the loop and the watch of memory ask too
@@ -88,6 +89,9 @@ class Gate:
         with suppress(OSError), opened(descriptor) as connection:
             is_ours = self._endpoint.endswith(listening_at(connection))
             if is_ours and source_of(connection) == source:
+                self.cut_off.add(descriptor)
+                if not is_same(descriptor, connection):  # it ended, and was told of, just before
+                    self.cut_off.discard(descriptor)
                 connection.shutdown(socket.SHUT_RDWR)
 
     def throw_out(self, descriptor: int, source: str) -> None:
@@ -104,8 +108,11 @@ class Gate:
         self.throw_out(descriptor, source_named(address))
 
     def close(self) -> None:
-        """Before the socket closes."""
-        self._listening.disable_monitor()
+        """After the socket has closed, of which libzmq tells by itself.
+
+        To end the monitor before is to wait for this thread with the GIL, which it needs: for ever,
+        if so many connect just then that it has not heard of all.
+        """
         self._thread.join(JOIN_S)
 
     def _run(self) -> None:
@@ -122,6 +129,7 @@ class Gate:
                         log.exception("lost count of connections to the %s socket", self._name)
 
     def _heard(self, event: int, descriptor: int, endpoint: str) -> None:
+        self.cut_off.discard(descriptor)  # it has ended, or its number is another one's by now
         if event == zmq.EVENT_ACCEPTED:
             self._endpoint = endpoint
             self._arrived(descriptor)
@@ -136,9 +144,12 @@ class Gate:
             source = source_of(connection)
             with self._lock:
                 why = self._crowd.arrived(descriptor, source, monotonic())
+                is_barred = self._crowd.is_barred(source)
             if why:
                 self.refused += 1
                 self._tell(why)
+                if is_barred:  # what was sent by then would come through; others come again
+                    self.cut_off.add(descriptor)
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _tell(self, why: str) -> None:
@@ -165,6 +176,14 @@ def opened(descriptor: int) -> Iterator[socket.socket]:
         yield connection
 
 
+def is_same(descriptor: int, connection: socket.socket) -> bool:
+    """Whether a copy that was opened is still one of what has the descriptor now."""
+    try:
+        return os.path.sameopenfile(descriptor, connection.fileno())
+    except OSError:
+        return False
+
+
 def listening_at(connection: socket.socket) -> str:
     """The end of the endpoint that took it in."""
     if connection.family == socket.AF_UNIX:
@@ -189,4 +208,9 @@ def source_named(address: str) -> str:
 
 def process(pid: int, uid: int) -> str:
     """A source's name; 0 is the number of all that are in PID namespaces that are not ours."""
-    return f"pid {pid} of uid {uid}" if pid else f"{MANY}{uid}"
+    return f"{ONE}{pid} of uid {uid}" if pid else f"{MANY}{uid}"
+
+
+def is_process(source: str) -> bool:
+    """Whether a source is one process of this machine: not a host, and not a user's many."""
+    return source.startswith(ONE)

@@ -5,7 +5,9 @@ or the socket falls silent. (Measured faster than zmq.asyncio: fewer tasks a mes
 """
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence, Sized
+from collections.abc import Set as AbstractSet
 from time import monotonic
 from typing import Any
 
@@ -22,7 +24,21 @@ NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 USER: Any = b"User-Id"
 FROM: Any = b"__fd"  # the descriptor of the connection that it came by
 ADDRESS: Any = b"Peer-Address"
+LARGE_BYTES = 1 << 10  # some ten calls: what is longer can take milliseconds
+QUEUED_MAX = 64  # messages of a connection that we have not read: then its sender is held up
 FRAMES_MAX = 16  # ours have two, the route included; what libzmq asks the doorkeeper has nine
+
+
+class Heard:
+    """Who has sent messages by a link, and what was sent: by route, if it is a ROUTER's."""
+
+    def __init__(self) -> None:
+        self.senders: dict[bytes, int] = {}  # descriptors of their connections
+        self.told: Counter[bytes] = Counter()  # bytes
+
+    def told_to(self) -> dict[int, int]:
+        """Bytes by descriptor, of those who have asked meanwhile; the loop may go on counting."""
+        return {one: self.told[route] for route, one in list(self.senders.items())}
 
 
 class ZmqLink:
@@ -35,8 +51,17 @@ class ZmqLink:
         *,
         names_users: bool = False,
         throw_out: Callable[[int, str], None] | None = None,
+        is_unwanted: Callable[[bytes, str], bool] | None = None,
+        cut_off: AbstractSet[int] = frozenset(),
     ) -> None:
         """``names_users``: the socket is guarded; see ``user``.
+
+        ``is_unwanted`` is asked of each large message, by its route and user, before it is copied: one
+        that is unwanted costs the loop ten microseconds, so what comes in is not faster than we are.
+
+        ``cut_off``: descriptors of connections that were cut. libzmq goes on with one, and keeps its
+        answers, until all is read that has come by it, so that is dropped; a queue's worth of it may
+        still be read once the number is free again.
 
         ``throw_out`` is told the descriptor of a connection that sends messages of no end, and the
         address of whoever opened it: it may have ended by then.
@@ -46,8 +71,10 @@ class ZmqLink:
         self.user = ""  # who sent the message that is being handed over, as the doorkeeper knows it
         self._on_message = on_message
         self._throw_out = throw_out
+        self._is_unwanted = is_unwanted
+        self._cut_off = cut_off
         self._skipping = False  # the rest of a message that has far too many frames
-        self.heard: set[int] | None = None  # while somebody wants to know: who has sent messages
+        self.heard: Heard | None = None  # while somebody wants to know
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._is_drain_due = False
@@ -71,6 +98,9 @@ class ZmqLink:
             return False
         finally:
             self._drain_soon()
+        heard = self.heard
+        if heard is not None:
+            heard.told[frames[0] if len(frames) > 1 else b""] += len(frames[-1])
         return True
 
     def close(self) -> None:
@@ -114,22 +144,24 @@ class ZmqLink:
         if self._skipping:
             return self._skip()
         frame = self._socket.recv(NOW, copy=False)
-        frames = [frame.bytes]
+        frames = [frame]
         while frame.more and len(frames) < FRAMES_MAX:
             frame = self._socket.recv(NOW, copy=False)
-            frames.append(frame.bytes)
-        if frame.more:
-            self._skipping = True
-            if self._throw_out is not None:
-                self._throw_out(int(frame.get(FROM)), str(frame.get(ADDRESS)))
+            frames.append(frame)
+        self._skipping = frame.more
+        if self._cut_off and int(frame.get(FROM)) in self._cut_off:
+            return []
+        if frame.more and self._throw_out is not None:
+            self._throw_out(int(frame.get(FROM)), str(frame.get(ADDRESS)))
         heard = self.heard  # once: the watch of memory takes it back from its thread
         if heard is not None:
-            heard.add(int(frame.get(FROM)))
-        if (
-            self._names_users
-        ):  # of the connection it came by: a route says less, it may be taken over
+            heard.senders[frames[0].bytes if len(frames) > 1 else b""] = int(frame.get(FROM))
+        if self._names_users:  # by its connection: a route says less, it may be taken over
             self.user = frame.get(USER)
-        return frames
+        asked = self._is_unwanted
+        if asked is not None and is_large(frames) and asked(frames[0].bytes, self.user):
+            return []
+        return [one.bytes for one in frames]
 
     def _skip(self) -> list[bytes]:
         """There may be millions; others get their turn between some of them."""
@@ -138,6 +170,11 @@ class ZmqLink:
                 self._skipping = False
                 break
         return []
+
+
+def is_large(frames: Sequence[Sized]) -> bool:
+    """Whether a message may take long to read and to act on."""
+    return sum(map(len, frames)) > LARGE_BYTES
 
 
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -149,6 +186,7 @@ def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socke
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+    socket.setsockopt(zmq.RCVHWM, QUEUED_MAX)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENT_S)

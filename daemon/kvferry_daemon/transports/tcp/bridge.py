@@ -28,6 +28,11 @@ class LoopBridge(Generic[Event]):
             except RuntimeError:  # the loop is closed: the daemon is gone, nobody listens
                 self._events.clear()
 
+    def catch_up(self) -> None:
+        """On the loop: handle what was posted by now, before what comes from whoever knows of it."""
+        if self._events:
+            self._drain()
+
     def _drain(self) -> None:
         self._woken = False  # before the look: an event posted from here on wakes again
         try:
