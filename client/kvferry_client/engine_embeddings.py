@@ -72,8 +72,12 @@ class OutgoingTensor(Side):
     async def move(self, client: AsyncClient) -> None:
         """Fill windows with all of it."""
         tokens = 1 if self._tensor is None else len(self._tensor)
-        sending = await client.send(
-            self.transfer_id, attempt=self.attempt, total_tokens=tokens, aux=self._aux
+        sending = await self._opened(
+            client.send,
+            self.transfer_id,
+            attempt=self.attempt,
+            total_tokens=tokens,
+            aux=self._aux,
         )
         try:
             async with sending:

@@ -134,7 +134,8 @@ class Outgoing(Side):
 
     async def move(self, client: AsyncClient) -> None:
         """Fill windows until the payload is complete."""
-        sending = await client.send(
+        sending = await self._opened(
+            client.send,
             self.transfer_id,
             attempt=self.attempt,
             rank=self._pages.rank,
@@ -222,7 +223,8 @@ class Withdrawn(Side):
 
     async def move(self, client: AsyncClient) -> None:
         """Open it and give it up."""
-        sending = await client.send(
+        sending = await self._opened(
+            client.send,
             self.transfer_id,
             attempt=self.attempt,
             rank=self._memory.rank,

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
 from kvferry_client.engine_pages import Memory, Pages, Tables
@@ -15,6 +16,8 @@ from kvferry_proto.states import State
 
 PIECE_TOKENS = 1024  # copied at a stretch: what ``forget`` may have to wait for
 LET_GO_AGAIN_S = 1.0
+P = ParamSpec("P")
+T = TypeVar("T", AsyncSending, AsyncReceiving)
 Identity = Mapping[str, str]  # what a payload is of: both sides tell the same, or it is refused
 NOTHING: Identity = MappingProxyType({})
 logger = logging.getLogger(__name__)
@@ -89,6 +92,31 @@ class Side:
         assert self.error is not None
         return self.error
 
+    async def _opened(
+        self, opens: Callable[P, Awaitable[T]], *args: P.args, **given: P.kwargs
+    ) -> T:
+        """Open it. A daemon whose answer was not heard may have done so: that is let go of, too."""
+        try:
+            return await opens(*args, **given)
+        except FerryError as error:
+            if error.code is Code.DAEMON_UNREACHABLE:
+                self.end(error)
+                await self._let_go_unheard(partial(opens, *args, **given))
+            raise
+
+    async def _let_go_unheard(self, opens: Callable[[], Awaitable[T]]) -> None:
+        """To open it again, as it was, is to be told of the same one by a daemon that is back."""
+        while not self._memory.is_left:
+            await asyncio.sleep(LET_GO_AGAIN_S)
+            try:
+                transfer = await opens()
+            except FerryError as error:
+                if error.code is not Code.DAEMON_UNREACHABLE:
+                    return
+            else:
+                await self._let_go(transfer)
+                return
+
     async def _let_go(self, transfer: AsyncSending | AsyncReceiving) -> None:
         """Tell a daemon that was away, once it is back, that its blocks are touched no more.
 
@@ -129,7 +157,8 @@ class Fetching(Side):
     async def move(self, client: AsyncClient) -> None:
         """Take windows over until the payload is complete."""
         is_ours = self.source == client.welcome.peer_address
-        receiving = await client.receive(
+        receiving = await self._opened(
+            client.receive,
             self.transfer_id,
             source=None if is_ours else self.source,
             attempt=self.attempt,

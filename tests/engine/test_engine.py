@@ -1,6 +1,7 @@
 """The contract for engines, over two real daemons, with pages that nobody but us writes."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from engine.pages import Pages, two_engines
 from kvferry_client import FerryError
 from kvferry_client.engine import NO_BLOCK, Ferry, layout_of
+from kvferry_client.engine_sides import Side
 from kvferry_client.paged import PagedCache
 from live import BLOCK, WAIT_S, WINDOW, LiveDaemon
 
@@ -222,6 +224,33 @@ def test_a_daemon_that_was_away_for_long_gets_its_blocks_back(tmp_path: Path) ->
             (was,) = back.transfers("t")
             assert not was.ended
             back.wait_until_free(2 * WAIT_S)
+
+
+@pytest.mark.parametrize("role", ["send", "receive"])
+def test_a_transfer_whose_opening_was_not_heard_of_is_let_go_of(tmp_path: Path, role: str) -> None:
+    """The daemon stood still for longer than the engine waits, and did what it was asked then."""
+    prefill = Pages()
+    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as ferry:
+        a.wait_for_workers(1)
+        table = prefill.take(TOKENS)
+        a.pause()
+        side: Side
+        if role == "send":
+            side = sending = ferry.send("t", total_tokens=None)
+        else:
+            side = ferry.receive(
+                "t", source=a.address, tables=[table], first_token=0, end_token=TOKENS
+            )
+        assert side.wait(WAIT_S)
+        if role == "send":
+            sending.computed([table], TOKENS, are_all=True)  # an engine does not stop at once
+        assert side.error is not None
+        assert side.error.code == "daemon_unreachable"
+        a.resume()
+        until_s = time.monotonic() + 2 * WAIT_S
+        while sum(a.status().transfers.values()) < 1 or a.status().unsettled:
+            assert time.monotonic() < until_s, a.status()
+            time.sleep(0.02)
 
 
 def test_a_failed_attempt_is_tried_again(a: LiveDaemon, b: LiveDaemon) -> None:
