@@ -1,8 +1,9 @@
 """What floods cost: the daemon's memory, and how long an honest worker waits for an answer.
 
-`python -m bench.attacks [SECONDS] [NAME ...]` prints a table. The attacker is a process of its own
-that is let in (the daemon's user, or clear text on loopback); all of them share the machine's cores,
-so latencies are also the attacker's hunger for them. Memory is what is no pool's.
+`python -m bench.attacks [SECONDS] [NAME ...]` prints a table, and to stderr what the daemon counted. The
+attacker is a process of its own that is let in (the daemon's user, or clear text on loopback); all of
+them share the machine's cores, so latencies are also the attacker's hunger for them. Memory is what is
+no pool's.
 """
 
 import socket
@@ -10,20 +11,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.attackers import ATTACKS
+from bench.attackers_data import TLS
 from bench.probe import LAYOUT, Probe
 from bench.served import PAGE_BYTES, ROOT, ServedDaemon
 from kvferry_client import connect
-from kvferry_proto.control import Status
 
 SECONDS = 10.0
 EVERY_S = 0.01
 TRANSFERS = 500  # of a bystander: what operators ask for has to be worth something
 BEFORE_S = 1.0
-REFUSED = ("over", "cut", "refused", "bad_messages")
+POOL_TOKENS = 1 << 15  # attackers have layouts of their own, and pools
+BUDGET_BYTES = 1 << 28
 
 
 class Cost(NamedTuple):
@@ -36,7 +40,9 @@ class Cost(NamedTuple):
     p50_ms: float
     p99_ms: float
     max_ms: float
-    refused: dict[str, int]
+    cpu_s: float  # of the daemon, meanwhile
+    turn_ms: float  # CPU of its loop's longest turn
+    counted: dict[str, int]  # by it: what it refused, and what it did
 
 
 def own_mib(pid: int) -> float:
@@ -51,55 +57,95 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def measure(name: str, seconds: float) -> Cost:
-    """Run one attack; an empty name: none."""
+class Attacked:
+    """A daemon that can be attacked."""
+
+    def __init__(self, daemon: ServedDaemon, data_port: int, http_port: int) -> None:
+        self.daemon = daemon
+        self._where = [str(daemon.directory), daemon.address, str(data_port), str(http_port)]
+
+    @contextmanager
+    def by(self, name: str) -> Iterator[None]:
+        """Somebody attacks meanwhile; RuntimeError if he stopped by himself, or found a fault."""
+        command = [sys.executable, "-m", "bench.attackers", name, *self._where]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as attacker:
+            assert attacker.stdout is not None
+            try:
+                has_begun = attacker.stdout.readline()  # a slow machine takes seconds to start it
+                if has_begun:
+                    yield
+                ended = attacker.poll() if has_begun else attacker.wait()
+            finally:
+                attacker.kill()
+        if ended is not None:
+            raise RuntimeError(f"the attacker of {name} ended by itself: exit code {ended}")
+        log = self.daemon.log_path.read_text()
+        if "Traceback" in log:
+            raise RuntimeError(f"{name} led to an exception in the daemon:\n{log}")
+
+
+@contextmanager
+def attackable(name: str) -> Iterator[Attacked]:
+    """A daemon for this attack, with a bystander who has some transfers."""
     data_port, http_port = free_port(), free_port()
-    ports = {"data_port": data_port, "http_port": http_port}
+    flags = {
+        "budget_bytes": BUDGET_BYTES,
+        "pool_tokens": POOL_TOKENS,
+        "window_tokens": LAYOUT.block_size_tokens,
+        "payload_encryption": "tls" if name in TLS else "off",
+    }
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm") as root,
-        ServedDaemon(Path(root) / "a", budget_bytes=64 << 20, window_tokens=16, **ports) as daemon,
+        ServedDaemon(Path(root) / "a", data_port=data_port, http_port=http_port, **flags) as daemon,
         connect(daemon.directory, LAYOUT, "bystander") as bystander,
     ):
         for number in range(TRANSFERS):
-            bystander.send(f"bystander-{number}", window_tokens=16)
+            bystander.send(f"bystander-{number}", window_tokens=LAYOUT.block_size_tokens)
+        yield Attacked(daemon, data_port, http_port)
+
+
+def measure(name: str, seconds: float) -> Cost:
+    """Run one attack; an empty name: none."""
+    with attackable(name) as attacked:
+        daemon = attacked.daemon
         probe = Probe(daemon.directory, EVERY_S)
         probe.start()
         time.sleep(BEFORE_S)
         pid = daemon.process.pid
         base = peak = own_mib(pid)
+        counters, cpu_s = daemon.status().counters, daemon.facts().cpu_s
         probe.seconds.clear()
-        where = [str(daemon.directory), daemon.address, str(data_port), str(http_port)]
-        command = [sys.executable, "-m", "bench.attackers", name, *where]
-        attacker = subprocess.Popen(command, cwd=ROOT) if name else None
-        until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s:
-            peak = max(peak, own_mib(pid))
-            time.sleep(EVERY_S)
-        if attacker is not None:
-            attacker.kill()
-            attacker.wait()
-        waited = probe.result()
+        try:
+            with attacked.by(name) if name else nullcontext():
+                until_s = time.monotonic() + seconds
+                while time.monotonic() < until_s:
+                    peak = max(peak, own_mib(pid))
+                    time.sleep(EVERY_S)
+        finally:  # it ends with that
+            waited = probe.result()
+        cpu_s = daemon.facts().cpu_s - cpu_s
         time.sleep(BEFORE_S)
-        after = own_mib(pid)
+        status = daemon.status()
+        assert status.loop is not None
+        assert status.loop.turns is not None
         return Cost(
             name or "none",
             base,
             peak,
-            after,
+            own_mib(pid),
             waited["lag_p50_ms"],
             waited["lag_p99_ms"],
             waited["lag_max_ms"],
-            refused(daemon.status()),
+            round(cpu_s, 2),
+            status.loop.turns.work_max_ms,
+            grown(counters, status.counters),
         )
 
 
-def refused(status: Status) -> dict[str, int]:
-    """The counters that tell of it."""
-    return {
-        name: count
-        for name, count in status.counters.items()
-        if count and any(word in name for word in REFUSED)
-    }
+def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """The counters that did, and by how much."""
+    more = {name: count - before.get(name, 0) for name, count in after.items()}
+    return {name: count for name, count in more.items() if count > 0}
 
 
 def table(costs: list[Cost]) -> str:

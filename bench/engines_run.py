@@ -146,7 +146,7 @@ def run(*, is_short: bool) -> dict[str, Any]:
             try:
                 with ExitStack() as stack:
                     way = make(path, model, stack)
-                    measure(way, name, prompts(tokens, rounds), measured[name])
+                    measure(way, name, prompts(tokens, rounds), measured[name], path)
                     if name == "kvferry":
                         alone_ms = [alone(way.decode, one) for one in prompts(tokens, rounds, 1000)]
                     for number in range(1 if is_short else PINNED_ROUNDS):
@@ -163,11 +163,14 @@ def prompts(tokens: int, rounds: int, first: int = 0) -> list[list[int]]:
     return [prompt(tokens, seed=first + number) for number in range(rounds)]
 
 
-def measure(way: Way, name: str, asked: list[list[int]], into: Measured) -> None:
-    """Every prompt, behind one that connects."""
-    hand_over(way, prompt(len(asked[0]), seed=-1), f"{name}-first", Measured())
-    for number, tokens in enumerate(asked):
-        hand_over(way, tokens, f"{name}-{number}", into)
+def measure(way: Way, name: str, asked: list[list[int]], into: Measured, path: Path) -> None:
+    """Every prompt, behind one that connects; who gives other tokens pins blocks all the same."""
+    try:
+        hand_over(way, prompt(len(asked[0]), seed=-1), f"{name}-first", Measured())
+        for number, tokens in enumerate(asked):
+            hand_over(way, tokens, f"{name}-{number}", into)
+    except AssertionError as error:
+        into.why = _reason(path, error)
 
 
 def alone(engine: Engine, tokens: list[int]) -> float:
@@ -182,15 +185,19 @@ def figures(measured: dict[str, Measured], alone_ms: list[float], tokens: int) -
     assert ours.why is None, ours.why
     found: dict[str, Any] = {"tokens": tokens, "alone_first_token_ms": spread(alone_ms)}
     for name, one in measured.items():
-        for key in ("first_token_ms", "prefill_ms", "pinned_s"):
+        for key in ("first_token_ms", "prefill_ms"):
             found[f"{name}_{key}"] = absent(one.why) if one.why else spread(getattr(one, key))
+        pinned = one.pinned_s
+        found[f"{name}_pinned_s"] = spread(pinned) if pinned else absent(one.why or "not measured")
         if one is ours:
             continue
         both = ours.first_token_ms, one.first_token_ms
         found[f"kvferry_to_{name}_first_token"] = absent(one.why) if one.why else ratios(*both)
     nixl = measured["nixl"]
     found["pinned_nixl_to_kvferry"] = (
-        absent(nixl.why) if nixl.why else ratios(nixl.pinned_s, ours.pinned_s)
+        ratios(nixl.pinned_s, ours.pinned_s)
+        if nixl.pinned_s
+        else absent(nixl.why or "not measured")
     )
     return found
 

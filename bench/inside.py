@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvferry_daemon import daemon as daemon_module
+from kvferry_daemon import serve as serve_module
 from kvferry_daemon.config import Config
 from kvferry_daemon.core.allowance import Allowances
 from kvferry_daemon.daemon import Daemon
@@ -101,7 +101,7 @@ def serve(tell: Callable[[Daemon], Mapping[str, Any]]) -> None:
             beside.write_text(json.dumps(tell(self)))
             beside.rename(path)
 
-    daemon_module.Daemon = Watched  # type: ignore[misc]
+    serve_module.Daemon = Watched  # type: ignore[attr-defined]
     from kvferry_daemon.command import main
 
     main()

@@ -34,6 +34,7 @@ from typing import Any
 from bench.soak_traffic import Traffic
 from bench.soak_worker import BLOCK_TOKENS, WINDOW_TOKENS
 from bench.watched import WatchedDaemon
+from kvferry_daemon.core import shape, timers
 from kvferry_daemon.ledger import rows_of
 
 GROWTH_BYTES_MAX = 2 << 20
@@ -41,8 +42,8 @@ SAMPLE_S = 0.5
 LOOK_S = 0.25
 SPARE_S = 3.0
 POOL_BLOCKS = 160
-# Grows and shrinks by sweeps: bounded by this and twice what is due.
-SPARE = {"node._timers": 256}
+# What is bounded by itself: wake-ups that are swept out, and layouts that were found to be good ones.
+SPARE = {"node.timers._heap": timers.SPARE, "Side": shape.SIDES_MAX}
 
 
 @dataclass(frozen=True)

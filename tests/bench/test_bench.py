@@ -18,13 +18,18 @@ import torch
 from bench.__main__ import PARTS
 from bench.plot import svg
 from bench.table import (
+    ALL,
     NOTE,
+    OURS_GO_BY,
     Refused,
     live_rows,
     markdown,
+    missed_by,
     newest,
     put_into,
     refuse_disturbed,
+    short,
+    texts,
     with_replay,
 )
 
@@ -145,12 +150,68 @@ def test_the_table_goes_between_the_markers(result: Any) -> None:
     begin, end = "<!-- x -->\n", "<!-- /x -->\n"
     text = put_into(f"a\n{begin}old\n{end}b\n", table, "x")
     assert text == f"a\n{begin}{table}{end}b\n"
-    readme = (TOP / "README.md").read_text()
-    for name in ("bench", "replay"):
-        assert put_into(readme, table, name).count(table) == 1
-    assert (
-        put_into((TOP / "docs" / "performance.md").read_text(), table, "replay").count(table) == 1
-    )
+
+
+def test_each_table_goes_into_its_page(result: Any, tmp_path: Path) -> None:
+    path = tmp_path / "replay-2026-11-27-x.json"
+    path.write_text(json.dumps(replay_of(8, (8,))))
+    judged = with_replay(result, path)
+    made = {str(page.relative_to(TOP)): text for page, text in texts(result, path).items()}
+    assert made.keys() == {"README.md", "docs/performance.md", "bench/pieces.svg", "bench/live.svg"}
+    tables = (short(judged), markdown(judged), replayed.markdown(path))
+    there = {name: [text.count(table) for table in tables] for name, text in made.items()}
+    assert there["README.md"] == [1, 0, 0]
+    assert there["docs/performance.md"] == [0, 1, 1]
+
+
+def test_what_is_committed_is_what_the_newest_result_says() -> None:
+    for path, text in texts(json.loads(newest().read_text()), replayed.newest()).items():
+        assert path.read_text() == text, f"{path}: python -m bench.table"
+
+
+def row(value: float | str, aim: str, reached: bool | None) -> dict[str, Any]:
+    """A figure as `aims.judge` has it."""
+    return {"words": f"w {value} {aim}", "value": value, "aim": aim, "reached": reached}
+
+
+def test_the_readme_counts_aims_and_names_those_that_were_missed_by_most(result: Any) -> None:
+    told = [
+        row(2.0, "<= 1", False),
+        row(0.1, ">= 1", False),
+        row(1, "<= 0", False),
+        row(3.0, "< 3", False),
+        row(5.0, "<= 1", False),
+        row(0, ">= 2", False),
+        *(row(1.0, ">= 0.5", True), row("absent", ">= 1", None), row(4.0, "timed", None)),
+    ]
+    words = short({**result, "aims": told})
+    assert "\nAims reached on this machine: 1 of 7; figures that could not be measured" in words
+    assert " on it: 1. All of them: " in words
+    assert [line for line in words.splitlines() if line.startswith("- ")] == [
+        "- w 1 <= 0: 1, aim <= 0",
+        "- w 0 >= 2: 0, aim >= 2",
+        "- w 0.1 >= 1: 0.1, aim >= 1",
+        "- w 5.0 <= 1: 5, aim <= 1",
+    ]
+    assert missed_by(told[0]) == 2
+    reached = short({**result, "aims": told[-3:]})
+    assert "\nAims reached on this machine: 1 of 1; " in reached
+    assert reached.endswith(f"[docs/performance.md]({ALL}).\n")
+
+
+def test_the_readme_has_the_ways_that_were_measured(result: Any) -> None:
+    parts = json.loads(json.dumps(result["parts"]))
+    for size in (one for name, one in parts["pieces"].items() if name.endswith("_KiB")):
+        for name in pieces.PEERS:
+            size[f"{name}_gb_per_s"] = {"absent": "not installed"}
+        size["nixl_read_gb_per_s"] = {"median": 1.5, "min": 1, "max": 2}
+    machine = {**result["machine"], "tcp_congestion_control": "bbr"}
+    words = short({**result, "parts": parts, "machine": machine})
+    names = re.findall(r"^\| ([^|]+?) \|", words, re.MULTILINE)
+    assert names == ["raw TCP", "**kvferry tcp**", "**kvferry tcp, checksum**", "NIXL READ, tcp"]
+    assert "here bbr, the others by reno" in words
+    reno = short({**result, "machine": {**machine, "tcp_congestion_control": OURS_GO_BY}})
+    assert OURS_GO_BY not in reno
 
 
 def test_polls_and_chunks_are_drawn_by_how_many_are_live(result: Any) -> None:
@@ -180,7 +241,10 @@ def test_a_disturbed_result_is_refused_by_the_table(result: Any) -> None:
 def test_the_command_refuses_it_but_for_anyway(result: Any, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps({**result, "others_cores": 1.0}))
-    before = {name: (TOP / name).read_bytes() for name in ("README.md", "bench/pieces.svg")}
+    before = {
+        name: (TOP / name).read_bytes()
+        for name in ("README.md", "docs/performance.md", "bench/pieces.svg")
+    }
     command = [sys.executable, "-m", "bench.table", str(path)]
     done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
     assert done.returncode == 1
