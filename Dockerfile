@@ -1,6 +1,6 @@
 # The daemon alone: no compiler, no root.
-#   docker build --build-arg COMMIT=$(git rev-parse HEAD) -t kvferry .
-#   docker build --build-arg EXTRAS="nixl" --build-arg TORCH="torch" -t kvferry-cuda .
+#   make image
+#   make image IMAGE=kvferry-cuda EXTRAS=nixl TORCH=torch
 # Every package has to be the one whose hash is in deploy/ (`make requirements` renews them), but for
 # what EXTRAS and TORCH add: those have the versions of constraints.txt, and no hashes.
 # Without TORCH there is none: pools lie in host memory. COMMIT is what `kvferry version` shows.

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-vllm-short check audit sbom requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-vllm-upstream test-sglang docs manifests clean
+.PHONY: demo test test-vllm-short check audit sbom image requirements bench bench-peers soak sim faults fuzz model man gpu test-vllm test-vllm-upstream test-sglang docs manifests clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
@@ -39,6 +39,20 @@ sbom: .venv-supply/installed
 	mkdir -p build
 	.venv-supply/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application \
 	  --output-reproducible --output-format JSON --output-file build/sbom.json deploy/requirements.txt
+
+# The daemon's image, kvferry:VERSION, by the first of three builders that is there. What can be
+# set: deploy/README.md. In any format but docker's, podman and buildah would keep no HEALTHCHECK.
+BUILDER = $(firstword $(foreach one,docker podman buildah,$(if $(shell command -v $(one) 2> /dev/null),$(one))))
+IMAGE = kvferry
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+COMMIT = $(if $(wildcard .git),$(shell git rev-parse HEAD 2> /dev/null))
+build_arg = $(if $(2),--build-arg $(1)='$(2)')
+BUILD_ARGS = $(call build_arg,COMMIT,$(COMMIT)) $(call build_arg,PYTHON,$(BASE)) \
+	$(call build_arg,EXTRAS,$(EXTRAS)) $(call build_arg,TORCH,$(TORCH)) \
+	$(call build_arg,PIP_EXTRA_INDEX_URL,$(TORCH_INDEX))
+image:
+	$(if $(BUILDER),,$(error none of docker, podman and buildah is installed, and one of them builds the image))
+	BUILDAH_FORMAT=docker $(BUILDER) build --tag $(IMAGE):$(VERSION) $(strip $(BUILD_ARGS) $(ARGS)) .
 
 # The image's packages and what builds it, with the hashes of their files, after a change of
 # pyproject.toml or constraints.txt: minutes, and it needs the network.

@@ -25,6 +25,7 @@ class Pair:
         self._news = asyncio.Event()
         self.may_prefill = asyncio.Event()
         self.prefill_fails = False
+        self.holds_retry = False  # whoever asks prefill after a failure waits
         self.sends = True  # prefill has a daemon
         self.may_decode = asyncio.Event()
         self.left = 0  # requests that the router went away from
@@ -37,6 +38,8 @@ class Pair:
         await self._wait(self.may_prefill)
         if self.prefill_fails:
             self.prefill_fails = False
+            if self.holds_retry:
+                self.may_prefill.clear()
             return web.json_response({"error": "no"}, status=500)
         params = {**TOLD, "transfer_id": told["transfer_id"], "attempt": told["attempt"]}
         sent = {**params, "source": self.source} if self.sends else None
@@ -67,14 +70,17 @@ class Pair:
 
 
 @asynccontextmanager
-async def routed(proxy: Any, pair: Pair) -> AsyncIterator[Callable[[], Coroutine[Any, Any, int]]]:
-    """Asks the router before two engines, and says with what status it answered."""
+async def routed(
+    proxy: Any, pair: Pair, prefills: tuple[str, ...] = ("p",)
+) -> AsyncIterator[Callable[[], Coroutine[Any, Any, int]]]:
+    """Asks the router before engines of two kinds, and says with what status it answered."""
     engines = web.Application()
-    engines.router.add_post("/p" + PATH, pair.prefill)
+    for name in prefills:
+        engines.router.add_post(f"/{name}{PATH}", pair.prefill)
     engines.router.add_post("/d" + PATH, pair.decode)
     async with serving(engines) as port:
         url = f"http://127.0.0.1:{port}"
-        app = proxy.application([f"{url}/p"], [f"{url}/d"])
+        app = proxy.application([f"{url}/{name}" for name in prefills], [f"{url}/d"])
         async with serving(app) as router, ClientSession() as client, asyncio.timeout(30):
 
             async def asks() -> int:
@@ -121,6 +127,31 @@ def test_decodes_request_of_a_failed_prefill_is_ended(proxy: Any) -> None:
             pair.may_prefill.set()
             await pair.wait_for(("prefill", 1, None), ("decode", 1, "tcp://a:1"))
             assert pair.left == 1
+            pair.may_decode.set()
+            assert await answer == 200
+
+    asyncio.run(scene())
+
+
+def test_a_retry_asks_prefill_first_though_its_source_is_known(proxy: Any) -> None:
+    """It goes to another prefill engine, and what is known of that may be as old."""
+
+    async def scene() -> None:
+        pair = Pair()
+        async with routed(proxy, pair, prefills=("p", "q")) as asks:
+            for _ in range(2):
+                await asks()
+            pair.asked.clear()
+            pair.may_prefill.clear()
+            pair.may_decode.clear()
+            answer = asyncio.create_task(asks())
+            await pair.wait_for(("prefill", 0, None), ("decode", 0, "tcp://a:1"))
+            pair.prefill_fails = pair.holds_retry = True
+            pair.may_prefill.set()
+            await pair.wait_for(("prefill", 1, None))
+            pair.source = "tcp://a:2"
+            pair.may_prefill.set()
+            await pair.wait_for(("decode", 1, "tcp://a:2"))
             pair.may_decode.set()
             assert await answer == 200
 
