@@ -20,7 +20,8 @@ ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
 }
 # A step of a long prompt takes seconds here, in which a transfer does not move.
-FLAGS = {"window_tokens": 4096, "pool_tokens": 32_768, "lease_s": 15, "stall_s": 30}
+# Nor is the engine's thread for moving bytes always let run.
+FLAGS = {"window_tokens": 4096, "pool_tokens": 32_768, "lease_s": 15, "stall_s": 30, "lost_s": 10}
 OPTIONS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "chunked_prefill_size": 2048,

@@ -8,7 +8,7 @@ from typing import Any
 from live import LiveDaemon
 from vllm_live.engines import Answer
 
-FLAGS = {"window_tokens": 4096, "pool_tokens": 32_768, "lease_s": 8, "stall_s": 8}
+FLAGS = {"window_tokens": 4096, "pool_tokens": 32_768, "lease_s": 8, "stall_s": 8, "lost_s": 6}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -49,7 +49,7 @@ def test_a_prefix_that_another_request_computes_in_the_same_step(
     ]
     told = [answer.result()["params"] for answer in asked]
     cached = [answer.result()["cached"] for answer in asked]
-    assert cached == [0] + (AT_ONCE - 1) * [shared_tokens], "or nothing was tried"
+    assert sorted(cached) == [0] + (AT_ONCE - 1) * [shared_tokens], "or nothing was tried"
     assert busy.result()["reason"] == "length"
     got = []
     for one, params in zip(prompts, told, strict=True):
