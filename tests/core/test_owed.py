@@ -1,122 +1,16 @@
-"""What thousands of transfers hear at once: a dead worker's, a lost link's. And what comes between."""
+"""The death of a worker with many transfers, told a few of them a turn, and what comes between."""
 
 from dataclasses import replace
-from typing import Any
 
-import pytest
-
+from core.deaths import DYING, MANY, NEW, OTHER, Deaths, dying, key_of, live, pull_of, worker_layout
 from kvferry_daemon.core import outside as out
 from kvferry_daemon.core.blocks import PASSED_MAX
-from kvferry_daemon.core.events import (
-    Done,
-    Fail,
-    Key,
-    NewsLost,
-    PeerDown,
-    PeerUp,
-    Pulled,
-    Slept,
-)
-from kvferry_daemon.core.node import EXPIRED_A_TURN, OWED_A_TURN, Node
-from kvferry_daemon.core.owed import Owed
+from kvferry_daemon.core.events import Key, PeerUp
+from kvferry_daemon.core.node import OWED_A_TURN, Node
 from kvferry_daemon.core.past import Past
-from kvferry_daemon.core.peer_effects import Say
-from kvferry_daemon.core.timers import A_TURN
-from kvferry_daemon.core.unmet import KEPT_LEASES
 from kvferry_proto import peer, worker
-from kvferry_proto.errors import Code
 from kvferry_proto.states import Role, State
-from world import BLOCK, Machine, World
-
-MANY = 200
-DYING, OTHER, NEW = b"the worker that dies", b"another worker", b"a new worker"
-
-
-class Deaths(World):
-    """One daemon with a worker of many sources, each of a block as long as there are any."""
-
-    def __init__(self, count: int = MANY) -> None:
-        super().__init__(blocks=64)
-        self.count = count
-        self.ledger: dict[str, bytes] = {}
-        self.seen: list[out.NodeEffect] = []
-        settings = replace(self.node.settings, transfers_max=2000)
-        self.machines = {"a": Machine(Node(settings, self._secret, 1, 0.0))}
-        self.session = self.hello("a", DYING).session
-        for number in range(count):
-            self.call("a", DYING, worker.Send(transfer_id=f"t{number}", window_tokens=BLOCK))
-        self.seen.clear()
-
-    @property
-    def node(self) -> Node:
-        return self.machines["a"].node
-
-    @property
-    def left(self) -> int:
-        """Of the dead worker's transfers those that are live."""
-        return sum(not one.ended for one in self.node.transfers.values())
-
-    def die(self, session: str | None = None) -> None:
-        self.feed("a", out.LockDropped(session or self.session))
-
-    def turn(self) -> None:
-        assert self.node.wake_at_s <= self.now_s
-        self.feed("a", out.TimePassed())
-
-    def finish(self) -> int:
-        """Let it come to its end, in no time; return how many turns that took."""
-        turns = 0
-        while self.node.owed:
-            self.turn()
-            turns += 1
-        return turns
-
-    def _perform(self, name: str, me: Machine, effect: out.NodeEffect) -> list[out.NodeEvent]:
-        self.seen.append(effect)
-        if isinstance(effect, out.Write):
-            for row, body in effect.rows:
-                if body is None:
-                    self.ledger.pop(row, None)
-                else:
-                    self.ledger[row] = body
-        return super()._perform(name, me, effect)
-
-    def ended_of(self, number: int) -> tuple[State, str]:
-        """How one is remembered."""
-        stone = self.node.tombstones.get(key_of(number))
-        assert stone is not None, number
-        error = stone.snapshot.error
-        return stone.snapshot.state, error.code if error else ""
-
-    def check_end(self) -> None:
-        """Nothing is left of the dead."""
-        assert not self.node.owed
-        assert not self.node.workers.dying
-        assert self.blocks_free("a")
-        assert {self.ended_of(n)[0] for n in range(self.count)} == {State.FAILED}
-        assert f"session:{self.session}" not in self.ledger
-        assert self.seen.count(out.ForgetWorker(self.session)) == 1
-
-
-def key_of(number: int) -> Key:
-    return Key(Role.SOURCE, f"t{number}", 0)
-
-
-def live(world: Deaths) -> int:
-    """The number of one that has not heard yet."""
-    number = next(n for n in reversed(range(MANY)) if key_of(n) in world.node.transfers)
-    assert not world.node.transfers[key_of(number)].ended
-    return number
-
-
-def dying() -> Deaths:
-    """Some have heard and most have not."""
-    world = Deaths()
-    world.die()
-    for _ in range(10):
-        world.turn()
-    assert world.left == MANY - 11 * OWED_A_TURN
-    return world
+from world import BLOCK, Machine
 
 
 def test_the_death_of_a_worker_with_many_transfers_takes_several_turns() -> None:
@@ -206,10 +100,6 @@ def test_nobody_comes_back_as_the_dead_one() -> None:
     assert world.hello("a", DYING).session != world.session
 
 
-def worker_layout(world: World) -> Any:
-    return next(iter(world.machines["a"].node.books.values())).layout
-
-
 def test_a_new_worker_is_served_and_may_retry_what_has_not_heard_yet() -> None:
     world = dying()
     number = live(world)
@@ -224,20 +114,6 @@ def test_a_new_worker_is_served_and_may_retry_what_has_not_heard_yet() -> None:
     world.call("a", NEW, worker.Abort(transfer_id=f"t{number}", attempt=1, role=Role.SOURCE))
     world.call("a", NEW, worker.Release(transfer_id=f"t{number}", attempt=1, role=Role.SOURCE))
     world.check_end()
-
-
-def pull_of(world: World, number: int) -> peer.Pulls:
-    pull = peer.Pull(
-        transfer_id=f"t{number}",
-        attempt=0,
-        number=1,
-        handle=0,
-        layout_digest=worker_layout(world).digest,
-        start_tokens=0,
-        acked_tokens=0,
-        want=[],
-    )
-    return peer.Pulls(source_boot_id="a" * 16, sink_boot_id="b" * 16, pulls=[pull])
 
 
 def test_a_sink_that_asks_for_one_hears_how_it_ended() -> None:
@@ -364,97 +240,3 @@ def test_a_rank_that_lives_hears_of_the_one_that_died() -> None:
     world.call("a", OTHER, worker.Release(transfer_id="group", role=Role.SOURCE, rank=1))
     world.finish()
     world.check_end()
-
-
-def open_sinks(world: Deaths) -> None:
-    """Many of one source."""
-    for number in range(MANY):
-        call = worker.Receive(transfer_id=f"t{number}", source="tcp://b:1", window_tokens=BLOCK)
-        world.call("a", DYING, call)
-
-
-@pytest.mark.parametrize("turns", [0, 3])
-def test_a_link_that_is_lost_and_comes_back_asks_in_slices(turns: int) -> None:
-    """Many sinks of one source, and no turn in which all of them ask."""
-    world = Deaths(0)
-    node = world.node
-    open_sinks(world)
-    sinks = node.sinks._sinks_of["tcp://b:1"]
-    node.tell(sinks, PeerUp())
-    for _ in range(turns):
-        world.turn()
-    node.tell(sinks, PeerDown())
-    world.finish()
-    assert not any(getattr(one, "peer_up", True) for one in node.transfers.values())
-    node.sinks.peers["tcp://b:1"].state = "up"
-    node.sinks.peers["tcp://b:1"].boot_id = "b" * 16
-    node.tell(sinks, PeerUp())
-    asked = 0
-    while node.owed:
-        world.seen.clear()
-        world.turn()
-        said = [one.message for one in world.seen if isinstance(one, Say)]
-        pulls = sum(len(one.pulls) for one in said if isinstance(one, peer.Pulls))
-        assert pulls <= OWED_A_TURN + A_TURN
-        asked += pulls
-    assert asked >= MANY
-    world.die()
-    world.finish()
-    assert not [one for one in node.transfers.values() if not one.ended]
-
-
-def test_many_that_are_to_be_forgotten_at_one_moment_are_so_in_several_turns() -> None:
-    """Tombstones of a death, and sinks that no source has come for."""
-    world = Deaths(0)
-    node, many, timing = world.node, 3 * EXPIRED_A_TURN - 1, world.node.settings.timing
-    for number in range(many):
-        node.tombstones.add_unknown(key_of(number), Done(State.FAILED, None), 0.0)
-        pull = pull_of(world, many + number).pulls[0]
-        node.sources.unmet.answer(key_of(many + number), Pulled("b" * 16, "b" * 16, pull))
-    for kept_s, what in (
-        (KEPT_LEASES * timing.lease_s, "unmet"),
-        (timing.tombstone_s, "stones"),
-    ):
-        world.now_s = kept_s
-        for left in (2 * EXPIRED_A_TURN - 1, EXPIRED_A_TURN - 1, 0):
-            world.turn()
-            assert left == len(node.sources.unmet if what == "unmet" else node.tombstones)
-        assert node.wake_at_s > world.now_s
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_who_had_not_heard_all_before_we_slept_has_not_been_silent_either(told: bool) -> None:
-    """What else is owed brings the time: it must not come before the news of the sleep."""
-    world = Deaths(0)
-    node = world.node
-    open_sinks(world)
-    node.tell(node.sinks._sinks_of["tcp://b:1"], PeerUp())
-    world.turn()
-    if told:
-        world.finish()
-    world.now_s += 2 * node.settings.timing.stall_s
-    world.feed("a", out.TimePassed())
-    world.finish()
-    assert node.counters["slept"] == 1
-    assert [one.state for one in node.transfers.values()] == [State.BOOTSTRAPPING] * MANY
-
-
-def test_what_a_source_says_again_and_again_is_owed_once() -> None:
-    owed, one = Owed(), key_of(1)
-    slept, down = Slept(1.0), PeerDown()
-    for event in (NewsLost(), down, NewsLost(), slept, slept, Fail(Code.ABORTED, "a")):
-        owed.add({one: None}, event)
-    owed.add({one: None}, Fail(Code.ABORTED, "b"))
-    assert owed.take(one) == (slept, slept, NewsLost(), down, Fail(Code.ABORTED, "a"))
-
-
-def test_what_is_owed_is_heard_in_the_order_of_coming() -> None:
-    owed, one, other = Owed(), key_of(1), key_of(2)
-    owed.add({one: None, other: None}, "first")
-    owed.add({one: None}, "second")
-    assert owed.first(1) == [one]
-    assert owed.take(one) == ("first", "second")
-    assert owed.take(one) == ()
-    owed.add({one: None}, "third")
-    assert owed.first(2) == [other, one]
-    assert len(owed) == 2

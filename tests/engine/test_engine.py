@@ -1,38 +1,15 @@
 """The contract for engines, over two real daemons, with pages that nobody but us writes."""
 
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from engine.pages import Pages, two_engines
-from kvferry_client import FerryError
 from kvferry_client.engine import NO_BLOCK, Ferry, layout_of
-from kvferry_client.engine_sides import Side
 from kvferry_client.paged import PagedCache
 from live import BLOCK, WAIT_S, WINDOW, LiveDaemon
 
 TOKENS = 5 * WINDOW + 3  # more than a window, and no whole block of either side
-
-
-@pytest.fixture
-def a(tmp_path: Path) -> Iterator[LiveDaemon]:
-    """The source's daemon."""
-    with LiveDaemon(tmp_path / "a") as daemon:
-        yield daemon
-        daemon.wait_until_free()
-        assert "Traceback" not in daemon.log()
-
-
-@pytest.fixture
-def b(tmp_path: Path) -> Iterator[LiveDaemon]:
-    """The sink's daemon."""
-    with LiveDaemon(tmp_path / "b") as daemon:
-        yield daemon
-        daemon.wait_until_free()
-        assert "Traceback" not in daemon.log()
 
 
 @pytest.mark.parametrize("tokens", [1, BLOCK, WINDOW, TOKENS])
@@ -179,80 +156,6 @@ def test_what_nobody_wants_is_let_go_of_at_once(a: LiveDaemon, b: LiveDaemon) ->
         a.wait_until_free()
 
 
-def test_daemons_that_are_killed_in_the_middle_go_on(tmp_path: Path) -> None:
-    a, b = LiveDaemon(tmp_path / "a"), LiveDaemon(tmp_path / "b")
-    prefill, decode = Pages(), Pages()
-    with two_engines(a, b, prefill, decode) as (source, sink):
-        table, theirs = prefill.take(TOKENS), decode.take(TOKENS)
-        outgoing = source.send("t", total_tokens=TOKENS)
-        incoming = sink.receive(
-            "t", source=a.address, tables=[theirs], first_token=0, end_token=TOKENS
-        )
-        prefill.compute(table, 0, TOKENS)
-        outgoing.computed([table], 100)
-        b.wait_for_transfer("t", lambda seen: seen.snapshot.sent_tokens > 0)
-        flags = {**a.flags, "peer_port": int(a.address.rpartition(":")[2])}
-        a.process.kill()
-        b.process.kill()
-        a.process.wait()
-        outgoing.computed([table], TOKENS)
-        with LiveDaemon(a.directory, **flags) as new_a, b.again() as new_b:
-            assert incoming.wait(WAIT_S)
-            assert outgoing.wait(WAIT_S)
-            assert outgoing.error is incoming.error is None
-            assert decode.wrong(theirs, 0, TOKENS) == []
-            new_a.wait_until_free()
-            new_b.wait_until_free()
-    a.stop()
-
-
-def test_a_daemon_that_was_away_for_long_gets_its_blocks_back(tmp_path: Path) -> None:
-    """The engine is let go of at once when its calls fail; the daemon when it is back."""
-    a = LiveDaemon(tmp_path / "a")
-    prefill = Pages()
-    with prefill.ferry(a.directory) as source:
-        table = prefill.take(TOKENS)
-        prefill.compute(table, 0, TOKENS)
-        outgoing = source.send("t", total_tokens=TOKENS)
-        a.wait_for_transfer("t", lambda seen: True)
-        a.stop()
-        outgoing.computed([table], TOKENS)
-        assert outgoing.wait(WAIT_S)
-        assert outgoing.error is not None
-        assert outgoing.error.code == "daemon_unreachable"
-        with a.again() as back:
-            (was,) = back.transfers("t")
-            assert not was.ended
-            back.wait_until_free(2 * WAIT_S)
-
-
-@pytest.mark.parametrize("role", ["send", "receive"])
-def test_a_transfer_whose_opening_was_not_heard_of_is_let_go_of(tmp_path: Path, role: str) -> None:
-    """The daemon stood still for longer than the engine waits, and did what it was asked then."""
-    prefill = Pages()
-    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as ferry:
-        a.wait_for_workers(1)
-        table = prefill.take(TOKENS)
-        a.pause()
-        side: Side
-        if role == "send":
-            side = sending = ferry.send("t", total_tokens=None)
-        else:
-            side = ferry.receive(
-                "t", source=a.address, tables=[table], first_token=0, end_token=TOKENS
-            )
-        assert side.wait(WAIT_S)
-        if role == "send":
-            sending.computed([table], TOKENS, are_all=True)  # an engine does not stop at once
-        assert side.error is not None
-        assert side.error.code == "daemon_unreachable"
-        a.resume()
-        until_s = time.monotonic() + 2 * WAIT_S
-        while sum(a.status().transfers.values()) < 1 or a.status().unsettled:
-            assert time.monotonic() < until_s, a.status()
-            time.sleep(0.02)
-
-
 def test_a_failed_attempt_is_tried_again(a: LiveDaemon, b: LiveDaemon) -> None:
     prefill, decode = Pages(), Pages()
     with two_engines(a, b, prefill, decode) as (source, sink):
@@ -343,56 +246,6 @@ def test_what_is_of_another_model_is_not_written(
             assert incoming.error.code == "payload_mismatch"
             assert "t: model: one at the source, two here" in str(incoming.error)
         assert not any(plane.tensor.any() for plane in decode.layers.values())
-
-
-def test_a_daemon_may_come_after_its_engine(tmp_path: Path) -> None:
-    directory = tmp_path / "a"
-    prefill = Pages()
-    with Ferry(directory, prefill.layout, [PagedCache(prefill.layers)]) as ferry:
-        table = prefill.take(5)
-        outgoing = ferry.send("t", total_tokens=5)
-        outgoing.computed([table], 5)
-        assert not ferry.wait_until_joined(0.1)
-        assert ferry.peer_address is None
-        with LiveDaemon(directory) as daemon:
-            assert outgoing.wait(WAIT_S)
-            assert outgoing.error is None
-            assert ferry.peer_address == daemon.address
-
-
-def test_without_a_daemon_transfers_end_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kvferry_client.engine_thread.JOIN_WAIT_S", 0.2)
-    prefill = Pages()
-    with Ferry(tmp_path / "a", prefill.layout, [PagedCache(prefill.layers)]) as ferry:
-        outgoing = ferry.send("t", total_tokens=5)
-        assert outgoing.wait(WAIT_S)
-        assert isinstance(outgoing.error, FerryError)
-        assert outgoing.error.code == "daemon_unreachable"
-        assert str(tmp_path / "a") in str(outgoing.error)
-
-
-def test_closing_ends_all_that_is_under_way(a: LiveDaemon) -> None:
-    prefill = Pages()
-    with prefill.ferry(a.directory) as ferry:
-        sides = [ferry.send(f"t{number}", total_tokens=9) for number in range(50)]
-    assert all(side.error is not None and side.error.code == "aborted" for side in sides)
-    a.wait_for_workers(0)
-    assert not [one for one in threading.enumerate() if one.name.startswith("kvferry")]
-
-
-@pytest.mark.timeout(60)
-def test_closing_does_not_wait_for_a_daemon_that_is_gone(tmp_path: Path) -> None:
-    prefill = Pages()
-    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as ferry:
-        table = prefill.take(TOKENS)
-        outgoing = ferry.send("t", total_tokens=TOKENS)
-        outgoing.computed([table], BLOCK)
-        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens == BLOCK)
-        a.stop()
-    assert outgoing.error is not None
-    assert outgoing.error.code == "aborted"
 
 
 @pytest.mark.parametrize("least", [TOKENS - 7, TOKENS])
