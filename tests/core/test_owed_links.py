@@ -4,7 +4,18 @@ import pytest
 
 from core.deaths import DYING, MANY, Deaths, key_of, pull_of
 from kvferry_daemon.core import outside as out
-from kvferry_daemon.core.events import Done, Fail, NewsLost, PeerDown, PeerUp, Pulled, Slept
+from kvferry_daemon.core.events import (
+    Done,
+    Fail,
+    NewsLost,
+    PeerDown,
+    PeerUp,
+    Pulled,
+    Slept,
+    StreamDown,
+    StreamKey,
+    StreamUp,
+)
 from kvferry_daemon.core.node import EXPIRED_A_TURN, OWED_A_TURN
 from kvferry_daemon.core.owed import Owed
 from kvferry_daemon.core.peer_effects import Say
@@ -108,3 +119,25 @@ def test_what_is_owed_is_heard_in_the_order_of_coming() -> None:
     owed.add({one: None}, "third")
     assert owed.first(2) == [other, one]
     assert len(owed) == 2
+
+
+def test_a_connection_that_comes_and_goes_again_and_again_is_owed_as_gone_once() -> None:
+    """A source can close its connections as often as it likes: a turn must not grow with that."""
+    owed, one = Owed(), key_of(1)
+    first = StreamKey("tcp://b:1", 0, 0)
+    owed.add({one: None}, StreamDown(first))
+    for number in range(1, 50):
+        owed.add({one: None}, StreamUp(first._replace(connection=number)))
+        owed.add({one: None}, StreamDown(first._replace(connection=number)))
+    last = StreamUp(first._replace(connection=50))
+    owed.add({one: None}, last)
+    assert owed.take(one) == (StreamDown(first), last)
+
+
+def test_of_those_that_are_owed_much_a_turn_pays_fewer() -> None:
+    owed, keys = Owed(), [key_of(number) for number in range(9)]
+    for event in (PeerUp(), PeerDown(), PeerUp()):
+        owed.add(dict.fromkeys(keys), event)
+    assert owed.first(6) == keys[:2]
+    assert owed.first(7) == keys[:3]
+    assert owed.first(1) == keys[:1]

@@ -1,6 +1,6 @@
 """Many that wait for a small pool: windows do not shrink to a block each, and nobody stands still."""
 
-from kvferry_daemon.core.blocks import SHARES, PoolBook
+from kvferry_daemon.core.blocks import OVERTAKEN_MAX, SHARES, PoolBook
 from kvferry_daemon.core.events import Key, WantBlocks
 from kvferry_daemon.core.pool import BlockPool, Lease
 from kvferry_proto import worker
@@ -19,9 +19,11 @@ class Waiting:
         self.book = PoolBook("p", "/p", "cpu", layout(), self.pool, QUOTA, QUOTA)
         (self.held,) = self.pool.grant(99, Role.SINK, QUOTA).leases
 
-    def want(self, name: str, blocks: int, *, urgent: bool = True, ranks: int = 1) -> None:
+    def want(
+        self, name: str, blocks: int, *, whole: bool = False, urgent: bool = True, ranks: int = 1
+    ) -> None:
         key = Key(Role.SINK, name, 0)
-        self.book.want(key, WantBlocks(blocks * ranks, urgent=urgent, ranks=ranks))
+        self.book.want(key, WantBlocks(blocks * ranks, whole, urgent, ranks))
 
     def free(self, blocks: int) -> None:
         rest = self.pool.free_front(self.held, blocks)
@@ -114,3 +116,19 @@ def _ready(world: World, name: str, tokens: int) -> None:
     call = worker.Ready(transfer_id=name, ready_tokens=tokens)
     world.call("a", b"source", call)
     world.settle()
+
+
+def test_who_comes_next_has_not_been_overtaken_because_the_one_before_him_was() -> None:
+    """Else all that can go on with less stand still for one who has only just come."""
+    waiting = Waiting()
+    waiting.want("gives up", QUOTA, whole=True)
+    waiting.want("comes next", QUOTA, whole=True)
+    for number in range(OVERTAKEN_MAX):
+        waiting.want(f"small {number}", 1)
+        waiting.free(1)
+        assert waiting.given() == [(f"small {number}", 1)]
+    waiting.want("waits", 1)
+    waiting.free(1)
+    assert waiting.given() == []
+    waiting.want("gives up", 0)
+    assert waiting.given() == [("waits", 1)]

@@ -91,7 +91,7 @@ class PoolBook:
         kind = _kind(level)
         for other in KINDS:
             if other != kind:
-                self._queues[key.role, other].pop(key, None)
+                self._leave(key, other)
         blocks = level.blocks - self._on_the_way.get(key, 0)
         if blocks > 0:
             self._queues[key.role, kind][key] = (
@@ -203,11 +203,14 @@ class PoolBook:
             self._arrived[key] = self._arrivals
 
     def _served(self, key: Key, kind: Kind) -> None:
+        self._leave(key, kind)
+        self._arrived.pop(key, None)
+
+    def _leave(self, key: Key, kind: Kind) -> None:
         queue = self._queues[key.role, kind]
         if kind == "whole" and queue and next(iter(queue)) == key:
-            self._overtaken[key.role] = 0
+            self._overtaken[key.role] = 0  # who is next has not been
         queue.pop(key, None)
-        self._arrived.pop(key, None)
 
     def on_the_way(self, key: Key, blocks: int) -> None:
         """Blocks are granted, maybe being zeroed, but not in the window yet (negative: they are)."""

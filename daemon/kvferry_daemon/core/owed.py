@@ -7,9 +7,8 @@ sees it as it was before, as if the news had come a moment later.
 """
 
 from dataclasses import dataclass
-from itertools import islice
 
-from kvferry_daemon.core.events import Fail, Key, NewsLost, Slept
+from kvferry_daemon.core.events import Fail, Key, NewsLost, Slept, StreamDown, StreamUp
 
 ONCE = (NewsLost, Fail)  # a second one says nothing to who has not heard the first
 
@@ -36,12 +35,12 @@ class Owed:
     def add(self, keys: dict[Key, None], event: object) -> None:
         """All of them are to be told. This is done within a turn: it looks at who is owed more only.
 
-        A source can have us say some things again and again: those are owed once.
+        A source can have us say some things again and again: those are owed once. So can its
+        connections come and go: of one that went before it was told of nothing is said.
         """
         fresh: dict[Key, tuple[object, ...]] = dict.fromkeys(keys, (event,))
         for key in self._events.keys() & keys.keys():
-            owed = self._events[key]
-            fresh[key] = owed if _is_said(event, owed) else (*owed, event)
+            fresh[key] = _with(self._events[key], event)
         self._events |= fresh
 
     def take(self, key: Key) -> tuple[object, ...]:
@@ -56,13 +55,23 @@ class Owed:
         """Whether a transfer is still to hear that its worker is lost: it needs nothing any more."""
         return any(isinstance(event, Loss) for event in self._events.get(key, ()))
 
-    def first(self, count: int) -> list[Key]:
-        """Those who have waited longest."""
-        return list(islice(self._events, count))
+    def first(self, events: int) -> list[Key]:
+        """Those who have waited longest, so many that they are owed as much as this."""
+        found: list[Key] = []
+        for key, owed in self._events.items():
+            found.append(key)
+            events -= len(owed)
+            if events <= 0:
+                break
+        return found
 
 
-def _is_said(event: object, owed: tuple[object, ...]) -> bool:
-    return isinstance(event, ONCE) and any(type(one) is type(event) for one in owed)
+def _with(owed: tuple[object, ...], event: object) -> tuple[object, ...]:
+    if isinstance(event, ONCE) and any(type(one) is type(event) for one in owed):
+        return owed
+    if isinstance(event, StreamDown) and (up := StreamUp(event.key)) in owed:
+        return tuple([one for one in owed if one != up])
+    return (*owed, event)
 
 
 def _is_no_sleep(event: object) -> bool:
