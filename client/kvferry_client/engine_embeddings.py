@@ -73,11 +73,7 @@ class OutgoingTensor(Side):
         """Fill windows with all of it."""
         tokens = 1 if self._tensor is None else len(self._tensor)
         sending = await self._opened(
-            client.send,
-            self.transfer_id,
-            attempt=self.attempt,
-            total_tokens=tokens,
-            aux=self._aux,
+            client.send(self.transfer_id, attempt=self.attempt, total_tokens=tokens, aux=self._aux)
         )
         try:
             async with sending:
@@ -87,8 +83,12 @@ class OutgoingTensor(Side):
                     raise self._give_up(error) from error
                 self.end()
         finally:
-            self._tensor = None  # the encoder's memory
             await self._let_go(sending)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The encoder's memory is let go of, too, whoever holds on to this."""
+        self._tensor = None
+        super().end(error)
 
     async def _fill(self, sending: AsyncSending) -> None:
         if self._tensor is None:

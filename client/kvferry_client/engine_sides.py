@@ -4,19 +4,17 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
+from kvferry_client.engine_leftovers import Leftover
 from kvferry_client.engine_pages import Memory, Pages, Tables
 from kvferry_client.views import Pool, WindowView
 from kvferry_proto.errors import Code, FerryError
-from kvferry_proto.states import State
+from kvferry_proto.states import Role, State
 
 PIECE_TOKENS = 1024  # copied at a stretch: what ``forget`` may have to wait for
-LET_GO_AGAIN_S = 1.0
-P = ParamSpec("P")
 T = TypeVar("T", AsyncSending, AsyncReceiving)
 Identity = Mapping[str, str]  # what a payload is of: both sides tell the same, or it is refused
 NOTHING: Identity = MappingProxyType({})
@@ -33,6 +31,8 @@ def typed(error: BaseException) -> FerryError:
 class Side:
     """One transfer as its engine sees it; any thread may look at it and abort it."""
 
+    role: ClassVar[Role] = Role.SOURCE
+
     def __init__(self, memory: Memory, transfer_id: str, attempt: int, identity: Identity) -> None:
         self.transfer_id = transfer_id
         self.attempt = attempt
@@ -40,6 +40,7 @@ class Side:
         self.traceparent: str | None = None
         self.reason = "the engine is stopping"
         self.tell: Callable[[Callable[[], object]], object] = lambda _: None  # set by the ferry
+        self.leave: Callable[[Leftover], object] = lambda _: None  # the same
         self.task: asyncio.Task[None] | None = None  # the same, once it has begun
         self._memory = memory
         self._identity = identity
@@ -92,50 +93,38 @@ class Side:
         assert self.error is not None
         return self.error
 
-    async def _opened(
-        self, opens: Callable[P, Awaitable[T]], *args: P.args, **given: P.kwargs
-    ) -> T:
+    async def _opened(self, opening: Awaitable[T]) -> T:
         """Open it. A daemon whose answer was not heard may have done so: that is let go of, too."""
         try:
-            return await opens(*args, **given)
+            return await opening
         except FerryError as error:
             if error.code is Code.DAEMON_UNREACHABLE:
-                self.end(error)
-                await self._let_go_unheard(partial(opens, *args, **given))
+                self._leave(str(error))
             raise
 
-    async def _let_go_unheard(self, opens: Callable[[], Awaitable[T]]) -> None:
-        """To open it again, as it was, is to be told of the same one by a daemon that is back."""
-        while not self._memory.is_left:
-            await asyncio.sleep(LET_GO_AGAIN_S)
-            try:
-                transfer = await opens()
-            except FerryError as error:
-                if error.code is not Code.DAEMON_UNREACHABLE:
-                    return
-            else:
-                await self._let_go(transfer)
-                return
-
     async def _let_go(self, transfer: AsyncSending | AsyncReceiving) -> None:
-        """Tell a daemon that was away, once it is back, that its blocks are touched no more.
+        """Tell the daemon that its blocks are touched no more.
 
-        One that goes on from its ledger would keep them until this process ends.
+        One that is away for a while and goes on from its ledger would keep them until this process ends.
         """
-        while not transfer.logic.released and not self._memory.is_left:
-            try:
-                if self.error is None:
-                    await transfer.release()
-                else:
-                    await transfer.abort(str(self.error))
-            except FerryError as error:
-                if error.code is not Code.DAEMON_UNREACHABLE:
-                    return  # it knows nothing of the transfer any more
-                await asyncio.sleep(LET_GO_AGAIN_S)
+        if transfer.logic.released or self._memory.is_left:
+            return
+        reason = None if self.error is None else str(self.error)
+        try:
+            await (transfer.release() if reason is None else transfer.abort(reason))
+        except FerryError as error:
+            if error.code in (Code.DAEMON_UNREACHABLE, Code.RESOURCE_EXHAUSTED):
+                self._leave(reason)  # others: it knows nothing of the transfer any more
+
+    def _leave(self, reason: str | None) -> None:
+        name = (self.transfer_id, self.attempt, self._memory.rank)
+        self.leave(Leftover(self.role, *name, reason))
 
 
 class Fetching(Side):
     """The side that fetches, whatever it fetches into."""
+
+    role = Role.SINK
 
     def __init__(
         self,
@@ -158,14 +147,15 @@ class Fetching(Side):
         """Take windows over until the payload is complete."""
         is_ours = self.source == client.welcome.peer_address
         receiving = await self._opened(
-            client.receive,
-            self.transfer_id,
-            source=None if is_ours else self.source,
-            attempt=self.attempt,
-            rank=self._memory.rank,
-            world_size=self._memory.world_size,
-            start_tokens=self._start_tokens,
-            traceparent=self.traceparent,
+            client.receive(
+                self.transfer_id,
+                source=None if is_ours else self.source,
+                attempt=self.attempt,
+                rank=self._memory.rank,
+                world_size=self._memory.world_size,
+                start_tokens=self._start_tokens,
+                traceparent=self.traceparent,
+            )
         )
         try:
             async with receiving:

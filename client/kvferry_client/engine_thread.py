@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from kvferry_client.aio import AsyncClient
+from kvferry_client.engine_leftovers import Leftovers
 from kvferry_client.engine_pages import Memory
 from kvferry_client.engine_sides import Side, typed
 from kvferry_proto.errors import Code, FerryError
@@ -37,6 +38,7 @@ class FerryThread:
         self._client: AsyncClient | None = None
         self._refusal: FerryError | None = None
         self._tasks: dict[Side, asyncio.Task[None]] = {}
+        self._leftovers = Leftovers()
         self._met = threading.Event()
         self._closing, self._closed = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
@@ -66,7 +68,7 @@ class FerryThread:
 
     def start(self, side: Side) -> None:
         """Begin to move one transfer."""
-        side.tell = self.tell
+        side.tell, side.leave = self.tell, self._leftovers.add
         if not self.tell(lambda: self._spawn(side)):
             side.end(FerryError(Code.CLIENT_CLOSED, "the ferry is closed"))
 
@@ -101,19 +103,23 @@ class FerryThread:
 
     async def _main(self) -> None:
         async with AsyncExitStack() as stack:
-            joining = self._loop.create_task(self._join(stack))
+            standing_by = self._loop.create_task(self._stand_by(stack))
             await self._stopped.wait()
             self._memory.is_left = True
-            tasks = [joining, *self._tasks.values()]
+            tasks = [standing_by, *self._tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _join(self, stack: AsyncExitStack) -> None:
+    async def _stand_by(self, stack: AsyncExitStack) -> None:
+        """Join the daemon, and tell it from then on what it did not hear."""
+        await self._leftovers.tell(await self._join(stack))
+
+    async def _join(self, stack: AsyncExitStack) -> AsyncClient:
         """Join the daemon, however long it takes to come; say so once for each reason."""
         while True:
             try:
-                self._client = await stack.enter_async_context(AsyncClient(*self._arguments))
+                client = await stack.enter_async_context(AsyncClient(*self._arguments))
             except Exception as error:  # of any kind: nobody else would ever join
                 refusal = typed(error)
                 if self._refusal is None or self._refusal.code != refusal.code:
@@ -126,10 +132,10 @@ class FerryThread:
                     self._answered.clear()
                 await asyncio.sleep(JOIN_AGAIN_S)
             else:
-                self._refusal = None
+                self._client, self._refusal = client, None
                 self._answered.set()
                 self._met.set()
-                return
+                return client
 
     async def _carry(self, side: Side) -> None:
         """Move one transfer. Whatever becomes of it, the side ends, and the thread lives on."""

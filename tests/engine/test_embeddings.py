@@ -1,5 +1,6 @@
 """Embeddings over two real daemons: a tensor in, the same tensor out."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_what_comes_out_is_what_went_in(a: LiveDaemon, b: LiveDaemon, tokens: in
         assert sent.error is got.error is None
         assert got.tensor is not None
         assert torch.equal(got.tensor, embedding(tokens))
+
+
+def test_an_encoders_memory_is_not_kept_for_a_daemon_that_does_not_answer(a: LiveDaemon) -> None:
+    with ferry(a) as source:
+        assert source.wait_until_joined(WAIT_S)
+        a.pause()
+        tensor = embedding(5)
+        is_there = weakref.ref(tensor)
+        sent = source.send("t", 0, tensor)
+        del tensor
+        assert is_there() is not None
+        assert sent.wait(WAIT_S)
+        assert sent.error is not None
+        assert sent.error.code == "daemon_unreachable"
+        assert is_there() is None
+        a.resume()
+        a.wait_for_transfer("t", lambda seen: seen.ended)
 
 
 def test_bfloat16_and_slices_of_a_batch_within_one_daemon(a: LiveDaemon) -> None:

@@ -63,6 +63,28 @@ def test_a_daemon_that_was_away_for_long_gets_its_blocks_back(tmp_path: Path) ->
             back.wait_until_free(2 * WAIT_S)
 
 
+def test_the_attempt_before_a_retry_is_let_go_of_though_its_opening_was_not_heard(
+    tmp_path: Path,
+) -> None:
+    """A router tries again at once. By then the daemon has both calls to do, one after the other."""
+    prefill = Pages()
+    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as ferry:
+        a.wait_for_workers(1)
+        table = prefill.take(TOKENS)
+        a.pause()
+        first = ferry.send("t", total_tokens=TOKENS)
+        assert first.wait(WAIT_S)
+        assert first.error is not None
+        assert first.error.code == "daemon_unreachable"
+        again = ferry.send("t", total_tokens=TOKENS, attempt=1)
+        a.resume()
+        again.computed([table], TOKENS)
+        a.wait_for_transfer("t", lambda seen: seen.snapshot.available_tokens == WINDOW)
+        again.abort("that is all")
+        assert again.wait(WAIT_S)
+        a.wait_until_free()
+
+
 @pytest.mark.parametrize("role", ["send", "receive"])
 def test_a_transfer_whose_opening_was_not_heard_of_is_let_go_of(tmp_path: Path, role: str) -> None:
     """The daemon stood still for longer than the engine waits, and did what it was asked then."""
