@@ -16,6 +16,7 @@ from bench.payload import llama
 from bench.probe import LAYOUT
 from bench.served import ServedDaemon
 from bench.source_worker import batched
+from bench.watched import wait_until
 from kvferry_client import connect
 from kvferry_proto import worker
 
@@ -70,8 +71,7 @@ def measure(
                 ],
             )
             time.sleep(settle_s)
-            stalls = sink.status().stalls
-            assert stalls == {"waiting_for_source": end}, stalls
+            wait_until(lambda: sink.status().stalls == {"waiting_for_source": end}, "all wait")
 
         wait_for_sources(0, 1)  # so that the two daemons know each other
         empty = {"source": source.facts(), "sink": sink.facts()}

@@ -36,6 +36,7 @@ LAYOUT = Layout(
     block_size_tokens=BLOCK,
 )
 WAIT_S = 20.0
+PATIENCE_S = 15.0  # with workers that a test plays, who do not beat; theirs too where all is slow
 BOOT_ID = "ab" * 16  # of a peer that we play
 
 
@@ -51,6 +52,7 @@ class LiveDaemon:
             "window_tokens": WINDOW,
             "pool_tokens": 4 * WINDOW,
             "heartbeat_s": 0.2,
+            "lost_s": PATIENCE_S,
             **flags,
         }
         args = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]

@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 WAIT_S = 10.0
 MADE_UP = bytes(range(32))
 SECRET = b"what a user has written, as it lies in the cache"
-DROP_S, DROPS = 0.1, 15
+DROP_S, DROPS = 0.1, 30
 OTHER_ID = "cd" * 16
 MANY = 40
 
@@ -178,7 +178,7 @@ def test_a_handshake_in_drops_has_one_deadline_for_all_of_it(
             socket.create_connection((HOST, port_of(daemon)[0]), WAIT_S) as one,
         ):
             cut = False
-            for number in range(DROPS):  # half as much again as a handshake has
+            for number in range(DROPS):  # three times as long as a handshake has
                 one.sendall(said[number : number + 1])
                 if cut := bool(select.select([one], [], [], DROP_S)[0]):
                     break

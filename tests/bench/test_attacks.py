@@ -32,7 +32,6 @@ COUNTED = {
     "sessions": "refused_resource_exhausted",
     "sources": "refused_resource_exhausted",
     "endless_to_peer": "connections_cut_for_memory",
-    "frame_too_long": "connections_over_bound_peer",
     "peer_messages": "pulls_received",
     "full_pulls": "pulls_received",
     "wants": "wants_dropped",
@@ -57,6 +56,7 @@ COUNTED = {
     "http_requests": "http_refused",
 }
 KEPT_BUSY = {
+    "frame_too_long",
     "links",
     "messages_from_source",
     "layouts_from_source",

@@ -75,13 +75,14 @@ def test_a_daemon_that_stands_still_is_noticed_and_asked_as_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        LiveDaemon(tmp_path / "a", lost_s=0.8) as daemon,
+        LiveDaemon(tmp_path / "a", lost_s=2) as daemon,
         connect(daemon.directory, LAYOUT) as client,
         caplog.at_level(logging.INFO),
     ):
         client.send("t")
-        [seen] = client.poll(WATCHED).transfers
+        client.poll(WATCHED)  # from now on by the board
         daemon.pause()
+        [seen] = client.poll(WATCHED).transfers
 
         def look_on() -> None:
             while True:
@@ -101,7 +102,7 @@ def test_a_daemon_that_stands_still_is_noticed_and_asked_as_before(
 
 
 def test_progress_never_falls_through_a_kill_and_a_restart(tmp_path: Path) -> None:
-    daemon = LiveDaemon(tmp_path / "a", lost_s=1)
+    daemon = LiveDaemon(tmp_path / "a", lost_s=5)
     seen: list[Snapshot] = []
     stop = threading.Event()
 

@@ -146,12 +146,12 @@ def test_whole_mode_and_torch_views(daemons: Daemons) -> None:
 def test_a_busy_worker_is_not_taken_for_a_lost_one(tmp_path: Path) -> None:
     """It makes no call for longer than lost_s; its heartbeat thread does."""
     with (
-        LiveDaemon(tmp_path / "a", lost_s=0.8) as daemon,
+        LiveDaemon(tmp_path / "a", lost_s=2) as daemon,
         connect(daemon.directory, LAYOUT) as client,
     ):
         sending = client.send("t")
         watched = worker.Watched(role=Role.SOURCE, transfer_id="t", after=99)
-        client.call(worker.Poll(transfers=[watched], wait_s=2))
+        client.call(worker.Poll(transfers=[watched], wait_s=5))
         assert client.poll(watched.model_copy(update={"after": -1})).transfers[0].state is (
             State.BOOTSTRAPPING
         )

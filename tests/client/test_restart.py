@@ -79,14 +79,14 @@ def test_a_worker_joins_a_runtime_directory_that_was_made_anew(tmp_path: Path) -
 
 def test_a_slow_first_hello_is_one_session(tmp_path: Path) -> None:
     """The daemon stands still while the client repeats its hello."""
-    with LiveDaemon(tmp_path / "a", lost_s=1) as daemon:
+    with LiveDaemon(tmp_path / "a", lost_s=2) as daemon:
         daemon.pause()
         threading.Timer(1.5, daemon.resume).start()
         with connect(daemon.directory, LAYOUT) as client:
             assert daemon.status().workers == 1
             sending = client.send("t")
             watched = worker.Watched(role=Role.SOURCE, transfer_id="t", after=99)
-            client.poll(watched, wait_s=2)  # the heart beats for the session that has it
+            client.poll(watched, wait_s=5)  # the heart beats for the session that has it
             sending.ready(0)
             assert not sending.ended
             sending.abort()

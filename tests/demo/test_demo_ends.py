@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(180)
 COMMAND = [sys.executable, "-m", "kvferry_daemon", "demo"]
 MARK = "DEMO_TEST_MARK"
 DOCKER_SHM_BYTES = 64 << 20
-WAIT_S = 20
+WAIT_S = 60
 
 
 def demo(*args: str, env: dict[str, str] | None = None, before: tuple[str, ...] = ()) -> Any:

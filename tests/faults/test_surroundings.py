@@ -150,7 +150,7 @@ def a_plane(token_bytes: int) -> tuple[Plane, ...]:
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[FaultDaemon]:
     """One that has little patience."""
-    one = FaultDaemon(tmp_path / "a", connect_s=0.5, stall_s=1.0, resend_max_s=0.2)
+    one = FaultDaemon(tmp_path / "a", connect_s=2.0, stall_s=3.0, resend_max_s=0.2)
     try:
         one.wait_ready()
         yield one

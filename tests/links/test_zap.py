@@ -14,7 +14,7 @@ from kvferry_daemon.links.zap import Doorkeeper, LocalDoor, Refused, Request, gu
 from kvferry_daemon.links.zmq_link import ZmqLink, make_socket
 
 Context = zmq.Context[zmq.Socket[bytes]]
-SILENT_S = 0.5
+WAIT_S, SILENT_S = 10.0, 0.5
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ class House:
         self.heard.append((self.link.user, frames[1]))
         self._more.set()
 
-    async def hears(self, context: Context, said: bytes) -> bool:
+    async def hears(self, context: Context, said: bytes, wait_s: float = WAIT_S) -> bool:
         """Whether a new client gets this through."""
         self._more.clear()
         client = make_socket(context, zmq.DEALER)
         client.connect(f"ipc://{self.path}")
         client.send(said)
         try:
-            async with asyncio.timeout(SILENT_S):
+            async with asyncio.timeout(wait_s):
                 await self._more.wait()
         except TimeoutError:
             return False
@@ -78,8 +78,8 @@ def test_an_exception_in_a_door_ends_one_handshake_only(
     async def act() -> None:
         keeper = Doorkeeper(context, {"house": door}, lambda: refused.append(True))
         house = House(context, tmp_path / "s")
-        assert not await house.hears(context, b"1")
-        assert not await house.hears(context, b"2")
+        assert not await house.hears(context, b"1", SILENT_S)
+        assert not await house.hears(context, b"2", SILENT_S)
         assert await house.hears(context, b"3")
         assert house.heard == [("somebody", b"3")]
         house.link.close()
@@ -124,7 +124,7 @@ def test_who_is_refused_again_and_again_does_not_fill_the_log(
 def test_without_a_doorkeeper_nobody_comes_in(context: Context, tmp_path: Path) -> None:
     async def act() -> None:
         house = House(context, tmp_path / "s")
-        assert not await house.hears(context, b"1")
+        assert not await house.hears(context, b"1", SILENT_S)
         house.link.close()
 
     run(act)

@@ -23,7 +23,7 @@ def stack() -> Iterator[ExitStack]:
 
 def daemons(stack: ExitStack, tmp_path: Path, source: str, sink: str) -> list[LiveDaemon]:
     """A source's daemon and a sink's, with these settings of `transport`."""
-    flags: dict[str, Any] = {"heartbeat_s": 0.2, "lost_s": 1, "drain_s": 0.2}
+    flags: dict[str, Any] = {"heartbeat_s": 0.2, "lost_s": 10, "drain_s": 0.2}
     return [
         stack.enter_context(LiveDaemon(tmp_path / name, transport=transport, **flags))
         for name, transport in (("a", source), ("b", sink))

@@ -80,7 +80,8 @@ def test_a_bad_moment_of_the_line_costs_a_connection_and_no_byte(
     counters = scene.sink.status().counters
     assert counters["streams_closed"] == 1
     assert counters["bytes_received"] == PAYLOAD_BYTES  # damaged ones do not count
-    assert says is None or says in scene.sink.log()
+    if says is not None:
+        scene.sink.wait_for_log(says)
 
 
 def test_a_line_that_is_bad_again_and_again_is_opened_again_and_again(scene: Scene) -> None:
@@ -177,4 +178,7 @@ def test_sinks_that_vanish_in_their_greeting_cost_nothing(
             sock.sendall(pack_greeting(ticket.ticket))
     sink.say(peer.Ping(**sink.boots()))
     assert "Traceback" not in live.log()
-    assert len(list(descriptors.iterdir())) < before + 30
+    until_s = time.monotonic() + WAIT_S
+    while len(list(descriptors.iterdir())) >= before + 5:
+        assert time.monotonic() < until_s, "they are kept"
+        time.sleep(0.02)

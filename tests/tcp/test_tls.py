@@ -148,9 +148,10 @@ def test_an_older_tls_is_turned_away(door: Door) -> None:
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("said", [0, 20, None], ids=["nothing", "half", "all"])
 def test_a_handshake_that_stands_still_is_cut(door: Door, said: int | None) -> None:
-    client = door.dial()
-    client.sendall(client_hello()[:said])
+    hello = client_hello()[:said]
     began_s = time.monotonic()
+    client = door.dial()
+    client.sendall(hello)
     client.settimeout(WAIT_S)
     read_raw(client)
     assert SHORT_S * 0.5 <= time.monotonic() - began_s < WAIT_S / 2

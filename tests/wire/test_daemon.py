@@ -63,7 +63,7 @@ def test_sigterm_takes_nothing_new_and_waits_for_what_runs(tmp_path: Path) -> No
 
 
 def test_a_silent_worker_loses_its_transfer_but_its_blocks_wait_for_proof(tmp_path: Path) -> None:
-    with LiveDaemon(tmp_path / "a", lost_s=0.6) as daemon:
+    with LiveDaemon(tmp_path / "a", lost_s=2) as daemon:
         with RawWorker(daemon.directory) as one, RawWorker(daemon.directory) as two:
             one.snapshot(worker.Send(transfer_id="t"))
             one.wait_for(Role.SOURCE, lambda s: s.allocated_tokens == WINDOW)

@@ -192,7 +192,7 @@ def test_an_abort_at_the_source_ends_both_sides(
 
 
 def test_no_progress_fails_with_the_stall_reason(daemon: LiveDaemon, tmp_path: Path) -> None:
-    with LiveDaemon(tmp_path / "c", stall_s=0.5) as sink, RawWorker(sink.directory) as consumer:
+    with LiveDaemon(tmp_path / "c", stall_s=3) as sink, RawWorker(sink.directory) as consumer:
         consumer.snapshot(worker.Receive(transfer_id="t", source=daemon.address))
         end = consumer.wait_end(Role.SINK)
         assert end.error is not None
