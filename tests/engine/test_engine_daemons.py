@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def test_daemons_that_are_killed_in_the_middle_go_on(tmp_path: Path) -> None:
         b.process.kill()
         a.process.wait()
         outgoing.computed([table], TOKENS)
-        with LiveDaemon(a.directory, **flags) as new_a, b.again() as new_b:
+        with ThreadPoolExecutor() as both:  # an engine waits for ten seconds
+            starts = both.submit(LiveDaemon, a.directory, **flags), both.submit(b.again)
+        with starts[0].result() as new_a, starts[1].result() as new_b:
             assert incoming.wait(WAIT_S)
             assert outgoing.wait(WAIT_S)
             assert outgoing.error is incoming.error is None
