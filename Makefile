@@ -9,12 +9,12 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
 
-# The first ones start no process, so they share the cores; the others have them alone.
+# Those that flood a daemon or measure have the cores alone; the others share them, by files.
 # 5: with ARGS there was none to run in one of the two.
-PURE := tests/core tests/model tests/proto tests/sim
+ALONE := tests/attacks tests/bench tests/soak
 test: check
-	$(BIN)/python -m pytest -n 2 $(PURE) $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest $(PURE:%=--ignore=%) $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest $(ALONE) $(ARGS) || [ $$? = 5 ]
 	$(MAKE) test-vllm-short
 
 # The shortest run that hands prompts over between real vLLM engines: two minutes, and 3.5 GB the
