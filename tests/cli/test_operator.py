@@ -184,11 +184,12 @@ def on_terminal(daemon: LiveDaemon, *args: str, columns: int) -> str:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     command = [sys.executable, "-m", "kvferry_daemon", *args, "--runtime-dir"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     process = subprocess.Popen(
         [*command, str(daemon.directory)],
         stdin=subprocess.DEVNULL,
         stdout=slave,
-        env={**os.environ, "TERM": "dumb"},
+        env={**environment, "TERM": "dumb"},
     )
     os.close(slave)
     said = b""
