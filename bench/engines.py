@@ -14,11 +14,13 @@ from bench.served import ROOT
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 RUN_S = 900.0
-WAYS = ("kvferry", "nixl", "files")
+OURS = ("kvferry", "two_daemons")
+OTHERS = ("nixl", "files")
+TIMES = ("first_token_ms", "prefill_ms", "pinned_s")
 KEYS = (
     "alone_first_token_ms",
-    *(f"{way}_{key}" for way in WAYS for key in ("first_token_ms", "prefill_ms", "pinned_s")),
-    *(f"kvferry_to_{way}_first_token" for way in WAYS[1:]),
+    *(f"{way}_{key}" for way in (*OURS, *OTHERS) for key in TIMES),
+    *(f"{our}_to_{other}_first_token" for our in OURS for other in OTHERS),
     "pinned_nixl_to_kvferry",
 )
 

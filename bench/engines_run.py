@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.engines import OTHERS, OURS
 from bench.figures import absent, ratios, spread
 from live import LiveDaemon
 from vllm_live.asking import prompt
@@ -36,6 +37,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 4096,  # vLLM's example cannot do with a prompt in chunks
 }
 POOLS = {"window_tokens": 8192, "pool_tokens": 32_768, "budget_bytes": "2GiB", "heartbeat_s": 1}
+SIDES = ("prefill", "decode")
 ENGINE_FAILED = (AssertionError, ImportError, KeyError)
 
 
@@ -58,11 +60,22 @@ class Measured:
 
 
 def kvferry(path: Path, model: Path, stack: ExitStack) -> Way:
-    """A daemon beside each engine."""
-    engines = []
-    for side in ("prefill", "decode"):
-        daemon = stack.enter_context(LiveDaemon(path / side, **POOLS))
-        engines.append(Engine(path / f"{side}.log", model, connector(daemon.directory), **OPTIONS))
+    """One daemon beside both engines, as on one node: what vLLM's own connectors are here, too."""
+    daemon = stack.enter_context(LiveDaemon(path / "both", **POOLS))
+    return _ours(path, model, stack, [daemon, daemon])
+
+
+def two_daemons(path: Path, model: Path, stack: ExitStack) -> Way:
+    """A daemon beside each engine, and a TCP stream with checksums: as between two nodes."""
+    daemons = [stack.enter_context(LiveDaemon(path / side, **POOLS)) for side in SIDES]
+    return _ours(path, model, stack, daemons)
+
+
+def _ours(path: Path, model: Path, stack: ExitStack, daemons: list[LiveDaemon]) -> Way:
+    engines = [
+        Engine(path / f"{side}.log", model, connector(daemon.directory), **OPTIONS)
+        for side, daemon in zip(SIDES, daemons, strict=True)
+    ]
     return _way(stack, engines, lambda name: {"do_remote_decode": True, "transfer_id": name})
 
 
@@ -83,7 +96,7 @@ def nixl(path: Path, model: Path, stack: ExitStack) -> Way:
             },
             **OPTIONS,
         )
-        for side, port in (("prefill", 15_600), ("decode", 15_700))
+        for side, port in zip(SIDES, (15_600, 15_700), strict=True)
     ]
     empty = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     told = {"do_remote_decode": True, "do_remote_prefill": False, **empty}
@@ -97,9 +110,7 @@ def files(path: Path, model: Path, stack: ExitStack) -> Way:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(path / "files")},
     }
-    engines = [
-        Engine(path / f"{side}.log", model, transfer, **OPTIONS) for side in ("prefill", "decode")
-    ]
+    engines = [Engine(path / f"{side}.log", model, transfer, **OPTIONS) for side in SIDES]
     return _way(stack, engines, lambda _: None)
 
 
@@ -112,7 +123,7 @@ def _way(
     return Way(prefill, decode, params)
 
 
-WAYS = {"kvferry": kvferry, "nixl": nixl, "files": files}
+WAYS = {"kvferry": kvferry, "two_daemons": two_daemons, "nixl": nixl, "files": files}
 
 
 def hand_over(way: Way, tokens: list[int], name: str, into: Measured) -> None:
@@ -181,18 +192,21 @@ def alone(engine: Engine, tokens: list[int]) -> float:
 
 def figures(measured: dict[str, Measured], alone_ms: list[float], tokens: int) -> dict[str, Any]:
     """What stands in the result."""
-    ours = measured["kvferry"]
-    assert ours.why is None, ours.why
+    for our in OURS:
+        assert measured[our].why is None, measured[our].why
     found: dict[str, Any] = {"tokens": tokens, "alone_first_token_ms": spread(alone_ms)}
     for name, one in measured.items():
         for key in ("first_token_ms", "prefill_ms"):
             found[f"{name}_{key}"] = absent(one.why) if one.why else spread(getattr(one, key))
         pinned = one.pinned_s
         found[f"{name}_pinned_s"] = spread(pinned) if pinned else absent(one.why or "not measured")
-        if one is ours:
-            continue
-        both = ours.first_token_ms, one.first_token_ms
-        found[f"kvferry_to_{name}_first_token"] = absent(one.why) if one.why else ratios(*both)
+        for our in OURS if name in OTHERS else ():
+            found[f"{our}_to_{name}_first_token"] = (
+                absent(one.why)
+                if one.why
+                else ratios(measured[our].first_token_ms, one.first_token_ms)
+            )
+    ours = measured["kvferry"]
     nixl = measured["nixl"]
     found["pinned_nixl_to_kvferry"] = (
         ratios(nixl.pinned_s, ours.pinned_s)
