@@ -123,7 +123,7 @@ def test_what_is_owed_is_heard_in_the_order_of_coming() -> None:
 
 def test_a_connection_that_comes_and_goes_again_and_again_is_owed_as_gone_once() -> None:
     """A source can close its connections as often as it likes: a turn must not grow with that."""
-    owed, one = Owed(), key_of(1)
+    owed, one, other = Owed(), key_of(1), key_of(2)
     first = StreamKey("tcp://b:1", 0, 0)
     owed.add({one: None}, StreamDown(first))
     for number in range(1, 50):
@@ -132,6 +132,19 @@ def test_a_connection_that_comes_and_goes_again_and_again_is_owed_as_gone_once()
     last = StreamUp(first._replace(connection=50))
     owed.add({one: None}, last)
     assert owed.take(one) == (StreamDown(first), last)
+    owed.add({one: None, other: None}, last)
+    owed.add({one: None, other: None}, StreamDown(last.key))
+    assert len(owed) == 0  # nobody has a turn for nothing
+
+
+def test_of_a_connection_that_never_came_nobody_is_told() -> None:
+    """A source may hand out tickets for a port that refuses, and each try has a number of its own."""
+    world = Deaths(0)
+    open_sinks(world)
+    world.finish()
+    for number in range(20):
+        world.feed("a", out.SinkStreamDown(StreamKey("tcp://b:1", 0, number), "refused"))
+    assert not world.node.owed
 
 
 def test_of_those_that_are_owed_much_a_turn_pays_fewer() -> None:

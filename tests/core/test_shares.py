@@ -1,5 +1,7 @@
 """Many that wait for a small pool: windows do not shrink to a block each, and nobody stands still."""
 
+import pytest
+
 from kvferry_daemon.core.blocks import OVERTAKEN_MAX, SHARES, PoolBook
 from kvferry_daemon.core.events import Key, WantBlocks
 from kvferry_daemon.core.pool import BlockPool, Lease
@@ -118,7 +120,8 @@ def _ready(world: World, name: str, tokens: int) -> None:
     world.settle()
 
 
-def test_who_comes_next_has_not_been_overtaken_because_the_one_before_him_was() -> None:
+@pytest.mark.parametrize("how", ["gives up", "its worker dies"])
+def test_who_comes_next_has_not_been_overtaken_because_the_one_before_him_was(how: str) -> None:
     """Else all that can go on with less stand still for one who has only just come."""
     waiting = Waiting()
     waiting.want("gives up", QUOTA, whole=True)
@@ -130,5 +133,10 @@ def test_who_comes_next_has_not_been_overtaken_because_the_one_before_him_was() 
     waiting.want("waits", 1)
     waiting.free(1)
     assert waiting.given() == []
-    waiting.want("gives up", 0)
-    assert waiting.given() == [("waits", 1)]
+    if how == "gives up":
+        waiting.want("gives up", 0)
+        assert waiting.given() == [("waits", 1)]
+    else:
+        lost = Key(Role.SINK, "gives up", 0)
+        (found,) = waiting.book.grants(lambda key: key == lost)
+        assert found[0].transfer_id == "waits"

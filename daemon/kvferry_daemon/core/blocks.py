@@ -167,7 +167,7 @@ class PoolBook:
     ) -> tuple[Key, WantBlocks] | None:
         """Who is served next. Looks at heads of queues only: waiting costs nothing."""
         for kind in KINDS:
-            self._pass_over_lost(self._queues[role, kind], is_lost)
+            self._pass_over_lost(role, kind, is_lost)
         whole = _head(self._queues[role, "whole"])
         some = _head(self._queues[role, "urgent"]) or _head(self._queues[role, "more"])
         if any(head is not None and is_lost(head[0]) for head in (whole, some)):
@@ -191,13 +191,14 @@ class PoolBook:
         self._overtaken[role] += 1
         return some
 
-    def _pass_over_lost(
-        self, queue: OrderedDict[Key, WantBlocks], is_lost: Callable[[Key], bool]
-    ) -> None:
+    def _pass_over_lost(self, role: Role, kind: Kind, is_lost: Callable[[Key], bool]) -> None:
+        queue = self._queues[role, kind]
         for _ in range(min(PASSED_MAX, len(queue))):
             key = next(iter(queue))
             if not is_lost(key):
                 return
+            if kind == "whole":
+                self._overtaken[role] = 0  # who is next now has not been
             queue.move_to_end(key)
             self._arrivals += 1
             self._arrived[key] = self._arrivals
@@ -209,7 +210,7 @@ class PoolBook:
     def _leave(self, key: Key, kind: Kind) -> None:
         queue = self._queues[key.role, kind]
         if kind == "whole" and queue and next(iter(queue)) == key:
-            self._overtaken[key.role] = 0  # who is next has not been
+            self._overtaken[key.role] = 0  # the same
         queue.pop(key, None)
 
     def on_the_way(self, key: Key, blocks: int) -> None:

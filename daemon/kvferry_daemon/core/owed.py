@@ -39,9 +39,19 @@ class Owed:
         connections come and go: of one that went before it was told of nothing is said.
         """
         fresh: dict[Key, tuple[object, ...]] = dict.fromkeys(keys, (event,))
+        undone = StreamUp(event.key) if isinstance(event, StreamDown) else None
         for key in self._events.keys() & keys.keys():
-            fresh[key] = _with(self._events[key], event)
+            owed = self._events[key]
+            if undone in owed:
+                fresh[key] = tuple([one for one in owed if one != undone])
+            elif not _is_said(event, owed):
+                fresh[key] = (*owed, event)
+            else:
+                fresh[key] = owed
         self._events |= fresh
+        if undone is not None:
+            for key in [key for key, owed in fresh.items() if not owed]:
+                del self._events[key]
 
     def take(self, key: Key) -> tuple[object, ...]:
         """What a transfer has to hear now, oldest first.
@@ -66,12 +76,8 @@ class Owed:
         return found
 
 
-def _with(owed: tuple[object, ...], event: object) -> tuple[object, ...]:
-    if isinstance(event, ONCE) and any(type(one) is type(event) for one in owed):
-        return owed
-    if isinstance(event, StreamDown) and (up := StreamUp(event.key)) in owed:
-        return tuple([one for one in owed if one != up])
-    return (*owed, event)
+def _is_said(event: object, owed: tuple[object, ...]) -> bool:
+    return isinstance(event, ONCE) and any(type(one) is type(event) for one in owed)
 
 
 def _is_no_sleep(event: object) -> bool:

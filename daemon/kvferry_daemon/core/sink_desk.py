@@ -34,6 +34,7 @@ class SinkDesk:
         self.peers: dict[str, Peer] = {}
         self.linked_for: dict[str, str] = {}  # by address: who named it first
         self._sinks_of: dict[str, dict[ev.Key, None]] = {}
+        self._up: set[ev.StreamKey] = set()  # data connections of which sinks were told
         self._handles: dict[ev.Key, int] = {}
         self._keys: dict[int, ev.Key] = {}
         self._next_handle = 0
@@ -174,6 +175,7 @@ class SinkDesk:
             return
         self._do(peer, peer.on_stream_up(event.key, self._node.now_s))
         if event.key in peer.streams_open:
+            self._up.add(event.key)
             self._tell_all(peer.address, ev.StreamUp(event.key))
 
     def on_stream_down(self, event: out.SinkStreamDown) -> None:
@@ -181,7 +183,9 @@ class SinkDesk:
         self._node.counters["streams_closed"] += 1
         self._node.meters.stream_down(event.key)
         self._node.chronicle.stream_down(event.key)
-        self._tell_all(event.key.peer, ev.StreamDown(event.key))
+        if event.key in self._up:  # of one that never came nobody has heard
+            self._up.remove(event.key)
+            self._tell_all(event.key.peer, ev.StreamDown(event.key))
         peer = self.peers.get(event.key.peer)
         if peer is not None:
             self._do(peer, peer.on_stream_down(event.key, event.reason, self._node.now_s))
