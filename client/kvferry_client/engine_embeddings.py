@@ -16,6 +16,7 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.layout import Dtype, Layout, Plane
 
 PLANE = "embedding"
+NOT_RUN = "the encoder did not run"
 
 
 class EmbeddingFerry(FerryThread):
@@ -72,9 +73,8 @@ class OutgoingTensor(Side):
     async def move(self, client: AsyncClient) -> None:
         """Fill windows with all of it."""
         tokens = 1 if self._tensor is None else len(self._tensor)
-        sending = await self._opened(
-            client.send(self.transfer_id, attempt=self.attempt, total_tokens=tokens, aux=self._aux)
-        )
+        why = NOT_RUN if self._tensor is None else None
+        sending = await self._send(client, why, total_tokens=tokens, aux=self._aux)
         try:
             async with sending:
                 try:
@@ -92,7 +92,7 @@ class OutgoingTensor(Side):
 
     async def _fill(self, sending: AsyncSending) -> None:
         if self._tensor is None:
-            raise FerryError(Code.ABORTED, "the encoder did not run")
+            raise FerryError(Code.ABORTED, NOT_RUN)
         self._memory.follow(self._event)
         await sending.fill(0, {PLANE: self._tensor.detach().cpu()})
 

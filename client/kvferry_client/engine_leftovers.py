@@ -1,6 +1,7 @@
 """What a daemon that did not answer may still keep for an engine: it is told so once it is back."""
 
 import asyncio
+import logging
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -11,20 +12,28 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role
 
 AGAIN_S = 1.0
+logger = logging.getLogger(__name__)
 KEPT = 1 << 14  # a daemon lets one worker have about as many
 
 
 class Leftover(NamedTuple):
-    """One side of a transfer; ``reason``: why it is given up, None if it came to its end."""
+    """One side of a transfer; ``reason``: why it is given up, None if it came to its end.
+
+    ``opening``: what opens it, if the daemon may not have heard of it, but who waits for it shall.
+    """
 
     role: Role
     transfer_id: str
     attempt: int
     rank: int
     reason: str | None
+    opening: worker.Send | None = None
 
     def calls(self) -> list[Any]:
-        """What lets go of it, behind a call that may have opened it and was not answered."""
+        """What lets go of it, behind a call that may have opened it and was not answered.
+
+        That it is opened here once more tells the other side of its end, also by a daemon's next life.
+        """
         name: dict[str, Any] = {
             "transfer_id": self.transfer_id,
             "attempt": self.attempt,
@@ -33,7 +42,8 @@ class Leftover(NamedTuple):
         release = worker.Release(role=self.role, **name)
         if self.reason is None:
             return [release]
-        return [worker.Abort(role=self.role, reason=reason_of(self.reason), **name), release]
+        abort = worker.Abort(role=self.role, reason=reason_of(self.reason), **name)
+        return [abort, release] if self.opening is None else [self.opening, abort, release]
 
 
 class Leftovers:
@@ -54,8 +64,12 @@ class Leftovers:
             await self._news.wait()
             self._news.clear()
             while self._left:
-                for call in self._left.popleft().calls():
-                    await _tell(client, call)
+                left = self._left.popleft()
+                try:
+                    for call in left.calls():
+                        await _tell(client, call)
+                except Exception:  # a fault of ours: the others are to be told all the same
+                    logger.exception("could not let go of %s", left)
 
 
 async def _tell(client: AsyncClient, call: Any) -> None:

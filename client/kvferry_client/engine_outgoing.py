@@ -134,16 +134,11 @@ class Outgoing(Side):
 
     async def move(self, client: AsyncClient) -> None:
         """Fill windows until the payload is complete."""
-        sending = await self._opened(
-            client.send(
-                self.transfer_id,
-                attempt=self.attempt,
-                rank=self._pages.rank,
-                world_size=self._pages.world_size,
-                total_tokens=self.total_tokens,
-                aux=self._aux,
-                traceparent=self.traceparent,
-            )
+        sending = await self._send(
+            client,
+            total_tokens=self.total_tokens,
+            aux=self._aux,
+            traceparent=self.traceparent,
         )
         try:
             async with sending:
@@ -224,13 +219,6 @@ class Withdrawn(Side):
 
     async def move(self, client: AsyncClient) -> None:
         """Open it and give it up."""
-        sending = await self._opened(
-            client.send(
-                self.transfer_id,
-                attempt=self.attempt,
-                rank=self._memory.rank,
-                world_size=self._memory.world_size,
-            )
-        )
+        sending = await self._send(client, self.reason)
         self.end(FerryError(Code.ABORTED, self.reason))
         await self._let_go(sending)

@@ -5,12 +5,14 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, Unpack
 
 from kvferry_client.aio import AsyncClient, AsyncReceiving, AsyncSending
+from kvferry_client.calls import SendOptions, send_call
 from kvferry_client.engine_leftovers import Leftover
 from kvferry_client.engine_pages import Memory, Pages, Tables
 from kvferry_client.views import Pool, WindowView
+from kvferry_proto import worker
 from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role, State
 
@@ -93,14 +95,35 @@ class Side:
         assert self.error is not None
         return self.error
 
-    async def _opened(self, opening: Awaitable[T]) -> T:
-        """Open it. A daemon whose answer was not heard may have done so: that is let go of, too."""
+    async def _opened(
+        self, opening: Awaitable[T], again: worker.Send | None = None, why: str | None = None
+    ) -> T:
+        """Open it. A daemon whose answer was not heard may have done so: that is let go of, too.
+
+        ``again``, ``why``: what opens it and the reason that a sink is told, if it is to hear of this.
+        """
         try:
             return await opening
+        except asyncio.CancelledError:
+            self._leave(self.reason, again)
+            raise
         except FerryError as error:
             if error.code is Code.DAEMON_UNREACHABLE:
-                self._leave(str(error))
+                self._leave(why or str(error), again)
             raise
+
+    async def _send(
+        self, client: AsyncClient, why: str | None = None, **more: Unpack[SendOptions]
+    ) -> AsyncSending:
+        """Open it as a source; ``why``: see ``_opened``."""
+        options: SendOptions = {
+            "attempt": self.attempt,
+            "rank": self._memory.rank,
+            "world_size": self._memory.world_size,
+            **more,
+        }
+        again = send_call(self.transfer_id, options)
+        return await self._opened(client.send(self.transfer_id, **options), again, why)
 
     async def _let_go(self, transfer: AsyncSending | AsyncReceiving) -> None:
         """Tell the daemon that its blocks are touched no more.
@@ -116,9 +139,9 @@ class Side:
             if error.code in (Code.DAEMON_UNREACHABLE, Code.RESOURCE_EXHAUSTED):
                 self._leave(reason)  # others: it knows nothing of the transfer any more
 
-    def _leave(self, reason: str | None) -> None:
+    def _leave(self, reason: str | None, opening: worker.Send | None = None) -> None:
         name = (self.transfer_id, self.attempt, self._memory.rank)
-        self.leave(Leftover(self.role, *name, reason))
+        self.leave(Leftover(self.role, *name, reason, opening))
 
 
 class Fetching(Side):

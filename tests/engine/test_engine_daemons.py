@@ -88,6 +88,43 @@ def test_the_attempt_before_a_retry_is_let_go_of_though_its_opening_was_not_hear
         a.wait_until_free()
 
 
+def test_what_was_aborted_while_its_daemon_stood_still_is_let_go_of(tmp_path: Path) -> None:
+    prefill = Pages()
+    with LiveDaemon(tmp_path / "a") as a, prefill.ferry(a.directory) as ferry:
+        a.wait_for_workers(1)
+        a.pause()
+        aborted = ferry.send("t", total_tokens=TOKENS)
+        aborted.abort("nobody wants it any more")
+        assert aborted.wait(WAIT_S)
+        after = ferry.send("u", total_tokens=TOKENS)
+        assert after.wait(WAIT_S)  # longer than anybody waits who was called before
+        a.resume()
+        a.wait_for_transfer("u", lambda seen: seen.ended)
+        a.wait_for_transfer("t", lambda seen: seen.ended)
+        a.wait_until_free()
+
+
+def test_who_waits_hears_what_was_withdrawn_while_there_was_no_daemon(tmp_path: Path) -> None:
+    prefill, decode = Pages(), Pages()
+    a = LiveDaemon(tmp_path / "a")
+    with prefill.ferry(a.directory) as source:
+        a.stop()
+        withdrawn = source.withdraw("t", "its request was aborted")
+        assert withdrawn.wait(WAIT_S)
+        with a.again() as back, decode.ferry(back.directory) as sink:
+            incoming = sink.receive(
+                "t",
+                source=back.address,
+                tables=[decode.take(TOKENS)],
+                first_token=0,
+                end_token=TOKENS,
+            )
+            assert incoming.wait(WAIT_S)
+            assert incoming.error is not None
+            assert incoming.error.code == "source_failed"
+            assert "its request was aborted" in str(incoming.error)
+
+
 @pytest.mark.parametrize("role", ["send", "receive"])
 def test_a_transfer_whose_opening_was_not_heard_of_is_let_go_of(tmp_path: Path, role: str) -> None:
     """The daemon stood still for longer than the engine waits, and did what it was asked then."""
