@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/kvferry demo $(ARGS)
 
 # Those that flood a daemon or measure have the cores alone; the others share them, by files.
-# 5: with ARGS there was none to run in one of the two.
+# ARGS: options of pytest, no paths. 5: with them there was none to run in one of the two.
 ALONE := tests/attacks tests/bench tests/soak
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(ARGS) || [ $$? = 5 ]

@@ -36,7 +36,10 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 4096,
     "max_num_batched_tokens": 4096,  # vLLM's example cannot do with a prompt in chunks
 }
-POOLS = {"window_tokens": 8192, "pool_tokens": 32_768, "budget_bytes": "2GiB", "heartbeat_s": 1}
+POOLS = {
+    "window_tokens": 8192, "pool_tokens": 32_768, "budget_bytes": "2GiB",
+    "heartbeat_s": 1, "lost_s": 3,  # as they are by default
+}  # fmt: skip
 SIDES = ("prefill", "decode")
 ENGINE_FAILED = (AssertionError, ImportError, KeyError)
 
