@@ -94,6 +94,10 @@ def test_what_was_aborted_while_its_daemon_stood_still_is_let_go_of(tmp_path: Pa
         a.wait_for_workers(1)
         a.pause()
         aborted = ferry.send("t", total_tokens=TOKENS)
+        for _ in range(3):  # turns of its thread: then the call is out
+            turned = threading.Event()
+            ferry.tell(turned.set)
+            assert turned.wait(WAIT_S)
         aborted.abort("nobody wants it any more")
         assert aborted.wait(WAIT_S)
         after = ferry.send("u", total_tokens=TOKENS)
