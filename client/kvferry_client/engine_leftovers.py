@@ -12,8 +12,8 @@ from kvferry_proto.errors import Code, FerryError
 from kvferry_proto.states import Role
 
 AGAIN_S = 1.0
-logger = logging.getLogger(__name__)
 KEPT = 1 << 14  # a daemon lets one worker have about as many
+logger = logging.getLogger(__name__)
 
 
 class Leftover(NamedTuple):
